@@ -34,6 +34,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import struct
 import sys
 import time
@@ -69,11 +70,7 @@ class UserError(ValueError):
 
 
 def opt(default: Any, text: str, group: str = "", low: float | None = None, choices: str = "") -> Any:
-    """A Config field: its default, one line of help with the unit, and what values are allowed.
-
-    `group` starts a group of variables in --help; `low` is the smallest allowed number; `choices`
-    lists the allowed words, separated by spaces.
-    """
+    """A Config field: default, help with unit, the --help group it starts, least number, allowed words."""
     return field(default=default, metadata={"text": text, "group": group, "low": low, "choices": choices.split()})
 
 
@@ -397,6 +394,8 @@ def validate(cfg: Config) -> None:
         (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
         (not above, f"{above}: codes have 2 to 8 bits"),
         (not above_one, f"{above_one}: at most 1"),
+        (not cfg.qat_enabled or cfg.clip_policy != "sigma" or cfg.matrix_clip_sigmas,
+         "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
         (cfg.late_qat_threshold <= 1, f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold}: a learning-rate scale, at most 1"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
         (not (cfg.eval_only and cfg.export_only), "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"),
@@ -576,6 +575,8 @@ class Runtime:
     def start(cls, cfg: Config, env: Mapping[str, str]) -> Iterator["Runtime"]:
         """Start ranks and log, write the header, and close both whatever happens."""
         ranks = Ranks.start(cfg, env)
+        for path in (cfg.artifact_file, cfg.weights_file):  # a missing folder must not cost a finished run
+            path.parent.mkdir(parents=True, exist_ok=True)
         log = Log(cfg, enabled=ranks.is_main)
         run = cls(cfg, ranks, log, [])
         try:
@@ -608,7 +609,9 @@ def log_header(run: Runtime) -> None:
     log(f"Running Python {sys.version.split()[0]} PyTorch {torch.__version__} command: {' '.join(sys.argv)}")
     device = run.ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    log(f"device:{device.type} ({name}) world_size:{run.ranks.world} seed:{cfg.seed}")
+    log(f"device:{device.type} ({name}) cuda:{torch.version.cuda} cudnn:{torch.backends.cudnn.version()} "
+        f"host:{platform.node()} world_size:{run.ranks.world}")  # fmt: skip
+    log(f"seed:{cfg.seed}")
     log("Hyperparameters:", console=False)
     values = {f.name: vars(cfg)[f.name] for f in Config.variables().values()}
     for key, value in values.items():
@@ -951,10 +954,7 @@ def probe_attention(attend: Attend, cfg: Config, device: torch.device) -> float:
 
 
 def choose_attention(run: Runtime) -> Attend:
-    """The first back end of the chain that computes the right forward and backward pass on every rank.
-
-    Logs which one and why the others were refused. A back end asked for by name is taken or is an error.
-    """
+    """The first back end of the chain that is right on every rank; one asked for by name is taken or is an error."""
     cfg, device = run.cfg, run.ranks.device
     chain = list(ATTENTION) if device.type == "cuda" else ["flash", "math"] if device.type == "cpu" else ["math"]
     names = chain if cfg.attn_backend == "auto" else [cfg.attn_backend]
@@ -1072,10 +1072,7 @@ class BankSpec(NamedTuple):
 
 
 def bank_specs(cfg: Config) -> tuple[BankSpec, ...]:
-    """The one table of matrices: allocation, Muon, Hessians, quantization and artifact names follow it.
-
-    Q, K and V share a bank and so one product: one read of the input instead of three.
-    """
+    """The one table of matrices. Q, K and V share a bank and so one product: one read of the input, not three."""
     dim, hidden, kv = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim
     return (
         BankSpec("qkv", (("attn.c_q", dim), ("attn.c_k", kv), ("attn.c_v", kv)), dim, zero=False),
@@ -1189,7 +1186,7 @@ class GPT(nn.Module):
         self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
         self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.rest_specs})
         torch.random.set_rng_state(generator_state)
-        self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas), persistent=False)
+        self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
         self.to(device)
         self.rotary = {n: rotary_table(n, cfg, device) for n in {cfg.train_seq_len, cfg.eval_len}}
         self.fast_weights, self.fast_nll = compiled(cfg, self.weights), compiled(cfg, self.nll)
@@ -1412,12 +1409,9 @@ class ParallelMuon:
 
 
 def reduce_scatter(ranks: Ranks, full: Tensor) -> tuple[Tensor, Any]:
-    """This rank's slice of the sum over ranks along dimension 0, and a handle to wait for.
-
-    gloo has no reduce-scatter on every supported version: there the whole sum is taken and sliced.
-    """
+    """This rank's slice of the sum over ranks along dimension 0, and a handle to wait for."""
     owned = len(full) // ranks.world
-    if ranks.device.type != "cuda":
+    if ranks.device.type != "cuda":  # gloo has no reduce-scatter on every supported version
         handle = dist.all_reduce(full, async_op=True)
         return full[ranks.rank * owned : (ranks.rank + 1) * owned], handle
     shard = full.new_empty((owned, *full.shape[1:]))
@@ -1469,10 +1463,7 @@ class Optimizers:
         return grads
 
     def clip_factor(self, small: list[Tensor], shards: list[Tensor]) -> Tensor:
-        """Factor that limits the norm of the averaged gradient to GRAD_CLIP_NORM, the same on every rank.
-
-        Sharded gradients count once over all ranks; clipping by each rank's own norm makes replicas drift apart.
-        """
+        """Factor that limits the norm of the averaged gradient to GRAD_CLIP_NORM: one number for all ranks."""
         if not self.cfg.grad_clip_norm:
             return torch.ones((), device=self.ranks.device)
         own = torch.stack(torch._foreach_norm(shards)).float().square().sum()
@@ -1708,10 +1699,7 @@ def warm_up(run: Runtime, trainer: Trainer) -> None:
 
 
 def measure_reserve(run: Runtime, trainer: Trainer) -> float:
-    """Seconds of the training budget to keep for calibration and quantization.
-
-    Unless GPTQ_RESERVE_SECONDS says so, both are timed once here, compiled, and get a quarter on top.
-    """
+    """Seconds of the clock to keep for calibration and GPTQ: as set, or both timed once, and a quarter on top."""
     cfg, model = run.cfg, trainer.model
     if cfg.gptq_reserve_seconds is not None or not cfg.max_wallclock_seconds:
         return cfg.gptq_reserve_seconds or 0.0
@@ -1860,10 +1848,7 @@ def refuse_other_architecture(cfg: Config, saved: Mapping[str, Any], where: str)
 
 
 def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -> dict[str, Tensor]:
-    """Sums of X^T X (cols, cols) over inputs X of every observed matrix, over `batches` per rank and all ranks.
-
-    `first` is the number of the first micro-batch. With looped layers the passes of a layer add up.
-    """
+    """X^T X (cols, cols) summed over the inputs X of every matrix, over `batches` per rank from number `first` on."""
     model, order, totals = trainer.model, phases(run.cfg)["train"].order, {}
     moments = compiled(run.cfg, partial(input_moments, model))
     with torch.no_grad():
@@ -2022,10 +2007,7 @@ FILL = (0.995, 0.9985, 1.0)  # least, aimed-at and greatest part of TARGET_BYTES
 
 
 def fill_sigmas(cfg: Config, jobs: list[QuantJob], kept: Mapping[str, Tensor], ratio: float = 1.0) -> float:
-    """The clip k (in standard deviations) whose rounded codes fill the byte limit, by bisection of their entropy.
-
-    `ratio` is actual over estimated size, from an earlier attempt. The finer the grid, the larger the artifact.
-    """
+    """The clip k whose rounded codes fill the limit, by bisection of their entropy; `ratio`: actual over estimated."""
     limit = FILL[1] * cfg.target_bytes - code_bytes()
 
     def size(sigmas: float) -> float:
@@ -2434,10 +2416,7 @@ def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
 
 
 def evaluate_artifact(run: Runtime, validation: ValidationSet, model: GPT | None) -> None:
-    """Read ARTIFACT_PATH back from disk and score it: plain windows, then the sliding window, which is the score.
-
-    `model` is the trained one, whose compiled graphs are used again; without it one is built from the header.
-    """
+    """Read ARTIFACT_PATH back from disk and score it, last by the sliding window; `model` lends its compiled graphs."""
     cfg = run.cfg
     with run.timed("read artifact", "eval"):
         blob = run.ranks.broadcast_bytes(cfg.artifact_file.read_bytes() if run.ranks.is_main else b"")
