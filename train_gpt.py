@@ -2078,7 +2078,7 @@ def encode_stream(cfg: Config, raw: bytes) -> tuple[str, bytes]:
     return min(options, key=lambda option: len(option[1]))
 
 
-ANS_BITS, ANS_LANES = 15, 4096  # probability resolution; coder states that run side by side in numpy
+ANS_BITS, ANS_LANES = 15, 1024  # probability resolution; coder states that run side by side in numpy
 
 
 def ans_frequencies(counts: np.ndarray) -> np.ndarray:
@@ -2100,8 +2100,8 @@ def ans_steps(sizes: list[int]) -> Iterator[tuple[int, slice]]:
 def ans_encode(symbols: np.ndarray, sizes: list[int]) -> bytes:
     """Entropy-code int8 symbols whose segments of `sizes` each have their own distribution (rANS, arXiv 1311.2540).
 
-    ANS_LANES interleaved coders share one stream of 16-bit words, so that numpy codes 4,096 symbols per call; the
-    price is 16 KB of final states. Layout: table length, zlib tables, states, words.
+    ANS_LANES interleaved coders share one stream of 16-bit words, so that numpy codes 1,024 symbols per call; the
+    price is 4 KB of final states. Layout: table length, zlib tables, states, words.
     """
     bounds = np.cumsum([0, *sizes])
     unsigned = symbols.astype(np.int16) + 128
