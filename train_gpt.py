@@ -166,7 +166,7 @@ class Config:
     late_qat_threshold: float = opt(0.15, "the same once the learning-rate scale is below this (0: never)", low=0)
 
     gptq_enabled: bool = opt(True, "full-Hessian GPTQ, else round to nearest", group="Export")
-    gptq_calibration_batches: int = opt(64, "training micro-batches behind the Hessians, over all ranks", low=1)
+    gptq_calibration_batches: int = opt(64, "batches of min(TRAIN_BATCH_TOKENS, 98304) tokens for Hessians", low=1)
     gptq_reserve_seconds: float | None = opt(None, "clock kept for calibration and GPTQ (empty: measured)", low=0)
     gptq_block_size: int = opt(128, "columns per lazy GPTQ update", low=1)
     gptq_damp: float = opt(0.01, "damping over the mean diagonal of the Hessian", low=0)
@@ -197,6 +197,11 @@ class Config:
     @property
     def hidden_dim(self) -> int:
         return self.mlp_hidden or int(self.mlp_mult * self.model_dim)
+
+    @property
+    def log_name(self) -> str:
+        """Name of the log files: scoring or exporting again must not replace the log of the training run."""
+        return self.run_id + (".eval" if self.eval_only else ".export" if self.export_only else "")
 
     @property
     def eval_len(self) -> int:
@@ -236,9 +241,9 @@ class Config:
         sources = {f.name: "default" for f in cls.variables().values()}
         for source, mapping in given.items():
             check_names(mapping, strict=source == "recipe")
-            for name, (text, spelled) in canonical_names(mapping).items():
+            for name, (value, spelled) in given_values(mapping).items():
                 spec = cls.variables()[name]
-                values[spec.name] = parse_value(spelled, text, spec)
+                values[spec.name] = value
                 sources[spec.name] = source if spelled == name else f"{source} as {spelled}"
         cfg = cls(**values, sources=sources)
         validate(cfg)
@@ -291,8 +296,8 @@ ALIASES: dict[str, tuple[str, float | None]] = {
 
 # Words that only this field's variables contain: a name with one of them is meant for a training script.
 OWN_WORDS = set(
-    "ADAM ASQU BIGRAM CASEOPS COMPRESSOR EMA GPTQ LAWA LOOPS LOOPING LORA LQER MLP MTP MUON NGRAM QAT QK "
-    "ROPE SMEAR SOFTCAP SWA TRIGRAM TTT VE WARMDOWN XSA".split()
+    "ADAM ASQU ATTN BIGRAM CASEOPS COMPRESSOR DTG EMA GATE GATED GPTQ GRAD JEPA LAWA LAYER LAYERS LOOP LOOPS LOOPING "
+    "LORA LQER MLP MOMENTUM MTP MUON NGRAM QAT QK RECUR ROPE SMEAR SOFTCAP SWA TRIGRAM TTT VE WARMDOWN XSA".split()
 )
 # Prefixes of other software: never ours, even where a word of ours follows.
 FOREIGN_PREFIXES = tuple(
@@ -330,20 +335,20 @@ def check_names(mapping: Mapping[str, str], strict: bool) -> None:
         raise UserError(f"{name}={mapping[name]!r}: no such variable; {hint} Unset it if it is not meant for this run.")
 
 
-def canonical_names(mapping: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Known, non-empty variables of a mapping: name -> (text in our unit, spelling that was used)."""
-    found: dict[str, tuple[str, str]] = {}
+def given_values(mapping: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    """Known, non-empty variables of a mapping: name -> (value in our type and unit, spelling that was used)."""
+    found: dict[str, tuple[Any, str]] = {}
     for spelled in sorted(set(mapping) & {*Config.variables(), *ALIASES}, key=lambda s: s in ALIASES):
         name, factor = ALIASES.get(spelled, (spelled, None))
-        text = mapping[spelled].strip()
+        text, spec = mapping[spelled].strip(), Config.variables()[name]
         if not text:
             continue
         if factor:
             number = parse_number(spelled, text, float) * factor
-            text = str(round(number) if Config.variables()[name].type is int else number)
-        if name in found and found[name][0] != text:
-            raise UserError(f"{spelled}={text!r} contradicts {found[name][1]}={found[name][0]!r}; unset one")
-        found.setdefault(name, (text, spelled))
+            text = str(round(number) if spec.type is int else number)
+        value = parse_value(spelled, text, spec)
+        if found.setdefault(name, (value, spelled))[0] != value:
+            raise UserError(f"{spelled}={text} contradicts {found[name][1]}={found[name][0]}; unset one of them")
     return found
 
 
@@ -382,7 +387,7 @@ def validate(cfg: Config) -> None:
     above = {n.upper(): v for n in ("matrix_bits", "embed_bits") if (v := vars(cfg)[n]) > 8}
     fractions = "warmdown_frac min_lr muon_momentum muon_momentum_warmup_start ema_decay beta1 beta2".split()
     above_one = {n.upper(): v for n in fractions if (v := vars(cfg)[n]) > 1}
-    outside = [i for i in cfg.ve_layers if not 0 <= i < cfg.num_layers] if cfg.ve_enabled else []
+    ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(cfg.num_layers))) != []
     rules = [
         (model_dim % heads == 0, f"MODEL_DIM={model_dim} is not divisible by NUM_HEADS={heads}"),
         (heads % kv_heads == 0, f"NUM_HEADS={heads} is not divisible by NUM_KV_HEADS={kv_heads}"),
@@ -390,7 +395,8 @@ def validate(cfg: Config) -> None:
         (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"ROPE_DIMS={cfg.rope_dims}: even, at most {head_dim}"),
         (cfg.hidden_dim > 0, f"MLP_HIDDEN={cfg.mlp_hidden} and MLP_MULT={cfg.mlp_mult} give an MLP of width 0"),
         (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
-        (not outside, f"VE_LAYERS={outside} lie outside NUM_LAYERS={cfg.num_layers}; set VE_LAYERS or VE_ENABLED=0"),
+        (ve_fits or not cfg.ve_enabled,
+         f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
         (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
         (not above, f"{above}: codes have 2 to 8 bits"),
         (not above_one, f"{above_one}: at most 1"),
@@ -402,12 +408,13 @@ def validate(cfg: Config) -> None:
         (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
         (not cfg.export_only or cfg.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH=<file>"),
         (cfg.eval_stride <= cfg.eval_len, f"EVAL_STRIDE={cfg.eval_stride} exceeds the window of {cfg.eval_len} tokens"),
+        (cfg.compressor_level <= CODECS.get(cfg.compressor, ("", "", -1))[2],
+         f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
         (cfg.vocab_size <= 65_536, f"VOCAB_SIZE={cfg.vocab_size}: shards hold 16-bit tokens"),
-    ]
+    ]  # fmt: skip
     for holds, message in rules:
         if not holds:
             raise UserError(message)
-
 
 
 # ----------------------------------------------------------------------------------------------
@@ -511,12 +518,6 @@ class Clock:
         return self.total + (self.now() - self.started if self.started is not None else 0.0)
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        self.stop()
-        yield
-        self.start()
-
-    @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         self.start()
         yield
@@ -539,11 +540,11 @@ class Log:
         if not enabled:
             return
         Path("logs").mkdir(exist_ok=True)
-        names = [f"logs/{cfg.run_id}.txt"]
-        if not (cfg.eval_only or cfg.export_only):  # a later evaluation must not replace a training log
+        names = [f"logs/{cfg.log_name}.txt"]
+        if cfg.log_name == cfg.run_id:
             names += [f"train_seed{cfg.seed}.log"] + ["train.log"] * (cfg.seed == 1337)
         self.files = [open(name, "w", buffering=1, encoding="utf-8") for name in names]
-        self.stream = open(f"logs/{cfg.run_id}.jsonl", "w", buffering=1, encoding="utf-8")
+        self.stream = open(f"logs/{cfg.log_name}.jsonl", "w", buffering=1, encoding="utf-8")
 
     def __call__(self, text: str, console: bool = True) -> None:
         for file in self.files:
@@ -604,8 +605,8 @@ def log_header(run: Runtime) -> None:
     """Source with its sha256, versions, and every hyperparameter with where it came from."""
     cfg, log, source = run.cfg, run.log, Path(__file__).read_bytes()
     if run.ranks.is_main:
-        Path(f"logs/{cfg.run_id}.py").write_bytes(source)  # beside the log: tools that grep it must not hit code
-    log(f"source: sha256:{hashlib.sha256(source).hexdigest()} bytes:{len(source)} copy:logs/{cfg.run_id}.py")
+        Path(f"logs/{cfg.log_name}.py").write_bytes(source)  # beside the log: tools that grep it must not hit code
+    log(f"source: sha256:{hashlib.sha256(source).hexdigest()} bytes:{len(source)} copy:logs/{cfg.log_name}.py")
     log(f"Running Python {sys.version.split()[0]} PyTorch {torch.__version__} command: {' '.join(sys.argv)}")
     device = run.ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -618,8 +619,8 @@ def log_header(run: Runtime) -> None:
         log(f"  {key}: {value} ({cfg.sources[key]})", console=False)
     changed = {k: v for k, v in values.items() if cfg.sources[k] != "default"}
     log("changed: " + " ".join(f"{k.upper()}={v}" for k, v in changed.items()))
-    log.event("config", sha256=hashlib.sha256(source).hexdigest(), torch=torch.__version__, device=name,
-              world_size=run.ranks.world, values=values, sources=dict(cfg.sources))  # fmt: skip
+    facts = {"torch": torch.__version__, "device": name, "world_size": run.ranks.world}
+    log.event("config", sha256=hashlib.sha256(source).hexdigest(), **facts, values=values, sources=dict(cfg.sources))
 
 
 def log_ledger(run: Runtime) -> None:
@@ -627,13 +628,15 @@ def log_ledger(run: Runtime) -> None:
     MAX_WALLCLOCK_SECONDS; everything from opening the artifact to the score within MAX_EVAL_SECONDS."""
     limits = {"train": run.cfg.max_wallclock_seconds, "eval": run.cfg.max_eval_seconds, "untimed": 0.0}
     for budget, limit in limits.items():
-        rows = [(phase, seconds) for name, phase, seconds in run.ledger if name == budget]
-        if not rows:
+        if not run.spent(budget):
             continue
-        over = bool(limit) and run.spent(budget) > limit
-        text = f"{run.spent(budget):.1f}s" + (f" of {limit:.0f}s" if limit else "") + (" OVER BUDGET" if over else "")
-        run.log(f"budget {budget}: {text} ({' '.join(f'{phase}:{seconds:.2f}s' for phase, seconds in rows)})")
-        run.log.event("ledger", budget=budget, limit=limit, seconds=run.spent(budget), phases=dict(rows), over=over)
+        spent, phases_spent = run.spent(budget), {}
+        for _, phase, seconds in (row for row in run.ledger if row[0] == budget):
+            phases_spent[phase] = phases_spent.get(phase, 0.0) + seconds
+        over = 0 < limit < spent
+        text = f"{spent:.1f}s" + (f" of {limit:.0f}s" if limit else "") + (" OVER BUDGET" if over else "")
+        run.log(f"budget {budget}: {text} ({' '.join(f'{phase}:{s:.2f}s' for phase, s in phases_spent.items())})")
+        run.log.event("ledger", budget=budget, limit=limit, seconds=spent, phases=phases_spent, over=over)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -688,8 +691,7 @@ class TokenStream:
             offset = position - (int(self.ends[shard]) - len(self.shards[shard]))
             piece = self.shards[shard][offset : offset + count]
             if int(piece.max()) >= self.vocab_size:
-                raise UserError(f"{self.paths[shard]}: token {int(piece.max())} in a vocabulary of VOCAB_SIZE="
-                                f"{self.vocab_size}; shards and VOCAB_SIZE do not match")  # fmt: skip
+                raise UserError(f"{self.paths[shard]}: token {piece.max()} does not fit VOCAB_SIZE={self.vocab_size}")
             pieces.append(piece)
             count -= len(piece)
             position = (position + len(piece)) % self.total
@@ -725,8 +727,8 @@ class Loader:
 
     `shuffled`: the stream is cut at a random phase into windows of TRAIN_SEQ_LEN and every window comes once per
     epoch in random order. `sequential`: the official order, in which every rank of every micro-step takes the next
-    span of its size plus one token. Both are functions of SEED and the number alone: for any number of ranks, a
-    step covers the same tokens.
+    span of its size plus one token. Both are functions of SEED and the number alone: a step covers the same tokens
+    for any number of ranks (sequential: for equal ranks x micro-steps, as in the official script).
     """
 
     def __init__(self, run: Runtime) -> None:
@@ -735,8 +737,7 @@ class Loader:
         self.stream = TokenStream(cfg, "train")
         self.windows = (self.stream.total - cfg.train_seq_len) // cfg.train_seq_len
         if self.windows < 1:
-            raise UserError(f"{cfg.shard_folder}: {self.stream.total} training tokens are fewer than two sequences of "
-                            f"TRAIN_SEQ_LEN={cfg.train_seq_len}")  # fmt: skip
+            raise UserError(f"{cfg.shard_folder}: {self.stream.total} tokens; lower TRAIN_SEQ_LEN={cfg.train_seq_len}")
         self.orders: dict[int, np.ndarray] = {}  # epoch -> start of each of its windows, in order of use
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self.ahead: dict[int, Future] = {}
@@ -747,8 +748,8 @@ class Loader:
         if epoch not in self.orders:
             rng = np.random.default_rng([self.cfg.seed, epoch])
             phase = int(rng.integers(self.cfg.train_seq_len))
-            self.orders = {**dict(list(self.orders.items())[-1:]),
-                           epoch: phase + self.cfg.train_seq_len * rng.permutation(self.windows)}  # fmt: skip
+            order = phase + self.cfg.train_seq_len * rng.permutation(self.windows)
+            self.orders = {epoch - 1: self.orders.get(epoch - 1, order), epoch: order}  # a batch may span two epochs
         return int(self.orders[epoch][place])
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
@@ -823,8 +824,8 @@ class ByteTable:
             text = self.pieces.decode([t for t in document.tolist() if not self.is_boundary[t]])
             counted, actual = int(self.count(document).sum()), len(text.encode())
             if counted != actual:
-                raise UserError(f"{self.path}: validation document {number} decodes to {actual} bytes but the table "
-                                f"counts {counted}: tokenizer and shards do not belong together")  # fmt: skip
+                where = f"{self.path}: validation document {number}"
+                raise UserError(f"{where} has {actual} bytes decoded, {counted} counted: not the shards' tokenizer")
         return len(whole)
 
 
@@ -848,9 +849,10 @@ def load_validation(run: Runtime) -> ValidationSet:
     stream = TokenStream(cfg, "val")
     tokens = stream.read(0, stream.total)
     documents = int((tokens == table.bos_id).sum())
+    if not documents:
+        raise UserError(f"{cfg.shard_folder}: no BOS (id {table.bos_id}) in the validation set; build the shards again")
     if stream.total <= cfg.eval_len:
-        raise UserError(f"{cfg.shard_folder}: {stream.total} validation tokens do not fill one window of "
-                        f"{cfg.eval_len}; lower EVAL_SEQ_LEN or TRAIN_SEQ_LEN")  # fmt: skip
+        raise UserError(f"{cfg.shard_folder}: {stream.total} validation tokens; lower EVAL_SEQ_LEN={cfg.eval_len}")
     sidecars = sorted(cfg.shard_folder.glob("fineweb_val_bytes_*.bin"))
     if sidecars:
         counts = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int32)
@@ -865,6 +867,7 @@ def load_validation(run: Runtime) -> ValidationSet:
     log(f"val_tokens: {len(tokens)} val_documents: {documents} val_bytes: {int(counts[1:].sum())} by {source}")
     to_device = partial(torch.tensor, dtype=torch.int32, device=run.ranks.device)
     return ValidationSet(to_device(tokens), to_device(counts), table.bos_id)
+
 
 # ----------------------------------------------------------------------------------------------
 # 4. Model
@@ -905,9 +908,7 @@ def flash_attention_4() -> Attend:
         return kernels._flash_attn_fwd(q, k, v, causal=True, return_lse=True)[:2]
 
     @torch.library.custom_op("pgolf::fa4_backward", mutates_args=())
-    def backward(
-        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return kernels._flash_attn_bwd(q, k, v, y, dy.contiguous(), lse, causal=True)[:3]
 
     @forward.register_fake
@@ -973,8 +974,12 @@ def choose_attention(run: Runtime) -> Attend:
             run.log(f"attn_backend:{name} head_dim:{cfg.head_dim} error:{error:.1e} reason:{why}")
             return attend
         refused.append(f"{name}: {reason or 'failed on another rank'}")
-    raise UserError(f"ATTN_BACKEND={cfg.attn_backend}: no usable attention on {device.type} ({'; '.join(refused)}); "
-                    "ATTN_BACKEND=auto takes the best one present")  # fmt: skip
+    raise UserError(f"ATTN_BACKEND={cfg.attn_backend}: not usable here ({'; '.join(refused)}); auto takes the best")
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where float64 arithmetic runs: on the device itself, but for mps, which has none, on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -994,13 +999,9 @@ def linear(x: Tensor, weight: Tensor, name: str, observe: Observer | None) -> Te
 
 
 def rotary_table(length: int, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (length, 1, dims/2) of rotary embedding on the first ROPE_DIMS dimensions.
-
-    Beyond TRAIN_SEQ_LEN the base grows by (length / trained)^(dims / (dims - 2)), the NTK-aware rule, so that the
-    slowest frequency covers the longer window; at TRAIN_SEQ_LEN and below the table is the trained one.
-    """
+    """Cosines and sines (length, 1, dims/2) of rotary embedding on the first ROPE_DIMS dimensions."""
     dims = cfg.rope_dims or cfg.head_dim
-    stretch = max(length / cfg.train_seq_len, 1.0)
+    stretch = max(length / cfg.train_seq_len, 1.0)  # NTK-aware: beyond the trained length the base grows
     base = cfg.rope_base * stretch ** (dims / max(dims - 2, 1))
     frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)[:, None, :]
@@ -1100,7 +1101,8 @@ class RestSpec(NamedTuple):
 def rest_specs(cfg: Config) -> list[RestSpec]:
     """The one table of parameters outside the banks; a feature that is off has no row and so no parameter."""
     dim, layers, heads, vocab = cfg.model_dim, cfg.num_layers, cfg.num_heads, cfg.vocab_size
-    kv, buckets = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size
+    kv, buckets, is_asqu = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size, cfg.mlp_activation == "asqu"
+    skips = max(len(phase.order) // 2 for phase in phases(cfg).values())
     mix = torch.stack([torch.ones(dim), torch.zeros(dim)]).expand(layers, 2, dim)  # all of x, nothing of x0
     rows = [
         (True, RestSpec("tok_emb", (vocab, dim), ("normal", cfg.tied_embed_init_std), "embed", coded=True)),
@@ -1112,7 +1114,7 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
         (cfg.ve_enabled, RestSpec("ve_proj", (kv, cfg.ve_dim), 0.0, "scalar", coded=True)),
         (cfg.ve_enabled, RestSpec("ve_scale", (len(cfg.ve_layers),), 0.1, "scalar")),
         (cfg.smear_gate_enabled, RestSpec("smear_gate", (dim,), 0.0, "scalar")),
-        (layers > 1, RestSpec("skip_weights", (layers // 2, dim), 1.0, "scalar")),
+        (skips, RestSpec("skip_weights", (skips, dim), 1.0, "scalar")),
         (True, RestSpec("resid_mix", (layers, 2, dim), mix, "scalar", per_layer=True)),
         (True, RestSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
         (True, RestSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
@@ -1120,9 +1122,8 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
         (cfg.value_residual, RestSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
-        (cfg.mlp_activation == "asqu",
-         RestSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
-    ]  # fmt: skip
+        (is_asqu, RestSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
+    ]
     return [spec for present, spec in rows if present]
 
 
@@ -1265,9 +1266,9 @@ class GPT(nn.Module):
         p = self.begin(ids, weights, observe)
         x = x0 = self.embed(ids, observe)
         half, skips, first_v = len(order) // 2, [], None
-        skip_weights = self.rest["skip_weights"].to(self.dtype).unbind() if half else ()
+        skip_weights = self.rest["skip_weights"].to(self.dtype).unbind() if "skip_weights" in self.rest else ()
         for position, layer in enumerate(order):
-            if position >= half and skips:
+            if half <= position < half + min(half, len(skip_weights)):
                 x = x + skip_weights[position - half] * skips.pop()
             mix, scale = p.vectors["resid_mix"][layer], self.layers[layer].norm_scale
             x = mix[0] * x + mix[1] * x0
@@ -1562,10 +1563,7 @@ class Grid(NamedTuple):
 
 
 def row_scale(w: Tensor, grid: Grid) -> Tensor:
-    """Scale (..., rows) of w (..., rows, cols), rounded to half precision as it is stored.
-
-    The clip is k x std (SDClip, PR #1394) or the largest entry; policy `search` refines the latter at export.
-    """
+    """Scale (..., rows) of w (..., rows, cols), rounded to half as it is stored; sigma is SDClip (PR #1394)."""
     by_std = grid.policy == "sigma"
     clip = grid.sigmas * w.std(-1, correction=0, keepdim=True) if by_std else w.abs().amax(-1, keepdim=True)
     return (clip / (2 ** (grid.bits - 1) - 1)).clamp_min(2.0**-20).half().to(w.dtype).squeeze(-1)
@@ -1630,6 +1628,7 @@ class Averager:
         snapshots = "swa" if self.cfg.swa_enabled else "lawa"
         return {name for name, taken in {"ema": self.ema, snapshots: self.count}.items() if taken}
 
+
 # ----------------------------------------------------------------------------------------------
 # 8. Training
 # ----------------------------------------------------------------------------------------------
@@ -1646,8 +1645,8 @@ class Trainer:
         self.loader = Loader(run)
         self.optimizers = Optimizers(run.cfg, run.ranks, model)
         shape, cfg = self.loader.shape, run.cfg
-        run.log(f"train_loader:dataset:{cfg.shard_folder.name} train_shards:{len(self.loader.stream.paths)} "
-                f"tokens:{self.loader.stream.total} loader:{cfg.loader}")  # fmt: skip
+        stream = self.loader.stream
+        run.log(f"train_loader:dataset:{cfg.shard_folder.name} train_shards:{len(stream.paths)} tokens:{stream.total}")
         run.log(f"world_size:{run.ranks.world} grad_accum_steps:{shape.accum}")
         run.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")  # fmt: skip
@@ -1703,21 +1702,23 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     cfg, model = run.cfg, trainer.model
     if cfg.gptq_reserve_seconds is not None or not cfg.max_wallclock_seconds:
         return cfg.gptq_reserve_seconds or 0.0
-    hessians, batches = {}, calibration_batches(run)
+    hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
     calibration, rounding = Clock(run.ranks.device), Clock(run.ranks.device)
     if batches:
         collect_hessians(run, trainer, 0, 1)  # compiles
         with calibration.running():
-            hessians = collect_hessians(run, trainer, 0, 1)
+            hessians = collect_hessians(run, trainer, 0, 3)
     with rounding.running():
         quantize_jobs(cfg, quant_jobs(model), hessians, cfg.matrix_clip_sigmas or 6.0)
     passes = 2 if cfg.matrix_clip_sigmas == 0 else 1  # fitting the clip to the size may take a second pass
-    return run.ranks.agree(1.25 * (batches * calibration.total + passes * rounding.total) + 0.5)[0]
+    return run.ranks.agree(1.2 * (batches * calibration.total / 3 + passes * rounding.total) + 0.5)[0]
 
 
-def calibration_batches(run: Runtime) -> int:
-    """Micro-batches that this rank contributes to the Hessians."""
-    return -(-run.cfg.gptq_calibration_batches // run.ranks.world) if run.cfg.gptq_enabled else 0
+def calibration_batches(run: Runtime, shape: BatchShape) -> int:
+    """Micro-batches of this rank behind the Hessians: the tokens of the whole set do not depend on the ranks."""
+    cfg = run.cfg
+    tokens = cfg.gptq_calibration_batches * min(cfg.train_batch_tokens, MICRO_BATCH_TOKENS)
+    return -(-tokens // (run.ranks.world * shape.sequences * cfg.train_seq_len)) if cfg.gptq_enabled else 0
 
 
 class Trained(NamedTuple):
@@ -1736,8 +1737,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
         reserve = measure_reserve(run, trainer)
     budget = cfg.max_wallclock_seconds - reserve if cfg.max_wallclock_seconds else math.inf
     if budget <= 0:
-        raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves nothing after {reserve:.1f}s for "
-                        "calibration and GPTQ; raise it or lower GPTQ_CALIBRATION_BATCHES")  # fmt: skip
+        raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: calibration and GPTQ take {reserve:.1f}")
     run.log(f"gptq:reserving {reserve:.1f}s, effective={min(budget, 1e9) * 1000:.0f}ms")
     averager, active, phase = Averager(cfg, model), set(), "train"
     clock, step, loss = Clock(run.ranks.device), 0, None
@@ -1755,8 +1755,8 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
         active |= {phase, "warmdown" if plan.lr_scale < 1 else phase}
         report_step(run, step, loss, plan, clock)
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            with clock.paused():
-                validate_step(run, model, validation, step, clock.total)
+            validate_step(run, model, validation, step, clock.stop())
+            clock.start()
     run.ledger.append(("train", "steps", clock.stop()))
     finish_log(run, model, validation, step, clock)
     return Trained(step, averager.weights(), active | averager.active())
@@ -1782,11 +1782,10 @@ def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Cl
     run.log(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{1000 * seconds:.0f}ms "
             f"step_avg:{average:.2f}ms lr_scale:{plan.lr_scale:.3f} "
             f"tok/s:{step * cfg.train_batch_tokens / max(seconds, 1e-9):.0f}")  # fmt: skip
-    run.log.event("train", step=step, train_loss=value, train_time_ms=round(1000 * seconds), step_avg_ms=average,
-                  lr_scale=plan.lr_scale)  # fmt: skip
+    facts = {"train_time_ms": round(1000 * seconds), "step_avg_ms": average, "lr_scale": plan.lr_scale}
+    run.log.event("train", step=step, train_loss=value, **facts)
     if not math.isfinite(value):
-        raise UserError(f"step {step}: the training loss is {value}; lower MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR="
-                        f"{cfg.tied_embed_lr}, or try another SEED={cfg.seed}")  # fmt: skip
+        raise UserError(f"step {step}: the training loss is {value}; lower MATRIX_LR={cfg.matrix_lr} or change SEED")
 
 
 def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int, seconds: float) -> None:
@@ -1807,7 +1806,8 @@ def finish_log(run: Runtime, model: GPT, validation: ValidationSet, step: int, c
     if run.ranks.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-    validate_step(run, model, validation, step, clock.total)
+    if not cfg.val_loss_every or step % cfg.val_loss_every:
+        validate_step(run, model, validation, step, clock.total)
 
 
 def save_weights(run: Runtime, states: dict[str, Any], steps: int) -> None:
@@ -1857,7 +1857,7 @@ def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -
             inputs, _ = trainer.loader.fetch(number)
             for name, moment in moments(inputs, weights, order).items():
                 totals[name] = totals[name] + moment if name in totals else moment
-    return {name: run.ranks.sum_(total) for name, total in totals.items()}
+    return {name: run.ranks.sum_(total).to(exact_device(total.device)) for name, total in totals.items()}
 
 
 def input_moments(model: GPT, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> dict[str, Tensor]:
@@ -1894,16 +1894,16 @@ class Coded(NamedTuple):
 
 def quant_jobs(model: GPT, matrix_bits: Mapping[int, int] | None = None) -> list[QuantJob]:
     """All coded tensors of the model in artifact order; `matrix_bits` overrides MATRIX_BITS for single layers."""
-    cfg, jobs = model.cfg, []
+    cfg, jobs, home = model.cfg, [], exact_device(model.clip_sigmas.device)
     for spec in model.specs:
-        bank = model.banks[spec.name].detach()
+        bank = model.banks[spec.name].detach().to(home)
         per_layer = [(matrix_bits or {}).get(layer, cfg.matrix_bits) for layer in range(len(bank))]
         bits = torch.tensor(per_layer, device=bank.device)[:, None, None].expand(-1, spec.rows, 1)
         jobs.append(QuantJob(spec.name, bank, [f"{spec.name}.{i}" for i in range(len(bank))], bits, 0.0))
     head = "tok_emb" if cfg.tie_embeddings else "lm_head"
     for spec in model.rest_specs:
         if spec.coded:
-            tensor = model.rest[spec.name].detach()[None]
+            tensor = model.rest[spec.name].detach()[None].to(home)
             bits = torch.full((1, tensor.shape[1], 1), cfg.embed_bits, device=tensor.device)
             inputs = "head" if spec.name == head else spec.name
             jobs.append(QuantJob(spec.name, tensor, [inputs], bits, cfg.embed_clip_sigmas))
@@ -1935,12 +1935,7 @@ def job_scale(cfg: Config, job: QuantJob, hessians: Mapping[str, Tensor], sigmas
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper-triangular U with U^T U = (H + damping)^-1 for a batch (n, cols, cols), float64.
-
-    The damping is `damp` times the mean diagonal and grows tenfold while the factorization fails.
-    """
-    if not torch.isfinite(hessian).all():
-        raise UserError("a Hessian is not finite: the model's activations overflowed on the calibration data")
+    """Upper U with U^T U = (H + damp x mean diagonal)^-1 (n, cols, cols); damp grows tenfold where that fails."""
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     while True:
@@ -1986,6 +1981,8 @@ def quantize_jobs(cfg: Config, jobs: list[QuantJob], hessians: Mapping[str, Tens
     coded = {}
     for job in jobs:
         scale = job_scale(cfg, job, hessians, sigmas)
+        if broken := [name for name in job.hessians if name in hessians and not hessians[name].isfinite().all()]:
+            raise UserError(f"Hessians of {broken} are not finite: activations overflowed on the calibration data")
         if cfg.gptq_enabled and all(name in hessians for name in job.hessians):
             codes = gptq_quantize(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
         else:
@@ -2174,8 +2171,7 @@ def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], int]:
     if not blob.startswith(MAGIC) or len(blob) < len(MAGIC) + 12:
         raise UserError(f"{path}: not an artifact of this script (it starts with {blob[:6]!r}, not {MAGIC!r})")
     if hashlib.sha256(blob[:-8]).digest()[:8] != blob[-8:]:
-        raise UserError(f"{path}: damaged or truncated ({len(blob)} bytes, checksum differs); export it again from the "
-                        "saved weights: EXPORT_ONLY=1 WEIGHTS_PATH=<file>")  # fmt: skip
+        raise UserError(f"{path}: damaged or truncated ({len(blob)} bytes); export it again with EXPORT_ONLY=1")
     begin = len(MAGIC) + 4
     length = struct.unpack_from("<I", blob, len(MAGIC))[0]
     return json.loads(zlib.decompress(blob[begin : begin + length])), begin + length
@@ -2246,7 +2242,7 @@ class Exporter:
             finest = self.sigmas <= SIGMAS_RANGE[0] * 1.001  # a small model: there is nothing more to spend bytes on
             if share <= FILL[2] and (share >= FILL[0] or finest):
                 return
-            ratio *= share / FILL[1]
+            ratio *= len(self.blob) / (FILL[1] * self.cfg.target_bytes - code_bytes())
 
     def prune(self) -> None:
         """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
@@ -2302,12 +2298,13 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
     model.load(trained.average)
     names = [n for n in ("ema", "swa", "lawa") if n in trained.active]
     run.log(f"{'+'.join(names) or 'raw'}:applying {'+'.join(names).upper() or 'the last'} weights")
-    save_weights(run, {"raw": raw, "average": model.state_dict()}, trained.steps)
-    hessians, batches = {}, calibration_batches(run)
+    if not cfg.export_only:
+        save_weights(run, {"raw": raw, "average": model.state_dict()}, trained.steps)
+    hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
     if batches:
         with run.timed("hessians", "train"):
             hessians = collect_hessians(run, trainer, trained.steps * trainer.loader.shape.accum, batches)
-        seconds, count = run.ledger[-1][2], batches * run.ranks.world
+        seconds, count = run.ledger[-1][2], cfg.gptq_calibration_batches
         run.log(f"GPTQ:collected {len(hessians)} Hessians over {count} batches in {seconds:.1f}s")
     blob = Exporter(run, model, hessians).export()
     if run.ranks.is_main:
@@ -2382,16 +2379,15 @@ def score_windows(run: Runtime, model: GPT, validation: ValidationSet, windows: 
     plan = torch.from_numpy(np.concatenate([windows, filler])).to(device)
     offsets = torch.arange(length + 1, device=device)
     weights, order = model.fast_weights(False), phases(run.cfg)["train"].order
-    on_mps = device.type == "mps"  # no float64 there: batches are summed in fp32 and added up on the CPU
-    exact = torch.float32 if on_mps else torch.float64
-    sums = torch.zeros(3, dtype=torch.float64, device="cpu" if on_mps else device)
+    sums = torch.zeros(3, dtype=torch.float64, device=exact_device(device))
     for chunk in plan.split(batch):
         positions = chunk[:, :1] + offsets
         tokens = validation.tokens[positions].long()
         nll = model.fast_nll(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, order)
         scored = (positions[:, :-1] >= chunk[:, 1:2]) & (positions[:, :-1] < chunk[:, 2:])
         counted = validation.token_bytes[positions[:, 1:]] * scored
-        sums += torch.stack([(nll * scored).sum(dtype=exact), scored.sum().to(exact), counted.sum().to(exact)]).to(sums)
+        parts = [t.to(sums.device).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)]
+        sums += torch.stack(parts)
     return sums
 
 

@@ -12,6 +12,7 @@ import torch
 
 import train_gpt as t
 
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and a busy machine makes it worse
 VOCAB = 512
 TINY = {
     "VOCAB_SIZE": VOCAB, "NUM_LAYERS": 4, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "XSA_LAST_N": 4,
