@@ -749,7 +749,8 @@ class Loader:
             rng = np.random.default_rng([self.cfg.seed, epoch])
             phase = int(rng.integers(self.cfg.train_seq_len))
             order = phase + self.cfg.train_seq_len * rng.permutation(self.windows)
-            self.orders = {epoch - 1: self.orders.get(epoch - 1, order), epoch: order}  # a batch may span two epochs
+            last = {e: o for e, o in self.orders.items() if e == epoch - 1}  # a batch may span two epochs
+            self.orders = {**last, epoch: order}
         return int(self.orders[epoch][place])
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
