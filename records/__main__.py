@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from records import ToolError, plot
+from records import ToolError, check, doctor, leaderboard, new, pack, plot, seeds
 
 
 class Command(NamedTuple):
@@ -21,6 +21,12 @@ class Command(NamedTuple):
 
 # The modules import their heavy libraries when they run, so a row costs nothing to the other commands.
 COMMANDS = (
+    Command("doctor", "look over machine, data and configuration before a paid run", doctor.add_arguments, doctor.run),
+    Command("seeds", "run one configuration with several seeds, and their statistics", seeds.add_arguments, seeds.run),
+    Command("new", "make the submission folder of finished runs", new.add_arguments, new.run),
+    Command("check", "check a submission folder; exit status 1 if a check fails", check.add_arguments, check.run),
+    Command("table", "the leaderboard over all submission folders", leaderboard.add_arguments, leaderboard.run),
+    Command("pack", "make the self-extracting form of a script", pack.add_arguments, pack.run),
     Command("plot", "draw the loss curves of one or more run logs", plot.add_arguments, plot.run),
 )
 

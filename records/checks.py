@@ -1,0 +1,33 @@
+"""What every check of a submission folder says, and the numbers of the competition that several checks use."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class CheckResult(NamedTuple):
+    """The outcome of one check: status is "pass", "fail" (message holds the remedy) or "skip" (message says why)."""
+
+    name: str
+    status: str
+    message: str
+
+
+LIMIT_BYTES = 16_000_000  # decimal: 16 MB, not 16 MiB
+LIMIT_SECONDS = 600.0  # training with calibration, and again evaluation
+TRACKS = ("10min_16mb", "non_record_16mb")
+OFFICIAL_DOCUMENTS = 50_000
+LEAKY_SHARDS = 1499  # train shards of 10M tokens: a preparation script that left most of validation in train
+
+# Validation tokens as published logs print them, whole sequences only -> the data they belong to.
+KNOWN_VAL_TOKENS = {
+    62_021_632: "sp1024", 63_779_840: "sp1024 of March 17", 45_508_608: "sp4096", 45_514_752: "sp4096",
+    40_540_160: "sp8192", 40_538_112: "sp8192", 47_851_520: "sp8192 CaseOps", 151_130_112: "byte260",
+    151_076_864: "raw bytes",
+}  # fmt: skip
+TAIL_TOKENS = 4096  # by so much may a count differ: logs cut the tail to whole sequences
+
+
+def known_data(val_tokens: int) -> str | None:
+    """The official data with so many validation tokens, or None."""
+    return next((name for count, name in KNOWN_VAL_TOKENS.items() if abs(val_tokens - count) <= TAIL_TOKENS), None)

@@ -1,0 +1,276 @@
+"""`python -m records doctor [-- KEY=value ...]`: what would spoil a paid run, found before it is paid for.
+
+Imports train_gpt.py itself and uses its own functions, so that what is tested here is what will run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from records import ToolError
+from records.check import report
+from records.checks import LEAKY_SHARDS, OFFICIAL_DOCUMENTS, CheckResult, known_data
+from records.overlap import overlap
+from records.runs import config_hash
+
+if TYPE_CHECKING:
+    import train_gpt
+
+ROOT = Path(__file__).resolve().parent.parent
+RATES = Path(__file__).with_name("step_rates.json")  # GPU name and configuration hash -> milliseconds per step
+SLOWER = 1.05  # pods differ by up to 8%; from here on it is worth another one
+
+
+def number(version: str) -> tuple[int, ...]:
+    """Leading numbers of a version, for comparison."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def versions() -> Iterator[CheckResult]:
+    """Python, and every package of requirements.txt against its bound."""
+    python = sys.version.split()[0]
+    fine = sys.version_info >= (3, 10)
+    yield CheckResult("python", "pass" if fine else "fail", python + ("" if fine else ": 3.10 or newer is needed"))
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        wanted = re.match(r"([A-Za-z0-9_-]+)(==|>=)([\d.]+)", line)
+        if not wanted:
+            continue
+        name, relation, bound = wanted.groups()
+        try:
+            have = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield CheckResult(f"package {name}", "fail", "not installed: python -m pip install -r requirements.txt")
+            continue
+        holds = number(have) == number(bound) if relation == "==" else number(have) >= number(bound)
+        remedy = "" if holds else f", not {relation}{bound}: python -m pip install -r requirements.txt"
+        yield CheckResult(f"package {name}", "pass" if holds else "fail", have + remedy)
+
+
+def configuration(t: Any, env: Mapping[str, str]) -> tuple[Any, CheckResult]:
+    """(Config or None, result): what the script makes of the environment."""
+    try:
+        cfg = t.Config.from_env(env)
+    except t.UserError as error:
+        return None, CheckResult("configuration", "fail", str(error))
+    changed = {name.upper(): vars(cfg)[name] for name, source in cfg.sources.items() if source != "default"}
+    text = " ".join(f"{name}={value}" for name, value in changed.items())
+    values = {name.lower(): vars(cfg)[name.lower()] for name in t.Config.variables()}
+    return cfg, CheckResult("configuration", "pass", f"hash {config_hash(values)[:12]}; changed: {text or 'nothing'}")
+
+
+def machine(cfg: train_gpt.Config) -> Iterator[CheckResult]:
+    """GPUs and disk space."""
+    import torch
+
+    names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    if names:
+        text = ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in names)
+        yield CheckResult("GPUs", "pass", f"{len(names)}: {text}; CUDA {torch.version.cuda}")
+    else:
+        yield CheckResult("GPUs", "skip", "none visible: only small configurations train on a CPU")
+    free, wanted = shutil.disk_usage(Path.cwd()).free, 2 * 10**9
+    status = "pass" if free > wanted else "fail"
+    yield CheckResult("disk", status, f"{free / 1e9:.1f} GB free here; weights, artifact and compile caches take about "
+                      "2 GB")
+    if cfg.compile and shutil.which("gcc") is None and shutil.which("cc") is None:
+        yield CheckResult("compiler", "fail", "no C compiler, which torch.compile needs: apt-get install gcc")
+
+
+@contextlib.contextmanager
+def runtime(t: Any, cfg: train_gpt.Config) -> Iterator[train_gpt.Runtime]:
+    """A runtime whose logs go to a folder that is removed; paths of the data stay valid."""
+    home = Path.cwd()
+    paths = {"data_path": str(cfg.shard_folder.resolve()), "tokenizer_path": str(cfg.tokenizer_file.resolve())}
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+        os.chdir(place)
+        try:
+            with t.Runtime.start(t.replace(cfg, **paths), {}) as run:
+                yield run
+        finally:
+            os.chdir(home)
+
+
+def attention(t: Any, run: train_gpt.Runtime) -> CheckResult:
+    """Which attention the run would take, and why no better one."""
+    try:
+        t.choose_attention(run)
+    except t.UserError as error:
+        return CheckResult("attention", "fail", str(error))
+    lines = re.findall(r"^attn_backend:(.*)$", Path("logs", f"{run.cfg.run_id}.txt").read_text(), re.MULTILINE)
+    return CheckResult("attention", "pass", lines[-1])
+
+
+def data(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
+    """Shards, documents and bytes, as the run would read them."""
+    cfg = run.cfg
+    try:
+        train, val = t.TokenStream(cfg, "train"), t.TokenStream(cfg, "val")
+        table = t.ByteTable(cfg.tokenizer_file, cfg.vocab_size)
+        tokens = val.read(0, val.total)
+        tested = table.self_test(tokens[:300_000])
+    except t.UserError as error:
+        yield CheckResult("data", "fail", str(error))
+        return
+    shards, documents = len(train.paths), int((tokens == table.bos_id).sum())
+    leaky = shards == LEAKY_SHARDS or (shards > 1 and "fineweb10B" in cfg.shard_folder.name
+                                       and max(map(len, train.shards)) <= 10_000_000)
+    remedy = ": shards of 10M tokens are the mark of data whose train split holds validation; fetch the official ones"
+    yield CheckResult("train shards", "fail" if leaky else "pass", f"{shards}, {train.total} "
+                      f"tokens{remedy if leaky else ''}")
+    official = known_data(val.total)
+    if official and documents != OFFICIAL_DOCUMENTS:
+        yield CheckResult("validation", "fail", f"{documents} documents in {official}, not {OFFICIAL_DOCUMENTS}")
+    else:
+        kind = official or "not the official FineWeb split: scores are not comparable with the leaderboard"
+        yield CheckResult("validation", "pass" if official else "skip", f"{val.total} tokens, {documents} documents; "
+                          f"{kind}")
+    yield CheckResult("byte table", "pass", f"exact on {tested} decoded documents")
+    yield overlap(train, tokens, table.bos_id)
+
+
+def size(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT) -> CheckResult:
+    """Artifact size from parameters and bits: an upper figure, since untrained weights do not compress like trained."""
+    cfg, bits = run.cfg, 0
+    for name, tensor in model.named_parameters():
+        width = cfg.matrix_bits if name.startswith("banks.") else cfg.embed_bits if tensor.dim() > 1 else 16
+        bits += width * tensor.numel()
+    total = bits // 8 + t.code_bytes()
+    text = f"about {total} bytes at full bit width with {t.code_bytes()} of code; entropy coding takes off 10 to 40%"
+    if cfg.clip_policy == "sigma" and cfg.matrix_clip_sigmas == 0:
+        return CheckResult("artifact size", "pass", f"{text}; the clip is chosen to fit {cfg.target_bytes}")
+    status = "pass" if 0.7 * total < cfg.target_bytes else "fail"
+    return CheckResult("artifact size", status, text + ("" if status == "pass" else "; lower MATRIX_BITS or MODEL_DIM"))
+
+
+def step_rate(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT, steps: int) -> float:
+    """Milliseconds per step of the first phase, after three untimed ones."""
+    trainer = t.Trainer(run, model)
+    phase = t.phases(run.cfg)["train"]
+    for step in range(3):
+        trainer.step(step, phase, 1.0, t.momentum_at(run.cfg, 0))
+    t.synchronize(run.ranks.device)
+    start = time.perf_counter()
+    for step in range(3, 3 + steps):
+        trainer.step(step, phase, 1.0, t.momentum_at(run.cfg, 0))
+    t.synchronize(run.ranks.device)
+    return 1000 * (time.perf_counter() - start) / steps
+
+
+def rate_key(t: Any, run: train_gpt.Runtime) -> str:
+    """What a step rate depends on: the GPU, the model, the tokens of one rank's step, and compilation."""
+    device, cfg = run.ranks.device, run.cfg
+    name = "cpu"
+    if device.type == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name(device)
+    what = {**cfg.architecture(), "tokens": cfg.train_batch_tokens, "compile": cfg.compile}
+    return f"{name}, {cfg.train_batch_tokens} tokens a step, model {config_hash(what)[:12]}"
+
+
+def ranks_of(args: argparse.Namespace) -> int:
+    """GPUs of the planned run."""
+    import torch
+
+    return args.ranks or torch.cuda.device_count() or 1
+
+
+def forecast(run: train_gpt.Runtime, rate: float, args: argparse.Namespace, key: str) -> Iterator[CheckResult]:
+    """Steps that the budget allows at the measured rate, and the rate against the stored reference."""
+    limit = run.cfg.max_wallclock_seconds
+    steps = min(run.cfg.iterations, int(1000 * limit / rate)) if limit else run.cfg.iterations
+    budget = f"in {limit:g} s, less what calibration and GPTQ take" if limit else "and no limit of time"
+    yield CheckResult("forecast", "pass", f"{rate:.1f} ms per step of {run.cfg.train_batch_tokens} tokens (one of "
+                      f"{ranks_of(args)} ranks, no communication): {steps} steps {budget}; compilation is not timed")
+    rates = json.loads(RATES.read_text(encoding="utf-8")) if RATES.is_file() else {}
+    reference = rates.get(key)
+    if reference is None:
+        yield CheckResult("step rate", "skip", f"no reference for {key}; --save-rate stores this one")
+    else:
+        slow = rate > SLOWER * reference
+        yield CheckResult("step rate", "fail" if slow else "pass", f"{rate:.1f} ms, the reference is {reference:.1f} ms"
+                          + (": a slow machine; take another one" if slow else ""))
+    if args.save_rate:
+        RATES.write_text(json.dumps({**rates, key: round(rate, 2)}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def measured(t: Any, run: train_gpt.Runtime, args: argparse.Namespace) -> Iterator[CheckResult]:
+    """What needs the model: artifact size, and the step rate where steps were asked for."""
+    steps = args.steps if args.steps is not None else 10 if run.ranks.device.type == "cuda" else 0
+    bos_id = 1
+    with contextlib.suppress(t.UserError):
+        bos_id = t.ByteTable(run.cfg.tokenizer_file, run.cfg.vocab_size).bos_id
+    run = t.replace(run, cfg=t.replace(run.cfg, train_batch_tokens=run.cfg.train_batch_tokens // ranks_of(args)))
+    try:
+        model = t.build_model(run, run.cfg, bos_id)
+        yield size(t, run, model)
+        rate = step_rate(t, run, model, steps) if steps else None
+    except (t.UserError, RuntimeError) as error:  # RuntimeError: out of memory, a compiler that fails
+        yield CheckResult("step rate", "fail", f"the model does not run: {str(error).strip()[:300]}")
+        return
+    if rate is None:
+        yield CheckResult("step rate", "skip", "not measured on this device; --steps N measures it")
+        return
+    yield from forecast(run, rate, args, rate_key(t, run))
+
+
+def examine(args: argparse.Namespace) -> Iterator[CheckResult]:
+    """All checks, in the order in which a failure makes the next ones moot."""
+    yield from versions()
+    sys.path.insert(0, str(ROOT))
+    try:
+        import train_gpt as t
+    except ImportError as error:
+        yield CheckResult("train_gpt.py", "fail", f"cannot be imported: {error}")
+        return
+    cfg, result = configuration(t, {**os.environ, **given(args.settings)})
+    yield result
+    if cfg is None:
+        return
+    yield from machine(cfg)
+    with runtime(t, cfg) as run:
+        yield attention(t, run)
+        yield from data(t, run)
+        yield from measured(t, run, args)
+
+
+def given(settings: list[str]) -> dict[str, str]:
+    """KEY=value words as a mapping."""
+    odd = [word for word in settings if "=" not in word]
+    if odd:
+        raise ToolError(f"{' '.join(odd)}: expected KEY=value pairs after --, as `-- RECIPE=records/recipes/demo.env`")
+    return dict(word.split("=", 1) for word in settings)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `doctor` takes."""
+    parser.add_argument("--steps", type=int, help="training steps to time (default: 10 on a GPU, none elsewhere)")
+    parser.add_argument("--ranks", type=int, help="GPUs of the planned run, of which one is timed on its share "
+                        "(default: those visible)")
+    parser.add_argument("--save-rate", action="store_true", help="store the measured step rate as this GPU's reference")
+    parser.add_argument("settings", nargs="*", metavar="-- KEY=value", help="variables on top of the environment")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one line per check; 1 if any failed."""
+    out = sys.stdout  # kept: while the script's runtime is open, stdout is where its log lines are sent away
+    counts = dict.fromkeys(("pass", "fail", "skip"), 0)
+    for result in examine(args):
+        report(result, out)
+        counts[result.status] += 1
+    failed = counts["fail"]
+    print(f"{counts['pass']} passed, {failed} failed, {counts['skip']} not checkable")
+    return int(failed > 0)

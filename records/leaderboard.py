@@ -1,0 +1,107 @@
+"""`python -m records table`: the leaderboard over all submission folders, for the terminal or as Markdown."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from records.checks import TRACKS
+from records.folder import Folder, claimed_bpb
+
+ROOT = Path(__file__).resolve().parent
+
+
+class Entry(NamedTuple):
+    """One submission as the board shows it."""
+
+    track: str
+    bpb: float
+    sd: float | None
+    seeds: int
+    size: int | None
+    author: str
+    date: str
+    name: str
+    folder: str
+
+    def cells(self, place: int) -> list[str]:
+        """The row's texts."""
+        spread = "" if self.sd is None else f"{self.sd:.4f}"
+        size = "" if self.size is None else f"{self.size:,}"
+        return [str(place), f"{self.bpb:.4f}", spread, str(self.seeds), size, self.author, self.date, self.name]
+
+
+HEADER = ["#", "val_bpb", "sd", "seeds", "bytes", "author", "date", "name"]
+
+
+def entry(path: Path) -> Entry | None:
+    """A folder's entry; None without a submission.json that claims a score."""
+    folder = Folder(path)
+    data: dict[str, Any] = folder.data or {}
+    bpb = claimed_bpb(data)
+    if bpb is None:
+        return None
+    sd, size = data.get("val_bpb_std"), data.get("bytes_total", data.get("artifact_bytes_max"))
+    return Entry(path.parent.name.removeprefix("track_"), bpb, sd if isinstance(sd, float) else None,
+                 len(folder.claimed_seeds) or 1, size if isinstance(size, int) else None, str(data.get("author", "")),
+                 str(data.get("date", ""))[:10], str(data.get("name", data.get("run_name", path.name))), path.name)
+
+
+def entries(root: Path, track: str | None) -> tuple[list[Entry], list[str]]:
+    """(entries, best first; folders without a score), of one track or of all."""
+    folders = sorted(path for path in root.glob(f"track_{track or '*'}/*") if path.is_dir())
+    found = [(path, entry(path)) for path in folders]
+    board = sorted((item for _, item in found if item), key=lambda item: (item.track, item.bpb))
+    return board, [str(path.relative_to(root)) for path, item in found if item is None]
+
+
+def markdown(rows: Sequence[Entry]) -> str:
+    """The board as a Markdown table whose names link to the folders."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+    for place, row in enumerate(rows, 1):
+        cells = row.cells(place)
+        cells[-1] = f"[{row.name}](track_{row.track}/{row.folder}/README.md)"
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def show(title: str, rows: Sequence[Entry]) -> None:
+    """The board in the terminal; plain columns where rich is missing."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        lines = [HEADER, *(row.cells(place) for place, row in enumerate(rows, 1))]
+        print(title, *("\t".join(cells) for cells in lines), sep="\n")
+        return
+    board = Table(title=title, title_justify="left")
+    for column in HEADER:
+        board.add_column(column, justify="right" if column in HEADER[:5] else "left")
+    for place, row in enumerate(rows, 1):
+        board.add_row(*row.cells(place))
+    Console().print(board)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `table` takes."""
+    parser.add_argument("--track", choices=TRACKS, help="only this one (default: all)")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the tracks (default: records/)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a board per track, and name the folders that have no score."""
+    board, without = entries(args.root, args.track)
+    for track in sorted({row.track for row in board}):
+        rows = [row for row in board if row.track == track]
+        if args.markdown:
+            print(f"### {track}\n\n{markdown(rows)}\n")
+        else:
+            show(track, rows)
+    if not board:
+        print(f"no submission with a score below {args.root}; `python -m records new` makes one")
+    for name in without:
+        print(f"without a readable submission.json: {name}")
+    return 0

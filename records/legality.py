@@ -1,0 +1,456 @@
+"""The reviewers' conditions (issue #1017), tested on the CPU with a tiny random model of the submission's own script.
+
+    C1  a score depends on the artifact and the tokens before it, on nothing after
+    C2  the scores are those of one normalised distribution over the whole vocabulary
+    C3  a token is scored before anything changes because of it
+    C4  one pass from left to right, every target scored exactly once
+    and a document's previous-token features show nothing of another document
+
+The script is imported in a process of its own, without a GPU. Its model gets the submission's feature flags, read from
+the logs in the folder, at widths that take seconds; its evaluation is called as the run called it.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from records import ToolError
+from records.checks import CheckResult
+from records.runs import read_run
+from records.script import as_variable, unpacked
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+API = ("Config", "Log", "Ranks", "Runtime", "UserError", "ValidationSet", "build_model", "evaluate", "phases",
+       "plan_windows", "score_windows")
+DRIFT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # a script that grew another shape
+OFFICIAL_TARGETS = 62_021_631  # sp1024 validation tokens as the records log them, less one; where no log says
+TIMEOUT_SECONDS = 300
+BOS, VOCAB, HEAD_DIM, LENGTH, NOISE = 1, 32, 8, 24, 0.3
+TOLERANCE = 1e-5  # nats; a leak in a model this random moves scores by 1e-2 and more
+
+
+class Illegal(Exception):
+    """A condition that does not hold; the text says where and what to mend."""
+
+
+# ---------------------------------------------------------------------------------------
+# A tiny model of the submission
+# ---------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Subject:
+    """The imported script with a tiny random model, something to score, and the run's evaluation paths."""
+
+    script: ModuleType
+    full: Any  # Config of the submission
+    run: Any  # Runtime whose Config is tiny
+    model: Any
+    validation: Any
+    plans: dict[str, np.ndarray]  # name of an evaluation path -> its windows
+    targets: int  # of the submission's validation set
+
+    def nats(self, tokens: Tensor, windows: np.ndarray) -> float:
+        """Sum over the scored targets of `windows`, by the script's own scoring function."""
+        validation = replace(self.validation, tokens=tokens)
+        return float(self.script.score_windows(self.run, self.model, validation, windows)[0])
+
+
+def strides(cfg: Any) -> dict[str, int]:
+    """The evaluations that a configuration asks for: name -> stride."""
+    return {"plain": cfg.eval_len, **({"sliding": cfg.eval_stride} if cfg.eval_stride else {})}
+
+
+def load_script(path: Path) -> ModuleType:
+    """Import a script, packed or not, under a name of its own; its folder is left as it is."""
+    name = "submission_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny_settings(cfg: Any) -> dict[str, Any]:
+    """What shrinks a configuration: widths and lengths; every feature that is on stays on, in proportion."""
+    layers = min(cfg.num_layers, 4)
+    kv_heads = min(cfg.num_kv_heads, 2)
+    heads = kv_heads * (cfg.num_heads // cfg.num_kv_heads)
+    stretch = min(cfg.eval_len / cfg.train_seq_len, 4)
+    window = max(4, round(LENGTH * stretch))
+    rotated = 2 * max(1, round(HEAD_DIM * cfg.rope_dims / cfg.head_dim / 2)) if cfg.rope_dims else 0
+    return {
+        "device": "cpu", "compile": 0, "attn_backend": "auto", "recipe": "", "eval_only": 0, "export_only": 0,
+        "artifact_path": "", "weights_path": "", "run_id": "legality", "vocab_size": VOCAB, "num_layers": layers,
+        "num_heads": heads, "num_kv_heads": kv_heads, "model_dim": heads * HEAD_DIM, "rope_dims": rotated,
+        "mlp_hidden": math.ceil(cfg.mlp_hidden / cfg.model_dim * heads * HEAD_DIM),
+        "xsa_last_n": math.ceil(cfg.xsa_last_n / cfg.num_layers * layers), "ve_dim": HEAD_DIM,
+        "ve_layers": list(range(layers))[-min(len(cfg.ve_layers), layers):] if cfg.ve_layers else [],
+        "bigram_vocab_size": min(cfg.bigram_vocab_size, 32), "bigram_dim": HEAD_DIM, "train_seq_len": LENGTH,
+        "eval_seq_len": window if cfg.eval_seq_len else 0, "val_batch_size": 5 * window,
+        "eval_stride": min(window, max(5, round(window * cfg.eval_stride / cfg.eval_len))) if cfg.eval_stride else 0,
+    }  # fmt: skip
+
+
+def configurations(script: ModuleType, values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(the submission's Config, its tiny likeness) from logged values, which the script's defaults complete."""
+    known = {name.lower() for name in script.Config.variables()}
+    ours = {name: value for name, value in values.items() if name in known and name != "recipe"}
+    environ = {name.upper(): as_variable(value) for name, value in ours.items()}
+    paths = {"ARTIFACT_PATH": "", "WEIGHTS_PATH": "", "EVAL_ONLY": "0", "EXPORT_ONLY": "0"}
+    full = script.Config.from_env({**environ, **paths})
+    shrunk = {name.upper(): as_variable(value) for name, value in tiny_settings(full).items() if name in known}
+    return full, script.Config.from_env({**environ, **shrunk})
+
+
+def build_subject(path: Path, values: Mapping[str, Any], targets: int) -> Subject:
+    """Everything the checks need. The model's parameters are random, so that no path hides behind a zero."""
+    import torch
+
+    script = load_script(path)
+    full, cfg = configurations(script, values)
+    ranks = script.Ranks(0, 1, torch.device("cpu"))
+    run = script.Runtime(cfg, ranks, script.Log(cfg, enabled=False), [])
+    model = script.build_model(run, cfg, BOS)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(NOISE * torch.randn(parameter.shape, generator=generator))
+    count = 4 * cfg.eval_len + cfg.eval_len // 2 + 3  # the last window has a remainder to score
+    tokens = torch.randint(4, VOCAB, (count,), generator=generator, dtype=torch.int32)
+    tokens[[0, 7, 8, cfg.eval_len + 2, 2 * cfg.eval_len + 5, count - 6]] = BOS
+    counts = torch.randint(0, 9, (count,), generator=generator, dtype=torch.int32)
+    validation = script.ValidationSet(tokens, counts, BOS)
+    plans = {name: script.plan_windows(count - 1, cfg.eval_len, stride) for name, stride in strides(cfg).items()}
+    return Subject(script, full, run, model, validation, plans, targets)
+
+
+def other_token(token: int) -> int:
+    """A different token that is not BOS."""
+    return 4 + (token - 4 + 11) % (VOCAB - 4)
+
+
+# ---------------------------------------------------------------------------------------
+# The conditions
+# ---------------------------------------------------------------------------------------
+
+def check_causal(subject: Subject) -> str:
+    """C1: change every token from some position on; the scores of all targets before it keep their value."""
+    tokens, flips = subject.validation.tokens, 0
+    length = subject.run.cfg.eval_len
+    for name, plan in subject.plans.items():
+        for position in (3, 9, length - 1, length + 1, 2 * length + 3, len(tokens) - 2):
+            changed = tokens.clone()
+            changed[position:] = tokens[position:].clone().apply_(other_token)
+            before = plan[plan[:, 1] < position - 1].copy()
+            before[:, 2] = before[:, 2].clip(max=position - 1)  # target i is token i + 1
+            moved = abs(subject.nats(changed, before) - subject.nats(tokens, before))
+            if not moved <= TOLERANCE:
+                raise Illegal(f"{name} evaluation: changing tokens {position}.. moves the scores of the targets before "
+                              f"them by {moved:.2g} nats; something looks ahead (mask, shift, feature of the target)")
+            if subject.nats(changed, plan) == subject.nats(tokens, plan):
+                raise NotImplementedError(f"{name} evaluation: no score depends on tokens {position}..")
+            flips += 1
+    check_inputs(subject)
+    return f"{flips} flips of all later tokens move no earlier score ({', '.join(subject.plans)}; PyTorch attention)"
+
+
+def scoring_batch(subject: Subject) -> tuple[Tensor, Tensor, dict[str, Tensor], tuple[int, ...]]:
+    """What the model's nll takes: inputs and targets (2, window), prepared weights, layer order."""
+    length = subject.run.cfg.eval_len
+    pairs = subject.validation.tokens[: 2 * length + 1].long()
+    order = subject.script.phases(subject.run.cfg)["train"].order
+    return pairs[:-1].view(2, -1), pairs[1:].view(2, -1), subject.model.weights(False), order
+
+
+def check_inputs(subject: Subject) -> None:
+    """The model itself, with the targets held: inputs from some position on do not reach the scores before it.
+
+    Flipping the text cannot show this for the input that is the target's own token, one step ahead.
+    """
+    import torch
+
+    with torch.no_grad():
+        inputs, *rest = scoring_batch(subject)
+        plain = subject.model.nll(inputs, *rest)
+        for position in range(1, inputs.shape[1]):
+            changed = inputs.clone()
+            changed[:, position:] = inputs[:, position:].clone().apply_(other_token)
+            moved = float((subject.model.nll(changed, *rest) - plain)[:, :position].abs().max())
+            if not moved <= TOLERANCE:
+                raise Illegal(f"the model's inputs from position {position} on move scores before it by {moved:.2g} "
+                              "nats: a feature or mask lets a position see its own target or what follows")
+
+
+def check_normalised(subject: Subject) -> str:
+    """C2: score every token of the vocabulary in the place of a target; the probabilities sum to 1."""
+    import torch
+
+    tokens, worst = subject.validation.tokens, 0.0
+    length = subject.run.cfg.eval_len
+    for name, plan in subject.plans.items():
+        for target in (2, length + 4, len(tokens) - 2):
+            start = int(plan[(plan[:, 1] <= target) & (target < plan[:, 2])][0, 0])
+            window, nats = plan[:1] * 0 + [start, target, target + 1], []
+            for candidate in range(VOCAB):
+                changed = tokens.clone()
+                changed[target + 1] = candidate
+                nats.append(subject.nats(changed, window))
+            total = float(torch.tensor(nats, dtype=torch.float64).neg().exp().sum())
+            worst = max(worst, abs(total - 1))
+            if not abs(total - 1) <= 1e-4:
+                raise Illegal(f"{name} evaluation: the probabilities of all {VOCAB} tokens at target {target} sum to "
+                              f"{total:.6g}; the score must come from one distribution fixed before the token is seen")
+    check_logits(subject)
+    return f"probabilities over the vocabulary sum to 1 within {worst:.0e} ({', '.join(subject.plans)}); nll = -log p"
+
+
+def check_logits(subject: Subject) -> None:
+    """The model's nll is -log of the softmax of its own logits."""
+    import torch
+
+    model = subject.model
+    with torch.no_grad():
+        inputs, targets, weights, order = scoring_batch(subject)
+        nll = model.nll(inputs, targets, weights, order)
+        log_p = torch.log_softmax(model.logits(model.hidden(inputs, weights, order), weights).double(), -1)
+    difference = float((nll + log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)).abs().max())
+    if not difference <= 1e-4:
+        raise Illegal(f"nll differs from -log softmax(logits) by {difference:.2g} nats: it is the score of another "
+                      "distribution than the model's")
+
+
+def digests(model: Any) -> dict[str, str]:
+    """Digest of every parameter and buffer, those outside the state_dict included."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest() for name, tensor in tensors}
+
+
+def check_score_first(subject: Subject) -> str:
+    """C3: nothing of the model changes while it is evaluated, and a second evaluation gives the same bits."""
+    flags = {name for name, value in vars(subject.full).items() if value is True}
+    adaptive = sorted(name.upper() for name in flags if re.match(r"(ttt|slot)\w*enabled$", name))
+    for name, stride in strides(subject.run.cfg).items():
+        before, scores = digests(subject.model), []
+        for _ in range(2):
+            scores.append(subject.script.evaluate(subject.run, subject.model, subject.validation, stride).nats)
+        after = digests(subject.model)
+        changed = [tensor for tensor in after if after[tensor] != before.get(tensor)]
+        if changed:
+            raise Illegal(f"{name} evaluation changes {', '.join(changed[:4])}: with weights that move, each token "
+                          "must be scored before any step that depends on it, and be the only score that counts")
+        if scores[0] != scores[1]:
+            raise Illegal(f"{name} evaluation remembers what it scored: a second one gives {scores[1]} nats, not "
+                          f"{scores[0]}")
+    if adaptive:
+        raise NotImplementedError(f"{', '.join(adaptive)} is on: the order of scoring and adapting is not tested")
+    return f"fixed predictor (Track A): evaluation changes no parameter or buffer ({', '.join(subject.plans)})"
+
+
+def plan_fault(plan: np.ndarray, targets: int, length: int) -> str:
+    """What is wrong with a window plan; empty if it is a left-to-right cover of all targets, each once."""
+    starts, firsts, ends = plan.T
+    if firsts[0] != 0:
+        return f"targets 0..{firsts[0] - 1} are not scored"
+    for row in (firsts[1:] != ends[:-1]).nonzero()[0][:1]:
+        kind = "scored twice" if firsts[row + 1] < ends[row] else "skipped"
+        low, high = sorted((int(firsts[row + 1]), int(ends[row])))
+        return f"targets {low}..{high - 1} are {kind}"
+    if ends[-1] != targets:
+        return f"the last scored target is {ends[-1] - 1}, of {targets}"
+    if (starts < 0).any() or (starts > firsts).any() or (ends > starts + length).any() or (firsts >= ends).any():
+        return "a window scores outside itself"
+    return ""
+
+
+def check_plan(script: ModuleType, targets: int, length: int, stride: int) -> None:
+    """One plan of the script; a very long one is shortened by whole strides, which keeps its end."""
+    if targets > 3_000_000 * stride:
+        targets = length + (targets - length) % stride + 1000 * stride
+    if fault := plan_fault(script.plan_windows(targets, length, stride), targets, length):
+        raise Illegal(f"plan_windows({targets}, {length}, {stride}): {fault}; each target counts exactly once")
+
+
+@contextlib.contextmanager
+def recorded_windows(script: ModuleType) -> Iterator[list[np.ndarray]]:
+    """The windows of every call of score_windows while the block runs."""
+    original, seen = script.score_windows, []
+
+    def recorder(run: Any, model: Any, validation: Any, windows: np.ndarray) -> Tensor:
+        seen.append(windows.copy())
+        return original(run, model, validation, windows)
+
+    script.score_windows = recorder
+    try:
+        yield seen
+    finally:
+        script.score_windows = original
+
+
+def check_coverage(subject: Subject) -> str:
+    """C4: the plan of awkward and real lengths, and the windows and sums of the evaluation itself."""
+    import numpy as np
+
+    awkward = [(n, length, stride) for length in (8, 32) for stride in {1, 3, length // 2, length - 1, length}
+               for n in (length, length + 1, 2 * length - 1, 2 * length, 3 * length + stride + 1)]
+    real = [(subject.targets, subject.full.eval_len, stride) for stride in strides(subject.full).values()]
+    for case in [*awkward, *real]:
+        check_plan(subject.script, *case)
+    tokens, counts = subject.validation.tokens, subject.validation.token_bytes
+    for name, stride in strides(subject.run.cfg).items():
+        with recorded_windows(subject.script) as seen:
+            score = subject.script.evaluate(subject.run, subject.model, subject.validation, stride)
+        windows = np.concatenate(seen)
+        if fault := plan_fault(windows, len(tokens) - 1, subject.run.cfg.eval_len):
+            raise Illegal(f"{name} evaluation: {fault}; each target counts exactly once")
+        single = sum(subject.nats(tokens, windows[i : i + 1]) for i in range(len(windows)))
+        want = len(tokens) - 1, int(counts[1:].sum()), single
+        if (score.targets, score.bytes) != want[:2] or not math.isclose(score.nats, single, rel_tol=1e-6):
+            raise Illegal(f"{name} evaluation reports {score.targets} targets, {score.bytes} bytes, {score.nats:.4f} "
+                          f"nats; its windows hold {want[0]}, {want[1]}, {want[2]:.4f}")
+    return (f"{len(awkward)} awkward plans and the run's own over {subject.targets:,} targets; evaluation scores what "
+            "it planned")
+
+
+def check_documents(subject: Subject) -> str:
+    """Flip each token of a few documents: embeddings change from there to its document's end at most."""
+    import torch
+
+    length = subject.run.cfg.eval_len
+    ids = subject.validation.tokens[: length + 8].long()[None, -length:].clone()
+    ids[0, [5, 6, length // 2]] = BOS
+    with torch.no_grad():
+        plain = subject.model.embed(ids, None)[0]
+        for position in (ids[0] != BOS).nonzero().flatten().tolist():
+            changed = ids.clone()
+            changed[0, position] = other_token(int(ids[0, position]))
+            moved = (subject.model.embed(changed, None)[0] != plain).any(-1).nonzero().flatten().tolist()
+            later = [i for i in range(position, length) if ids[0, i] == BOS]
+            outside = [i for i in moved if not position <= i < min([*later, length])]
+            if outside or position not in moved:
+                raise Illegal(f"changing token {position} changes the previous-token features of tokens {outside}, "
+                              f"of another document (BOS at {later[:1]}) or before it; stop them at BOS")
+    return "smear, bigram and embeddings of a token depend on its own document only"
+
+
+# ---------------------------------------------------------------------------------------
+# All of them
+# ---------------------------------------------------------------------------------------
+
+CHECKS: dict[str, Callable[[Subject], str]] = {
+    "C1 causal": check_causal,
+    "C2 normalised": check_normalised,
+    "C3 score before update": check_score_first,
+    "C4 each target once": check_coverage,
+    "document leak": check_documents,
+}
+
+
+def outcome(name: str, check: Callable[[Subject], str], subject: Subject) -> CheckResult:
+    """Run one check. What the script asserts of itself counts as failed, what it no longer has as not checkable."""
+    try:
+        return CheckResult(name, "pass", check(subject))
+    except Illegal as problem:
+        return CheckResult(name, "fail", str(problem))
+    except AssertionError as problem:
+        return CheckResult(name, "fail", f"the script's own assertion fails: {problem}")
+    except NotImplementedError as problem:
+        return CheckResult(name, "skip", str(problem))
+    except DRIFT as problem:
+        return CheckResult(name, "skip", f"not checkable: its functions are not those known here ({problem!r})")
+
+
+def skipped(reason: str) -> list[CheckResult]:
+    """Every condition, not checkable for one reason."""
+    return [CheckResult(name, "skip", reason) for name in CHECKS]
+
+
+def examine(path: Path, values: Mapping[str, Any], targets: int) -> list[CheckResult]:
+    """All conditions in this process: imports the script at `path`."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny kernels: more threads only wait for each other
+    try:
+        subject = build_subject(path, values, targets)
+    except (ImportError, SyntaxError, *DRIFT) as problem:  # UserError is a ValueError
+        return skipped(f"not checkable: no tiny model of this configuration ({type(problem).__name__}: {problem})")
+    else:
+        return [outcome(name, check, subject) for name, check in CHECKS.items()]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def untestable(script: Path) -> str:
+    """Why a script cannot be tested, read off its text: nothing of a foreign script is run. Empty if it can."""
+    try:
+        text = script.read_text(encoding="utf-8")
+        body = ast.parse(unpacked(text) or text).body
+    except (OSError, UnicodeDecodeError, SyntaxError, ValueError) as problem:
+        return f"{script.name} cannot be read ({problem})"
+    missing = sorted(set(API) - {getattr(node, "name", "") for node in body})
+    if not missing:
+        return ""
+    return f"{script.name} is not a script of this trainer (no {', '.join(missing[:4])}...): read it by hand"
+
+
+def logged(folder: Path) -> tuple[dict[str, Any], int]:
+    """(hyperparameters, validation targets) from the first log of ours in the folder that has them."""
+    values, targets = {}, 0
+    for path in [*sorted(folder.glob("*.jsonl")), *sorted(folder.glob("*.log")), *sorted(folder.glob("*.txt"))]:
+        with contextlib.suppress(ToolError):  # a damaged log is the business of another check
+            run = read_run(path)
+            values = values or run.values
+            targets = targets or run.counts.get("val_tokens", 1) - 1
+    return values, targets or OFFICIAL_TARGETS
+
+
+def legality_checks(folder: Path) -> list[CheckResult]:
+    """The conditions for a submission folder, one result each; its train_gpt.py runs in a process of its own."""
+    script = folder / "train_gpt.py"
+    if reason := untestable(script):
+        return skipped(reason)
+    values, targets = logged(folder)
+    job = json.dumps({"path": str(script.resolve()), "values": values, "targets": targets})
+    root = str(Path(__file__).resolve().parent.parent)
+    env = {**os.environ, "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "",
+           "OMP_NUM_THREADS": "1"}  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            done = subprocess.run([sys.executable, "-m", "records.legality"], input=job, cwd=scratch, env=env,
+                                  text=True, capture_output=True, timeout=TIMEOUT_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return skipped(f"not checkable: took more than {TIMEOUT_SECONDS} seconds on this machine")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return skipped(f"not checkable: {script.name} ends the process that imports it ({last[:200]})")
+    return [CheckResult(*row) for row in json.loads(done.stdout.splitlines()[-1])]
+
+
+def main() -> None:
+    """The process behind legality_checks: a job on stdin, its results as the last line of stdout."""
+    job = json.load(sys.stdin)
+    with contextlib.redirect_stdout(sys.stderr):
+        results = examine(Path(job["path"]), job["values"], job["targets"])
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

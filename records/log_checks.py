@@ -1,0 +1,300 @@
+"""Checks of what the logs prove: scores, sizes, times, data, seeds, and that they are the shipped script's."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from records.checks import LEAKY_SHARDS, LIMIT_BYTES, LIMIT_SECONDS, OFFICIAL_DOCUMENTS, CheckResult, known_data
+from records.folder import Folder, claimed_bpb
+from records.freeze import named
+from records.runs import RunLog
+from records.script import differences
+from records.statistics import compare, described, read_baseline, summarize
+
+SEEDS_FOR_A_RECORD = 3
+VISIBLE = ("world_size", "model_params", "train_shards", "val_tokens")  # what even logs without hyperparameters show
+
+
+def tolerance(claimed: float) -> float:
+    """Half of the last digit that a claimed number shows, between four and seven decimals."""
+    digits = len(repr(float(claimed)).partition(".")[2]) if "e" not in repr(float(claimed)) else 7
+    return 0.51 * 10.0 ** -min(max(digits, 4), 7)
+
+
+def scores(folder: Folder) -> Iterator[CheckResult]:
+    """The scores of the logs are those of submission.json, per seed and in the mean."""
+    scored = [run for run in folder.logs if run.score]
+    claimed = claimed_bpb(folder.data) if folder.data else None
+    if claimed is None or not scored:
+        yield CheckResult("score", "skip", "no val_bpb claimed or no score logged")
+        return
+    for run in scored:
+        row = folder.seed_results.get(str(run.seed), {})
+        for key in ("val_bpb", "val_loss"):
+            value, logged = row.get(key), getattr(run.score, key)
+            if isinstance(value, int | float) and abs(value - logged) > tolerance(value):
+                yield CheckResult(f"score of seed {run.seed}", "fail", f"submission.json says {key} {value}, "
+                                  f"{run.path.name} ends with {run.score.name} {logged:.8f}: copy the log's number")
+    for key, value in (("val_bpb", claimed), ("val_loss", folder.data.get("val_loss"))):
+        mean = statistics.fmean(getattr(run.score, key) for run in scored)
+        if not isinstance(value, int | float):
+            continue
+        fine = abs(value - mean) <= tolerance(value)
+        what = f"{key} {value} and the mean of {len(scored)} log(s), {mean:.8f} ({scored[-1].score.name})"
+        remedy = "" if fine else ": they differ; write the mean of the last scored lines"
+        yield CheckResult(f"score {key}", "pass" if fine else "fail", what + remedy)
+
+
+def code_size(folder: Folder, run: RunLog) -> CheckResult:
+    """The code bytes that a log counts are those of the shipped script."""
+    name, counted = f"code bytes {run.path.name}", run.code_bytes
+    if counted is None or folder.script is None:
+        return CheckResult(name, "skip", "the log has no `Code size` line, or there is no script")
+    shipped = folder.script.stat().st_size
+    if counted == shipped:
+        return CheckResult(name, "pass", f"{counted}, the size of {folder.script.name}")
+    raw = run.counts.get("code_bytes_raw")
+    wrapper = " (the log counts a compressed form that is not the shipped file)" if raw == shipped else ""
+    return CheckResult(name, "fail", f"the log counts {counted} bytes, the shipped {folder.script.name} has "
+                       f"{shipped}{wrapper}: ship the file that ran; if it is to be packed, run the packed one")
+
+
+def size(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
+    """Artifact and code are within 16,000,000 bytes, by the log and by the shipped script."""
+    name, total, artifact = f"size {run.path.name}", run.total_bytes, run.artifact_bytes
+    if total is None:
+        yield CheckResult(name, "skip", "the log has no `Total submission size` or `Serialized model` and `Code size` "
+                          "lines")
+        return
+    parts = None if artifact is None or run.code_bytes is None else artifact + run.code_bytes
+    if parts not in (None, total):
+        yield CheckResult(f"sum {run.path.name}", "fail", f"model {artifact} + code {run.code_bytes} is {parts}, but "
+                          f"the log's total is {total}: one of the lines is of another file")
+    worst, what = total, "as logged"
+    if artifact is not None and folder.script is not None and artifact + folder.script.stat().st_size > worst:
+        worst, what = artifact + folder.script.stat().st_size, "with the shipped script"
+    if worst <= LIMIT_BYTES:
+        yield CheckResult(name, "pass", f"{worst} bytes {what}, {LIMIT_BYTES - worst} below the limit")
+        return
+    mebi = "; it would fit 16 MiB, but MB is decimal here" if worst <= 16 * 2**20 else ""
+    yield CheckResult(name, "fail", f"{worst} bytes {what}, {worst - LIMIT_BYTES} over {LIMIT_BYTES}{mebi}: pack the "
+                      "script, lower MATRIX_BITS, or let the run fit the clip (MATRIX_CLIP_SIGMAS=0)")
+
+
+def claimed_sizes(folder: Folder) -> Iterator[CheckResult]:
+    """bytes_total and bytes_code of submission.json against the logs and the file."""
+    data, totals = folder.data or {}, [run.total_bytes for run in folder.logs if run.total_bytes]
+    claimed, code = data.get("bytes_total"), data.get("bytes_code")
+    if isinstance(claimed, int) and totals:
+        fine = claimed in (totals if len(totals) == 1 else [max(totals)])
+        remedy = "" if fine else ": write the largest total of the logs"
+        yield CheckResult("bytes_total", "pass" if fine else "fail", f"claimed {claimed}, logged {max(totals)}{remedy}")
+    if isinstance(claimed, int) and claimed > LIMIT_BYTES:
+        yield CheckResult("bytes_total limit", "fail", f"{claimed} claimed: over {LIMIT_BYTES} decimal bytes")
+    if isinstance(code, int) and folder.script:
+        shipped = folder.script.stat().st_size
+        remedy = "" if code == shipped else f": {folder.script.name} on disk has {shipped}; count the file that ships"
+        yield CheckResult("bytes_code", "pass" if not remedy else "fail", f"claimed {code}{remedy}")
+
+
+def provenance(folder: Folder, run: RunLog) -> CheckResult:
+    """The log was written by the shipped script: by sha256, by the source in the log, or by its length."""
+    name = f"provenance {run.path.name}"
+    if folder.script is None:
+        return CheckResult(name, "skip", "no script to compare with")
+    raw = folder.script.read_bytes()
+    if logged := run.facts.get("sha256"):
+        shipped = hashlib.sha256(raw).hexdigest()
+        if logged == shipped:
+            return CheckResult(name, "pass", f"sha256 {logged[:16]} is the shipped script's")
+        return CheckResult(name, "fail", f"the log is of sha256 {logged[:16]}, the shipped {folder.script.name} is "
+                           f"{shipped[:16]}: ship logs/<RUN_ID>.py of the run, or run this file again")
+    if run.source_text:
+        same = run.source_text.strip() == (folder.source or "").strip()
+        return CheckResult(name, "pass" if same else "fail", "the source at the log's head is the shipped "
+                           "script" if same else
+                           "the source at the log's head is not the shipped script: ship the file that ran")
+    return CheckResult(name, "skip", "the log has neither a sha256 nor the source; only sizes can be compared")
+
+
+def times(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
+    """Training with calibration within 600 s, evaluation within another 600 s; no limits off the record track."""
+    trained, evaluated = run.train_seconds, run.eval_seconds
+    if not folder.is_record_track:
+        yield CheckResult(f"time {run.path.name}", "skip", "no limit on this track; trained "
+                          f"{trained or float('nan'):.1f} s, evaluated {evaluated or float('nan'):.1f} s")
+        return
+    name = f"train time {run.path.name}"
+    if trained is None:
+        yield CheckResult(name, "skip", "the log has no time of training")
+    else:
+        # scripts that stop at the first step after the limit run over by less than one step
+        allowed = LIMIT_SECONDS + (0.0 if "budget_train" in run.times else run.step_avg or 0.0)
+        hessians = run.times.get("hessians", 0.0)
+        parts = f" ({hessians:.1f} s of them calibration, which reads training data)" if hessians else ""
+        remedy = "" if trained <= allowed else ": stop earlier, reserve time for calibration (GPTQ_RESERVE_SECONDS)"
+        yield CheckResult(name, "fail" if remedy else "pass", f"{trained:.1f} s of {LIMIT_SECONDS:.0f} "
+                          f"s{parts}{remedy}")
+    name = f"eval time {run.path.name}"
+    if evaluated is None:
+        yield CheckResult(name, "skip", "the log has no time of evaluation")
+        return
+    off = f"; {run.off_the_clock:.0f} s of loading and compiling are not in it" if run.off_the_clock else ""
+    over = evaluated > LIMIT_SECONDS
+    remedy = ": raise EVAL_STRIDE or adapt on fewer tokens" if over else ""
+    yield CheckResult(name, "fail" if over else "pass", f"{evaluated:.1f} s of {LIMIT_SECONDS:.0f} s{off}{remedy}")
+
+
+def data(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
+    """Fingerprints of the data: validation tokens and documents, train shards."""
+    name, counts, dataset = f"data {run.path.name}", run.counts, run.facts.get("dataset", "")
+    shards, tokens = counts.get("train_shards"), counts.get("val_tokens")
+    if shards is not None:
+        small = counts.get("train_tokens", 0) / max(shards, 1) <= 10_000_000 and shards > 1000
+        if shards == LEAKY_SHARDS or small:
+            yield CheckResult(f"train shards {run.path.name}", "fail", f"train_shards {shards}: shards of 10M tokens "
+                              "come from a preparation script that left most of validation in train; fetch the "
+                              "official shards and run again")
+        else:
+            yield CheckResult(f"train shards {run.path.name}", "pass", f"{shards}")
+    if tokens is None:
+        yield CheckResult(name, "skip", "the log does not say how many validation tokens there were")
+        return
+    official = known_data(tokens)
+    if official is None and re.search(r"fineweb10B|sp8192", dataset):
+        yield CheckResult(name, "fail", f"{tokens} validation tokens are those of no official set, but the data is "
+                          f"called {dataset}: fetch fineweb_val_* again; the whole split must be scored")
+        return
+    if official is None:
+        yield CheckResult(name, "skip", f"{tokens} validation tokens of {dataset or 'a corpus without name'}, not the "
+                          "official FineWeb split: not comparable with the leaderboard")
+        return
+    documents = counts.get("val_documents")
+    if documents not in (None, OFFICIAL_DOCUMENTS):
+        yield CheckResult(name, "fail", f"{documents} validation documents, the official split has "
+                          f"{OFFICIAL_DOCUMENTS}")
+    else:
+        counted = f", {documents} documents" if documents else ""
+        yield CheckResult(name, "pass", f"{tokens} validation tokens: {official}{counted}")
+
+
+def tokenizer(folder: Folder) -> Iterator[CheckResult]:
+    """Data other than the official sets needs its tokenizer in the folder."""
+    counts = [run.counts["val_tokens"] for run in folder.logs if "val_tokens" in run.counts]
+    if not counts:
+        return
+    shipped = ", ".join(path.name for path in folder.path.glob("*.model"))
+    if known_data(counts[0]) or shipped:
+        yield CheckResult("tokenizer", "pass", shipped or f"the official one of {known_data(counts[0])}")
+    else:
+        yield CheckResult("tokenizer", "fail", "the data is not official and no *.model is in the folder: put the "
+                          "tokenizer there, and say in README how the shards are made")
+
+
+def true_names(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
+    """Score lines are called what they are, and no name stands for two numbers."""
+    name, kinds = f"log keys {run.path.name}", {kind for kind, _ in run.sizes}
+    bits = run.values.get("matrix_bits")
+    int6 = any(re.match(r"int[4-7]\b|int[4-7]\+", kind) for kind in kinds) or (isinstance(bits, int) and bits < 8)
+    lies = sorted({score.name for score in run.scores if "int8" in score.name and int6
+                   and not any("int8" in kind for kind in kinds)})
+    doubles = sorted({score.name for score in run.scores for other in run.scores
+                      if score.name == other.name and abs(score.val_bpb - other.val_bpb) > 5.1e-5})
+    if lies:
+        yield CheckResult(name, "fail", f"{', '.join(lies)} for a model of "
+                          f"{', '.join(sorted(kinds)) or f'{bits} bits'}: the key names another format; print it under "
+                          "its own")
+    if doubles:
+        yield CheckResult(name, "fail", f"{', '.join(doubles)} stands for two different scores: one key, one meaning")
+    inactive = run.facts.get("inactive", "none")
+    if inactive != "none":
+        yield CheckResult(f"features {run.path.name}", "fail", f"configured but never active: {inactive}; switch it "
+                          "off or change its schedule, so that the record says what it is")
+    if not lies and not doubles:
+        yield CheckResult(name, "pass", ", ".join(dict.fromkeys(score.name for score in run.scores)) or "no scores")
+
+
+def seeds(folder: Folder) -> Iterator[CheckResult]:
+    """Distinct seeds of one configuration and one script; every claimed seed has its log."""
+    found = [run.seed for run in folder.logs]
+    known = [seed for seed in found if seed is not None]
+    missing = sorted(set(folder.claimed_seeds) - set(known)) if known else []
+    double = sorted({seed for seed in known if known.count(seed) > 1})
+    if missing and len(folder.logs) < len(folder.claimed_seeds):
+        yield CheckResult("seeds", "fail", f"submission.json names seed(s) {missing} without a log: add "
+                          "train_seed<SEED>.log")
+    elif double:
+        yield CheckResult("seeds", "fail", f"seed(s) {double} logged twice: every log must be of another seed")
+    elif len(found) < SEEDS_FOR_A_RECORD and folder.is_record_track:
+        yield CheckResult("seeds", "skip", f"{len(found)} seed(s) {known}: a claim of significance needs "
+                          f"{SEEDS_FOR_A_RECORD} (python -m records seeds)")
+    elif found:
+        yield CheckResult("seeds", "pass", f"{len(found)}: {known}")
+    if len(folder.logs) > 1:
+        yield one_configuration(folder.logs)
+
+
+def one_configuration(logs: list[RunLog]) -> CheckResult:
+    """All logs have the same hyperparameters (or the same visible sizes where none are logged) and the same script."""
+    name, first = "one configuration", logs[0]
+    hashes = {run.facts["sha256"] for run in logs if "sha256" in run.facts}
+    if len(hashes) > 1:
+        return CheckResult(name, "fail", f"the logs are of {len(hashes)} different scripts: run all seeds with the "
+                           "shipped one")
+    for other in logs[1:]:
+        changed = differences(strip(first), strip(other)) if first.values and other.values else {}
+        pairs = {key: (first.counts.get(key), other.counts.get(key)) for key in VISIBLE}
+        changed |= {key: pair for key, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
+        if changed:
+            return CheckResult(name, "fail", f"{first.path.name} and {other.path.name} differ in {named(changed)}: a "
+                               "mean needs seeds of one configuration; run the odd one again")
+    basis = "hyperparameters" if first.values else "model size, ranks and data (the logs have no hyperparameters)"
+    return CheckResult(name, "pass", f"{len(logs)} logs agree in {basis}")
+
+
+def strip(run: RunLog) -> dict[str, object]:
+    """Hyperparameters without what other scripts log of a run's identity."""
+    names = ("run_id", "logfile", "rank", "local_rank", "is_main_process", "model_path", "quantized_model_path",
+             "artifact_dir", "datasets_dir", "train_files", "val_files", "train_log_every")  # fmt: skip
+    return {key: value for key, value in run.values.items() if key not in names}
+
+
+def significance(folder: Folder, baseline: Path | None) -> Iterator[CheckResult]:
+    """Spread over seeds, and the test against a baseline where one is given."""
+    scored = [run.score for run in folder.logs if run.score]
+    if not scored:
+        return
+    bpbs, losses = [score.val_bpb for score in scored], [score.val_loss for score in scored]
+    summary = summarize(bpbs)
+    claimed = (folder.data or {}).get("val_bpb_std")
+    if isinstance(claimed, int | float) and summary.sd is not None:
+        population = statistics.pstdev(bpbs)
+        fine = min(abs(claimed - summary.sd), abs(claimed - population)) <= max(tolerance(claimed), 6e-5)
+        yield CheckResult("val_bpb_std", "pass" if fine else "fail", f"claimed {claimed}, from the logs "
+                          f"{summary.sd:.8f}"
+                          + ("" if fine else ": write the standard deviation of the logs' scores"))
+    if baseline is None:
+        yield CheckResult("significance", "skip", f"val_bpb {described(summary)}; no --baseline to test against")
+        return
+    tests = [test for test in compare(losses, bpbs, read_baseline(baseline)) if test.margin]
+    passes = any(test.passes for test in tests)
+    remedy = "" if passes else "; more seeds narrow the error, a smaller gain is no record"
+    yield CheckResult("significance", "pass" if passes else "fail", "; ".join(test.line() for test in tests) + remedy)
+
+
+def check_logs(folder: Folder, baseline: Path | None) -> Iterator[CheckResult]:
+    """All checks of this module."""
+    yield from scores(folder)
+    for run in folder.logs:
+        yield provenance(folder, run)
+        yield code_size(folder, run)
+        for part in (size, times, data, true_names):
+            yield from part(folder, run)
+    yield from tokenizer(folder)
+    yield from claimed_sizes(folder)
+    yield from seeds(folder)
+    yield from significance(folder, baseline)

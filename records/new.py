@@ -1,0 +1,299 @@
+"""`python -m records new NAME --runs logs/A_seed42 ...`: the submission folder of finished runs.
+
+Everything in it is read from the runs: the script is the file that ran (its sha256 is in every log), the numbers of
+submission.json and README.md come from the logs, and the command is the one that repeats a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from records import ToolError, pack, plot, readme
+from records.checks import TRACKS, known_data
+from records.freeze import named
+from records.runs import RunLog, read_jsonl, read_text, run_files
+from records.script import PATHS, Resolved, as_variable, differences, resolve, unpacked
+from records.seeds import seed_row
+from records.statistics import Baseline, compare, read_baseline, summarize
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one finished run and what they say."""
+
+    run: RunLog
+    text: RunLog
+    script: Path
+
+    @property
+    def seed(self) -> int:
+        return int(self.run.values["seed"])
+
+
+def read_source(path: Path) -> Source:
+    """A finished run with the exact script that ran; ToolError says what is missing."""
+    stream, text, script = run_files(path)
+    run = read_jsonl(stream)
+    if not (run.finished and run.score and run.artifact_bytes):
+        raise ToolError(f"{stream}: the run did not come to its end (no score, size or ledger); run the seed again: "
+                        "`python -m records seeds` continues a series")
+    sha256 = hashlib.sha256(script.read_bytes()).hexdigest()
+    if sha256 != run.facts["sha256"]:
+        raise ToolError(f"{script}: sha256 {sha256[:12]} is not the {run.facts['sha256'][:12]} of its log: the copy "
+                        "was changed after the run. Restore the file that ran, or run it again")
+    return Source(run, read_text(text), script)
+
+
+def read_sources(paths: Sequence[Path]) -> list[Source]:
+    """All runs, which must be different seeds of one script and one configuration."""
+    sources = [read_source(path) for path in paths]
+    first = sources[0]
+    for other in sources[1:]:
+        if changed := differences(first.run.values, other.run.values):
+            raise ToolError(f"mixed configurations: {first.run.path} and {other.run.path} differ in {named(changed)}; "
+                            "a submission is one configuration: leave one out, or run it again")
+        if other.run.facts["sha256"] != first.run.facts["sha256"]:
+            raise ToolError(f"mixed scripts: {first.script} and {other.script} are different files; run all seeds with "
+                            "one script: `python -m records seeds`")
+    seeds = [source.seed for source in sources]
+    if len(set(seeds)) < len(seeds):
+        raise ToolError(f"--runs hold the seeds {seeds}: one seed twice is one seed")
+    return sources
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is written: where, from which runs, and what is claimed."""
+
+    folder: Path
+    args: argparse.Namespace
+    sources: list[Source]
+    resolved: Resolved  # the script's own defaults
+    changed: dict[str, tuple[Any, Any]]  # hyperparameters that the defaults do not hold
+    baseline: Baseline | None
+
+    @property
+    def runs(self) -> list[RunLog]:
+        return [source.run for source in self.sources]
+
+    @property
+    def first(self) -> Source:
+        return self.sources[0]
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer that goes into the folder."""
+        return self.args.tokenizer or tokenizer_to_ship(self.first)
+
+    def command(self) -> str:
+        """The command that repeats a seed: paths, SEED, and what the script's defaults do not hold (else nothing)."""
+        values, world = self.first.run.values, self.first.run.counts["world_size"]
+        places = {"DATA_PATH": "path/to/shards", "TOKENIZER_PATH": "path/to/tokenizer.model"}
+        if shipped := self.tokenizer:
+            places["TOKENIZER_PATH"] = shipped.name
+        if not any(self.first.run.sources.get(name) != "default" for name in PATHS) and not shipped:
+            places = {}
+        settings = {name: as_variable(ours) for name, (_, ours) in self.changed.items()}
+        words = [f"{name}={value}" for name, value in {**places, **settings, "SEED": values["seed"]}.items()]
+        start = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
+        return " ".join([*words, start, "train_gpt.py"])
+
+
+def tokenizer_path(source: Source) -> Path:
+    """The tokenizer that a run read."""
+    values = source.run.values
+    default = Path(values["data_dir"], "tokenizers", f"fineweb_{values['vocab_size']}_bpe.model")
+    return Path(values["tokenizer_path"]) if values["tokenizer_path"] else default
+
+
+def tokenizer_to_ship(source: Source) -> Path | None:
+    """The run's tokenizer unless it is an official one, by its name and the official validation tokens."""
+    path, tokens = tokenizer_path(source), source.text.counts.get("val_tokens", 0)
+    official = re.fullmatch(r"fineweb_(\d+)_bpe\.model", path.name)
+    label = known_data(tokens) or ""
+    return None if official and label.startswith(f"sp{official[1]}") else path
+
+
+def requirements(source: Source) -> str:
+    """The repository's requirements, with torch pinned to the version of the log."""
+    version = source.run.facts["torch"].split("+")[0]
+    lines = (ROOT.parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [f"torch=={version}" if re.match(r"torch\b", line) else line for line in lines if not line.startswith("#")]
+    header = f"# the runs used Python {source.text.facts.get('python', '3')}, torch {source.run.facts['torch']}"
+    return "\n".join([header, *wanted]) + "\n"
+
+
+def mean_of(rows: Sequence[dict[str, Any]], key: str, digits: int = 2) -> float | None:
+    """Mean of one column over the seeds that have it."""
+    values = [row[key] for row in rows if key in row]
+    mean = round(statistics.fmean(values), digits) if values else None
+    return int(mean) if mean is not None and mean.is_integer() and key == "steps" else mean
+
+
+def describe(submission: Submission) -> dict[str, Any]:
+    """submission.json: the newest published form and the keys that older validators ask for."""
+    args, runs, first = submission.args, submission.runs, submission.first
+    rows = {str(run.seed): seed_row(run) for run in runs}
+    loss, bpb = summarize([run.score.val_loss for run in runs]), summarize([run.score.val_bpb for run in runs])
+    rounded = {"val_loss": loss.mean, "val_bpb": bpb.mean, "val_loss_std": loss.sd, "val_bpb_std": bpb.sd}
+    artifacts, every = [run.artifact_bytes for run in runs], list(rows.values())
+    torch = first.run.facts["torch"]
+    data = {
+        "author": args.author, "github_id": args.github_id, "name": args.name, "blurb": args.blurb, "date": args.date,
+        "track": args.track, **{key: None if value is None else round(value, 8) for key, value in rounded.items()},
+        "score": first.run.score.name, "seeds": [run.seed for run in runs], "seed_results": rows,
+        **against(submission),
+        "artifact_bytes_mean": round(statistics.fmean(artifacts)), "artifact_bytes_max": max(artifacts),
+        "bytes_total": max(run.total_bytes for run in runs), "bytes_code": first.run.code_bytes,
+        "train_steps_mean": mean_of(every, "steps"), "step_avg_ms_mean": mean_of(every, "step_avg_ms"),
+        "train_time_s_mean": mean_of(every, "train_time_s"), "eval_time_s_mean": mean_of(every, "eval_time_s"),
+        "hardware": hardware(first.run), "pytorch_version": torch,
+        "cuda_version": cuda_version(torch), "attention_backend": first.text.facts.get("attention"),
+        "train_shards": first.text.counts.get("train_shards"), "val_tokens": first.text.counts.get("val_tokens"),
+        "model_params": first.text.counts.get("model_params"), "script_sha256": first.run.facts["sha256"],
+        "config_sha256": first.run.config_hash, "compliance": compliance(submission),
+    }  # fmt: skip
+    return {key: value for key, value in data.items() if value is not None and value != ""}
+
+
+def hardware(run: RunLog) -> str:
+    """1x NVIDIA H100 80GB HBM3, or the CPU with its threads."""
+    device, world = run.facts["device"], run.counts["world_size"]
+    return f"{world}x CPU ({device})" if device.endswith("threads") else f"{world}x {device}"
+
+
+def cuda_version(torch: str) -> str | None:
+    """12.8 of 2.11.0+cu128; None for other builds."""
+    found = re.search(r"\+cu(\d+)(\d)$", torch)
+    return f"{found[1]}.{found[2]}" if found else None
+
+
+def against(submission: Submission) -> dict[str, Any]:
+    """What is claimed against the parent record, with the tests behind it."""
+    baseline, runs = submission.baseline, submission.runs
+    if baseline is None:
+        return {}
+    losses, bpbs = [run.score.val_loss for run in runs], [run.score.val_bpb for run in runs]
+    tests = compare(losses, bpbs, baseline)
+    theirs = statistics.fmean(baseline.val_bpb)
+    nats = [test.difference for test in tests if test.unit == "token"]
+    return {
+        "based_on": baseline.name, "comparison_baseline_bpb": round(theirs, 8),
+        "delta_vs_leaderboard_bpb": round(statistics.fmean(bpbs) - theirs, 8),
+        "delta_vs_leaderboard_nats": round(nats[0], 8) if nats else None,
+        "tests": [{**test._asdict(), "passes": test.passes} for test in tests],
+    }
+
+
+def compliance(submission: Submission) -> dict[str, bool]:
+    """What the logs prove of the rules."""
+    runs, values = submission.runs, submission.first.run.values
+    return {
+        "train_under_600s": all(run.train_seconds <= 600 for run in runs),
+        "eval_under_600s": all(run.eval_seconds <= 600 for run in runs),
+        "artifact_under_16mb": all(run.total_bytes <= 16_000_000 for run in runs),
+        "three_seeds": len(runs) >= 3, "one_configuration": True, "every_default_baked_in": not submission.changed,
+        "no_ngram_cache": not any("ngram" in name and value for name, value in values.items()),
+        "no_pre_quant_ttt": not any("ttt" in name and value for name, value in values.items()), "no_slot": True,
+    }
+
+
+def prepare(args: argparse.Namespace) -> Submission:
+    """Read and check everything before a file is written."""
+    sources = read_sources(args.runs)
+    resolved = resolve(sources[0].script, {})
+    changed = differences(resolved.values, sources[0].run.values)
+    if changed and not args.with_variables:
+        raise ToolError(f"the script's defaults are not the run's configuration: {named(changed)}. Run the seeds "
+                        "through `python -m records seeds`, which bakes them in, or pass --with-variables to set them "
+                        "in the command")
+    shipped = args.tokenizer or tokenizer_to_ship(sources[0])
+    if shipped and not shipped.is_file():
+        raise ToolError(f"{shipped}: no such tokenizer here (the path is from where the run was started); name "
+                        "it by --tokenizer: one that is not official belongs into the folder")
+    folder = args.root / f"track_{args.track}" / f"{args.date}_{re.sub(r'[^A-Za-z0-9_.+-]+', '', args.name)}"
+    if folder.exists():
+        raise ToolError(f"{folder}: exists already; a landed record is not edited. Choose another NAME or remove it")
+    baseline = read_baseline(args.parent) if args.parent else None
+    return Submission(folder, args, sources, resolved, changed, baseline)
+
+
+def write(submission: Submission) -> None:
+    """Fill the folder."""
+    folder, first = submission.folder, submission.first
+    folder.mkdir(parents=True)
+    shutil.copyfile(first.script, folder / "train_gpt.py")
+    if (human := readable(first)) is not None:
+        (folder / "train_gpt_human.py").write_text(human, encoding="utf-8")
+    for source in submission.sources:
+        shutil.copyfile(source.text.path, folder / f"train_seed{source.seed}.log")
+    (folder / "requirements.txt").write_text(requirements(first), encoding="utf-8")
+    if shipped := submission.tokenizer:
+        shutil.copyfile(shipped, folder / shipped.name)
+    data = describe(submission)
+    (folder / "submission.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    picture = draw(submission)
+    page = readme.render(submission, data, picture)
+    (folder / "README.md").write_text(page, encoding="utf-8")
+
+
+def readable(source: Source) -> str | None:
+    """The program in a packed script: the commented file it was made of if that is still there, else what it holds."""
+    ran = source.script.read_text(encoding="utf-8")
+    if (inner := unpacked(ran)) is None:
+        return None
+    original = source.run.path.with_name(source.run.path.stem.rsplit("_seed", 1)[0]) / "train_gpt_human.py"
+    if original.is_file() and pack.pack(text := original.read_text(encoding="utf-8")) == ran:
+        return text
+    return inner
+
+
+def draw(submission: Submission) -> str:
+    """The seeds' curves as curves.png; empty where matplotlib is missing."""
+    try:
+        figure = plot.draw(plot.read_runs([run.path for run in submission.runs]), None)
+    except ModuleNotFoundError:
+        print("no curves.png: python -m pip install -r requirements-dev.txt")
+        return ""
+    figure.savefig(submission.folder / "curves.png", dpi=110)
+    return "curves.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `new` takes."""
+    parser.add_argument("name", metavar="NAME", help="name of the submission, as XSA_Gated")
+    parser.add_argument("--runs", nargs="+", type=Path, required=True, help="finished runs, as logs/<RUN_ID>.jsonl")
+    parser.add_argument("--track", choices=TRACKS, default="10min_16mb")
+    parser.add_argument("--author", default="unknown")
+    parser.add_argument("--github-id", default="unknown")
+    parser.add_argument("--blurb", default="", help="what it is, in a sentence or two")
+    parser.add_argument("--parent", type=Path, help="record folder that this one changes and wants to beat")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the tracks (default: records/)")
+    parser.add_argument("--date", default=datetime.datetime.now(datetime.timezone.utc).date().isoformat())
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer to ship (default: the run's, unless official)")
+    parser.add_argument("--with-variables", action="store_true",
+                        help="accept a script whose defaults are not the run's; the command then sets variables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the folder, say where it is and what is left to do."""
+    submission = prepare(args)
+    with contextlib.ExitStack() as undo:  # half a folder would stop the next attempt and look like a submission
+        undo.callback(shutil.rmtree, submission.folder, ignore_errors=True)
+        write(submission)
+        undo.pop_all()
+    print(f"{submission.folder}: {len(submission.sources)} seed(s); next: python -m records check {submission.folder}")
+    return 0

@@ -1,0 +1,185 @@
+"""`python -m records seeds --seeds 42 0 1234 -- torchrun ... train_gpt.py`: one configuration, several seeds.
+
+The configuration is resolved once and baked into a copy of the script; that copy is what runs, so the seeds cannot
+differ in anything else. A series that broke off is continued: finished seeds of the same script and configuration are
+kept. Statistics over all seeds come last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from records import ToolError
+from records.freeze import freeze, named, prove
+from records.pack import pack
+from records.runs import RunLog, config_hash, read_jsonl
+from records.script import IDENTITY, Resolved, as_variable, differences, resolve
+from records.statistics import Baseline, Summary, compare, described, read_baseline, summarize
+
+LOGS = Path("logs")
+
+
+class Series(NamedTuple):
+    """What is to run: the frozen script, its configuration, the launch command and the environment of a run."""
+
+    name: str
+    script: Path
+    sha256: str
+    resolved: Resolved
+    launch: list[str]
+    env: dict[str, str]
+
+    def log(self, seed: int) -> Path:
+        return LOGS / f"{self.name}_seed{seed}.jsonl"
+
+
+def script_index(launch: Sequence[str]) -> int:
+    """Where the training script stands in a launch command."""
+    found = [i for i, word in enumerate(launch) if word.endswith(".py") and Path(word).is_file()]
+    if not found:
+        raise ToolError("the command after -- names no training script that exists, such as "
+                        "`-- torchrun --standalone --nproc_per_node=8 train_gpt.py`")
+    return found[0]
+
+
+def prepare(args: argparse.Namespace, env: Mapping[str, str]) -> Series:
+    """Resolve and freeze; the frozen copy lies in logs/<name>/train_gpt.py."""
+    index = script_index(args.launch)
+    source = Path(args.launch[index])
+    resolved = resolve(source, env)
+    values = resolved.values
+    for name in ("eval_only", "export_only"):
+        if values.get(name):
+            raise ToolError(f"{name.upper()}=1 trains nothing; unset it to run seeds")
+    for name in ("artifact_path", "weights_path"):
+        if values.get(name):
+            raise ToolError(f"{name.upper()}={values[name]}: every seed would write the same file; unset it")
+    name = args.name or f"{source.stem}_{config_hash(values)[:8]}"
+    script = LOGS / name / "train_gpt.py"
+    human = script.with_name("train_gpt_human.py") if args.pack else script
+    refuse_changed(name, args.seeds, values)
+    freeze(source, resolved, human)
+    if args.pack:  # the packed file is the one that runs
+        script.write_text(pack(human.read_text(encoding="utf-8")), encoding="utf-8", newline="")
+    sha256 = prove(script, resolved)
+    launch = [*args.launch[:index], str(script), *args.launch[index + 1 :]]
+    kept = {key: text for key, text in env.items() if key not in resolved.variables}
+    places = {key.upper(): as_variable(values[key]) for key in IDENTITY if key not in ("recipe", "run_id", "seed")}
+    return Series(name, script, sha256, resolved, launch, kept | {key: text for key, text in places.items() if text})
+
+
+def finished_run(path: Path) -> RunLog | None:
+    """The run in a log if it came to its end."""
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    run = read_jsonl(path)
+    return run if run.finished and run.score else None
+
+
+def refuse_changed(name: str, seeds: Sequence[int], values: Mapping[str, object]) -> None:
+    """ToolError if a finished seed of this series has another configuration."""
+    for seed in seeds:
+        path = LOGS / f"{name}_seed{seed}.jsonl"
+        run = finished_run(path)
+        if run and (changed := differences(values, run.values)):
+            raise ToolError(f"mixed configurations: {path} was run with other values: {named(changed)}; "
+                            f"choose another --name, or set them as they were, or delete the log")
+
+
+def run_seed(series: Series, seed: int) -> RunLog:
+    """Run one seed, or take the finished run of the same script that is there."""
+    path = series.log(seed)
+    done = finished_run(path)
+    if done and done.facts["sha256"] != series.sha256:
+        raise ToolError(f"mixed scripts: {path} was run by sha256 {done.facts['sha256'][:12]}, this series is "
+                        f"{series.sha256[:12]} of {series.script}; choose another --name or delete the log")
+    if done:
+        print(f"seed {seed}: finished before, kept ({path})", flush=True)
+        return done
+    print(f"seed {seed}: {' '.join(series.launch)}", flush=True)
+    status = subprocess.run(series.launch, env={**series.env, "SEED": str(seed), "RUN_ID": path.stem}).returncode
+    run = finished_run(path)
+    if status or run is None:
+        raise ToolError(f"seed {seed} ended with status {status} and no score; read the end of "
+                        f"{path.with_suffix('.txt')}. The same command continues the series")
+    if (changed := differences(series.resolved.values, run.values)) or run.facts["sha256"] != series.sha256:
+        raise ToolError(f"{path}: the run's configuration is not the series': {named(changed) or 'another script'}")
+    return run
+
+
+class Statistics(NamedTuple):
+    """All that is said about a series, as text and as JSON."""
+
+    text: str
+    data: dict[str, object]
+
+
+def seed_row(run: RunLog) -> dict[str, object]:
+    """One seed's results under the names that submission.json uses."""
+    row = {"val_loss": run.score.val_loss, "val_bpb": run.score.val_bpb, "artifact_bytes": run.artifact_bytes,
+           "bytes_total": run.total_bytes, "steps": run.steps, "step_avg_ms": run.step_avg and 1000 * run.step_avg,
+           "train_time_s": run.train_seconds, "eval_time_s": run.eval_seconds}
+    rounding = {"val_loss": 8, "val_bpb": 8, "step_avg_ms": 2, "train_time_s": 2, "eval_time_s": 2}
+    return {key: round(value, rounding[key]) if key in rounding else value
+            for key, value in row.items() if value is not None}
+
+
+def spread(summary: Summary) -> dict[str, float | int | None]:
+    """A summary as JSON."""
+    return {key: round(value, 8) if isinstance(value, float) else value for key, value in summary._asdict().items()}
+
+
+def statistics_of(name: str, runs: Sequence[RunLog], baseline: Baseline | None) -> Statistics:
+    """Table of seeds, mean and spread, and the tests against a baseline."""
+    losses, bpbs = [run.score.val_loss for run in runs], [run.score.val_bpb for run in runs]
+    tests = compare(losses, bpbs, baseline) if baseline else []
+    lines = [f"{name}: {runs[0].score.name}, {len(runs)} seeds, config {runs[0].config_hash[:12]}, "
+             f"script sha256 {runs[0].facts.get('sha256', 'unknown')[:12]}",
+             f"{'seed':>8} {'steps':>7} {'ms/step':>9} {'val_loss':>11} {'val_bpb':>11} {'artifact':>11} {'total':>11}"]
+    for run in runs:
+        row = seed_row(run)
+        lines.append(f"{run.seed:>8} {row.get('steps', ''):>7} {row.get('step_avg_ms', 0):>9.2f} "
+                     f"{row['val_loss']:>11.6f} {row['val_bpb']:>11.6f} {row.get('artifact_bytes', ''):>11} "
+                     f"{row.get('bytes_total', ''):>11}")
+    lines += [f"val_loss {described(summarize(losses))}", f"val_bpb  {described(summarize(bpbs))}"]
+    lines += [f"against {baseline.name}, {len(baseline.val_bpb)} value(s):"] if baseline else []
+    lines += [f"  {test.line()}" for test in tests]
+    data = {
+        "name": name, "score": runs[0].score.name, "config_sha256": runs[0].config_hash,
+        "script_sha256": runs[0].facts.get("sha256"), "seeds": [run.seed for run in runs],
+        "seed_results": {str(run.seed): seed_row(run) for run in runs},
+        "val_loss": spread(summarize(losses)), "val_bpb": spread(summarize(bpbs)),
+        "baseline": baseline._asdict() if baseline else None,
+        "tests": [{**test._asdict(), "passes": test.passes} for test in tests],
+    }  # fmt: skip
+    return Statistics("\n".join(lines), data)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `seeds` takes."""
+    parser.add_argument("--seeds", nargs="+", type=int, required=True, help="seeds to run, as 42 0 1234")
+    parser.add_argument("--name", help="name of the series (default: the script's and the configuration's hash)")
+    parser.add_argument("--baseline", type=Path, help="submission.json, its folder, or statistics to test against")
+    parser.add_argument("--pack", action="store_true", help="run the packed (self-extracting) form of the frozen "
+                        "script")
+    parser.add_argument("launch", nargs="+", metavar="-- COMMAND", help="how one seed is run, ending in train_gpt.py")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run or continue the series, then print and write its statistics."""
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ToolError(f"--seeds {' '.join(map(str, args.seeds))}: a seed twice is one seed")
+    baseline = read_baseline(args.baseline) if args.baseline else None
+    series = prepare(args, os.environ)
+    runs = [run_seed(series, seed) for seed in args.seeds]
+    result = statistics_of(series.name, runs, baseline)
+    for suffix, text in ((".txt", result.text), (".json", json.dumps(result.data, indent=2))):
+        (LOGS / series.name / f"statistics{suffix}").write_text(text + "\n", encoding="utf-8")
+    print(f"{result.text}\nwritten: {LOGS / series.name}/statistics.txt and .json")
+    return 0

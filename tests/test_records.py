@@ -1,0 +1,711 @@
+"""`python -m records`: from finished runs to a folder that passes its checks, and every published way to break one."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scipy", reason="the records tool needs requirements-dev.txt")
+
+from conftest import tiny_env, write_shard
+from records import ToolError, doctor, folder_checks, new, overlap
+from records.__main__ import main
+from records.check import check_folder
+from records.checks import CheckResult
+from records.freeze import bake
+from records.runs import config_hash, read_run
+from records.script import names_read, unpacked
+from records.statistics import Baseline, compare, one_sided, read_baseline, summarize
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
+LAUNCH = ["--", sys.executable, "train_gpt.py"]
+
+
+def checked(folder: Path, **flags: Any) -> list[CheckResult]:
+    """Results of `check` without C1-C4, which have tests of their own."""
+    args = {"baseline": None, "reevaluate": False, "no_legality": True, **flags}
+    return list(check_folder(folder, argparse.Namespace(**args)))
+
+
+def failures(folder: Path, **flags: Any) -> dict[str, str]:
+    """Check -> message of all that fail."""
+    return {result.name: result.message for result in checked(folder, **flags) if result.status == "fail"}
+
+
+# ---------------------------------------------------------------------------------------
+# Round trip: seeds -> statistics -> new -> check, with the packed script
+# ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, str]) -> Iterator[Path]:
+    """A folder with the script, an environment of the tiny model, and one finished series of two packed runs."""
+    place = tmp_path_factory.mktemp("work")
+    shutil.copyfile(SCRIPT, place / "train_gpt.py")
+    variables = {**tiny_env(**corpus), "OMP_NUM_THREADS": "1"}
+    del variables["RUN_ID"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        assert main(["seeds", "--seeds", "42", "7", "--name", "tiny", "--pack", *LAUNCH]) == 0
+    yield place
+
+
+@pytest.fixture
+def at_work(workplace: Path, corpus: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The workplace as working directory, with the environment that its series was started in."""
+    monkeypatch.chdir(workplace)
+    for name, value in {**tiny_env(**corpus), "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RUN_ID")
+    return workplace
+
+
+@pytest.fixture(scope="session")
+def submission(workplace: Path) -> Path:
+    """The folder that `new` makes of the series."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        runs = ["logs/tiny_seed42.jsonl", "logs/tiny_seed7"]
+        assert main(["new", "Tiny", "--runs", *runs, "--root", "records", "--author", "A", "--github-id", "a"]) == 0
+    return next((workplace / "records" / "track_10min_16mb").iterdir())
+
+
+def test_seeds_wrote_statistics(workplace: Path) -> None:
+    """Mean and spread of both seeds, in text and JSON; what ran is the packed file with the defaults baked in."""
+    data = json.loads((workplace / "logs/tiny/statistics.json").read_text())
+    runs = [read_run(workplace / f"logs/tiny_seed{seed}.jsonl") for seed in (42, 7)]
+    bpbs = [run.score.val_bpb for run in runs]
+    assert data["val_bpb"]["mean"] == pytest.approx(np.mean(bpbs), abs=1e-8)
+    assert data["val_bpb"]["sd"] == pytest.approx(np.std(bpbs, ddof=1), abs=1e-8)
+    assert data["val_bpb"]["se"] == pytest.approx(np.std(bpbs, ddof=1) / math.sqrt(2), abs=1e-8)
+    assert list(data["seed_results"]) == ["42", "7"] and f"{bpbs[0]:.6f}" in (
+        workplace / "logs/tiny/statistics.txt").read_text()
+    sources = runs[0].sources
+    assert {name for name, source in sources.items() if source != "default"} <= {
+        "run_id", "seed", "device", "data_path", "tokenizer_path", "data_dir"}
+    assert runs[0].facts["sha256"] == hashlib.sha256((workplace / "logs/tiny/train_gpt.py").read_bytes()).hexdigest()
+
+
+def test_series_is_continued(at_work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A finished seed is kept; one whose log was cut off is run again, with the same result."""
+    log = at_work / "logs/tiny_seed7.jsonl"
+    before, kept = read_run(log).score, (at_work / "logs/tiny_seed42.jsonl").read_bytes()
+    whole = log.read_text()
+    log.write_text("".join(whole.splitlines(keepends=True)[:5]))
+    assert main(["seeds", "--seeds", "42", "7", "--name", "tiny", "--pack", *LAUNCH]) == 0
+    assert read_run(log).score.val_bpb == before.val_bpb
+    assert (at_work / "logs/tiny_seed42.jsonl").read_bytes() == kept
+    assert "seed 42: finished before" in capfd.readouterr().out
+    log.write_text(whole)  # its times differ from those in the submission
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"EVAL_STRIDE": "8"}, "mixed configurations: logs/tiny_seed42.jsonl was run with other values: EVAL_STRIDE=8"),
+    ({"MATRX_LR": "1"}, "did you mean MATRIX_LR"),
+    ({"EVAL_ONLY": "1", "ARTIFACT_PATH": "x"}, "trains nothing"),
+    ({"WEIGHTS_PATH": "x"}, "same file"),
+])  # fmt: skip
+def test_seeds_refuses(at_work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                       change: dict[str, str], words: str) -> None:
+    """A changed variable is named; nothing runs."""
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    assert main(["seeds", "--seeds", "42", "--name", "tiny", *LAUNCH]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_new_folder(submission: Path, workplace: Path) -> None:
+    """Every file is there, the script is the one that ran, and the page and the JSON hold the logs' numbers."""
+    names = {path.name for path in submission.iterdir()}
+    assert {"train_gpt.py", "train_gpt_human.py", "train_seed42.log", "train_seed7.log", "requirements.txt",
+            "README.md", "submission.json", "tokenizer.model"} <= names
+    assert (submission / "train_gpt.py").read_bytes() == (workplace / "logs/tiny_seed42.py").read_bytes()
+    assert (submission / "train_gpt_human.py").read_text() == (workplace / "logs/tiny/train_gpt_human.py").read_text()
+    data, page = json.loads((submission / "submission.json").read_text()), (submission / "README.md").read_text()
+    run = read_run(submission / "train_seed42.log")
+    assert data["seed_results"]["42"]["val_bpb"] == run.score.val_bpb and f"{data['val_bpb']:.4f}" in page
+    assert data["bytes_code"] == (submission / "train_gpt.py").stat().st_size == run.code_bytes
+    assert folder_checks.command_variables(page) == ["DATA_PATH", "TOKENIZER_PATH", "SEED"]
+    assert re.search(r"\| `NUM_LAYERS` \| `11` \| `4` \|", page), "what changed against the repository's defaults"
+    assert f"torch=={run.facts['torch'].split('+')[0]}" in (submission / "requirements.txt").read_text()
+
+
+def test_new_folder_passes(submission: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`check` passes, C1-C4 included where the module is there."""
+    assert main(["check", str(submission)]) == 0, capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0 failed" in said and "fail " not in said
+
+
+def test_packed_script_repeats_the_score(submission: Path, corpus: dict[str, str], tmp_path: Path) -> None:
+    """The README's command, run in an empty folder, gives the logged score to the last digit."""
+    env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "SEED": "42", "DEVICE": "cpu", "RUN_ID": "again",
+           **corpus}
+    done = subprocess.run([sys.executable, str(submission / "train_gpt.py")], cwd=tmp_path, env=env, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    again, logged = read_run(tmp_path / "logs/again.txt"), read_run(submission / "train_seed42.log")
+    assert again.score[:3] == logged.score[:3] and again.facts["sha256"] == logged.facts["sha256"]
+    shutil.copyfile(tmp_path / "logs/again.pgolf", submission / "model.pgolf")
+    try:
+        assert not failures(submission)
+        result = folder_checks.score_again(folder_checks.Folder(submission), {**env, **corpus})
+        assert result.status == "pass", result.message
+    finally:
+        (submission / "model.pgolf").unlink()
+
+
+def test_new_refuses(at_work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that did not end, a script changed after the run, mixed configurations, one seed twice."""
+    def copied(name: str) -> Path:
+        for suffix in (".jsonl", ".txt", ".py"):
+            shutil.copyfile(f"logs/tiny_seed42{suffix}", tmp_path / f"{name}{suffix}")
+        return tmp_path / f"{name}.jsonl"
+
+    unfinished, changed, mixed = copied("unfinished"), copied("changed"), copied("mixed")
+    unfinished.write_text("".join(unfinished.read_text().splitlines(keepends=True)[:9]))
+    changed.with_suffix(".py").write_text("print()")
+    other = mixed.read_text().replace('"eval_stride": 16', '"eval_stride": 32')
+    mixed.write_text(other.replace('"seed": 42', '"seed": 43'))
+    cases = {
+        (unfinished,): "did not come to its end", (changed,): "changed after the run",
+        (tmp_path / "none",): "no such file",
+        ("logs/tiny_seed42", mixed): "mixed configurations", ("logs/tiny_seed42", copied("twice")): "one seed twice",
+    }  # fmt: skip
+    for runs, words in cases.items():
+        assert main(["new", "X", "--root", str(tmp_path), "--runs", *map(str, runs)]) == 1
+        assert words in capsys.readouterr().err
+    assert not list(tmp_path.glob("track_*")), "nothing is left of a refused folder"
+
+
+def test_new_ships_the_named_tokenizer(at_work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run from another machine, whose tokenizer path is not valid here."""
+    for suffix in (".jsonl", ".txt", ".py"):
+        text = Path(f"logs/tiny_seed42{suffix}").read_text()
+        (tmp_path / f"far{suffix}").write_text(text.replace(os.environ["TOKENIZER_PATH"], "/elsewhere/own.model"))
+    command = ["new", "Far", "--root", str(tmp_path), "--runs", str(tmp_path / "far")]
+    assert main(command) == 1 and "--tokenizer" in capsys.readouterr().err
+    (tmp_path / "own.model").write_bytes(b"tokenizer")
+    assert main([*command, "--tokenizer", str(tmp_path / "own.model")]) == 0
+    folder = next(tmp_path.glob("track_*/*"))
+    assert (folder / "own.model").read_bytes() == b"tokenizer" and "TOKENIZER_PATH=own.model" in (
+        folder / "README.md").read_text()
+
+
+def test_new_wants_the_defaults_baked_in(at_work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that was set by variables is refused, or its command sets them all."""
+    for suffix in (".jsonl", ".txt"):
+        text = Path(f"logs/tiny_seed42{suffix}").read_text()
+        sha256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+        text = text.replace(read_run(Path("logs/tiny_seed42.jsonl")).facts["sha256"], sha256)
+        (tmp_path / f"plain{suffix}").write_text(text)
+    shutil.copyfile(SCRIPT, tmp_path / "plain.py")
+    command = ["new", "Plain", "--root", str(tmp_path), "--runs", str(tmp_path / "plain")]
+    assert main(command) == 1 and "NUM_LAYERS=11 (there: 4)" in capsys.readouterr().err
+    assert main([*command, "--with-variables"]) == 0
+    page = next(tmp_path.glob("track_*/*/README.md")).read_text()
+    assert " NUM_LAYERS=4 " in page and " VE_LAYERS=2,3 " in page and " COMPILE=0 " in page
+
+
+# ---------------------------------------------------------------------------------------
+# Broken folders
+# ---------------------------------------------------------------------------------------
+
+def edit(name: str, old: str, new_text: str) -> Callable[[Path], None]:
+    """Replace what a regular expression matches in one file, or in all that a pattern names."""
+    def change(folder: Path) -> None:
+        for path in folder.glob(name):
+            text = path.read_text(encoding="utf-8")
+            changed = re.sub(old, new_text, text, flags=re.MULTILINE)
+            assert changed != text, f"nothing to break in {path.name}"
+            path.write_text(changed, encoding="utf-8")
+    return change
+
+
+def remove(pattern: str) -> Callable[[Path], None]:
+    return lambda folder: [path.unlink() for path in folder.glob(pattern)]
+
+
+def overwrite(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def claim(**changes: Any) -> Callable[[Path], None]:
+    """Other values in submission.json."""
+    def change(folder: Path) -> None:
+        path = folder / "submission.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return change
+
+
+def with_bom(folder: Path) -> None:
+    script = folder / "train_gpt.py"
+    script.write_bytes(b"\xef\xbb\xbf" + script.read_bytes())
+
+
+def import_helper(folder: Path) -> None:
+    (folder / "helper.py").write_text("")
+    (folder / "train_gpt.py").write_text("import helper\n")
+
+
+def mebibytes(folder: Path) -> None:
+    total = json.loads((folder / "submission.json").read_text())["bytes_total"]
+    edit("README.md", r"~\S+ MB", f"~{total / 2**20:.3f} MB")(folder)
+
+
+def add_variable(folder: Path) -> None:
+    page = folder / "README.md"
+    page.write_text(page.read_text().replace("SEED=42", "SEED=42 EMA_ENABLED=1 PHASED_TTT_ENABLED=1 LATE_QAT=1"))
+
+
+TOTAL, MODEL = r"^Total submission size int6\+ans: \d+", r"^Serialized model int6\+ans: \d+"
+COUNTS = r"^val_tokens: \d+ val_documents: \d+"
+BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {  # what is wrong -> (how to break, check, words)
+    "no submission.json": (remove("submission.json"), "file submission.json", "records new"),
+    "no README": (remove("README.md"), "file README.md", "missing"),
+    "no logs": (remove("*.log"), "file logs", "every seed"),
+    "no script": (remove("train_gpt*.py"), "file train_gpt.py", "exact file that ran"),
+    "a log of one seed is missing": (remove("train_seed7.log"), "seeds", "[7]"),
+    "not JSON": (overwrite("submission.json", b"{"), "schema", "not JSON"),
+    "a JSON list": (overwrite("submission.json", b"[]"), "schema", "object"),
+    "no val_bpb": (claim(val_bpb="1.2"), "schema", "val_bpb"),
+    "date of another form": (claim(date="March 3"), "schema", "date"),
+    "score is not the log's": (claim(val_bpb=1.0), "score val_bpb", "mean of the last"),
+    "a seed's score is not the log's": (edit("train_seed7.log", r"(sliding_window.*val_bpb:)\d", r"\g<1>9"),
+                                        "score of seed 7", "copy the log's"),
+    "the run has no end": (edit("train_seed7.log", r"^(final|DIAGNOSTIC).*\n", ""), "logs end", "train_seed7.log"),
+    "over the limit": (edit("train_seed7.log", MODEL, "Serialized model int6+ans: 17400000"), "size train_seed7.log",
+                       "lower MATRIX_BITS"),
+    "MiB for MB": (edit("train_seed7.log", MODEL, "Serialized model int6+ans: 16500000"), "size train_seed7.log",
+                   "MB is decimal"),
+    "0.5% over": (edit("train_seed7.log", TOTAL, "Total submission size int6+ans: 16080000"), "size train_seed7.log",
+                  "80000 over"),
+    "sum is not the total": (edit("train_seed7.log", TOTAL, "Total submission size int6+ans: 90001"),
+                             "sum train_seed7.log", "another file"),
+    "claimed total": (claim(bytes_total=15_000_000), "bytes_total", "largest total"),
+    "claimed code size": (claim(bytes_code=31_999), "bytes_code", "on disk"),
+    "another file ran": (edit("train_gpt.py", r"\Z", "\n# edited after the run\n"), "provenance train_seed42.log",
+                         "sha256"),
+    "sizes of a file that did not run": (edit("train_gpt.py", r"\Z", "\n#\n"), "code bytes train_seed42.log",
+                                         "ship the file"),
+    "mixed configurations": (edit("train_seed7.log", r"^  matrix_lr: \S+", "  matrix_lr: 0.03"), "one configuration",
+                             "MATRIX_LR=0.025 (there: 0.03)"),
+    "mixed scripts": (edit("train_seed7.log", r"^source: sha256:\w{8}", "source: sha256:00000000"), "one configuration",
+                      "different scripts"),
+    "one seed twice": (lambda folder: shutil.copyfile(folder / "train_seed42.log", folder / "train_seed7.log"), "seeds",
+                       "twice"),
+    "unread variables": (add_variable, "README command", "PHASED_TTT_ENABLED, LATE_QAT"),
+    "no command": (edit("README.md", r"train_gpt\.py", "the script"), "README command", "no run command"),
+    "MiB in the README": (mebibytes, "README size", "decimal"),
+    "another track": (claim(track="non-record-16mb"), "track", "move it"),
+    "unknown track": (claim(track="5min"), "schema", "track"),
+    "trained too long": (edit("train_seed7.log", r"^budget train: [\d.]+s", "budget train: 600.4s"),
+                         "train time train_seed7.log", "stop earlier"),
+    "evaluated too long": (edit("train_seed7.log", r"^budget eval: [\d.]+s", "budget eval: 688.0s"),
+                           "eval time train_seed7.log", "EVAL_STRIDE"),
+    "leaky shards": (edit("*.log", r"train_shards:\d+", "train_shards:1499"), "train shards train_seed42.log",
+                     "official"),
+    "10,000 documents": (edit("*.log", COUNTS, "val_tokens: 62021846 val_documents: 10000"), "data train_seed42.log",
+                         "50000"),
+    "part of the split": (edit("*.log", r"dataset:\S+", "dataset:fineweb10B_sp1024"), "data train_seed42.log",
+                          "whole split"),
+    "no tokenizer": (remove("*.model"), "tokenizer", "put the tokenizer there"),
+    "empty script": (overwrite("train_gpt.py", b""), "script", "empty"),
+    "byte order mark": (with_bom, "script", "byte order mark"),
+    "not text": (overwrite("train_gpt.py", b"\xff\xfe\x00x"), "script", "UTF-8"),
+    "syntax error": (overwrite("train_gpt.py", b"def f(:\n"), "script compiles", "train_gpt.py:1"),
+    "exec stub": (overwrite("train_gpt.py", b"exec(open('train_gpt_sweep.py').read())\n"), "script is no stub",
+                  "not in the folder: train_gpt_sweep.py"),
+    "repository import": (overwrite("train_gpt.py", b"from records import plot\n"), "self-contained", "records"),
+    "helper file": (import_helper, "self-contained", "helper.py"),
+    "human file is another": (edit("train_gpt_human.py", "^def lr_scale_at", "def other"), "packed code", "lr_scale"),
+    "log key lies": (edit("train_seed7.log", "final_int6_roundtrip", "final_int8_zlib_roundtrip"),
+                     "log keys train_seed7.log", "final_int8_zlib_roundtrip"),
+    "log key means two things": (edit("train_seed7.log", r"\Z", "final_int6_roundtrip_exact val_loss:1.0 val_bpb:1.0\n"
+                                      "final_int6_sliding_window_exact val_loss:1.0 val_bpb:1.0\n"),
+                                 "log keys train_seed7.log", "one meaning"),
+    "dead feature": (edit("train_seed7.log", r"^never activated: none", "never activated: swa (SWA_EVERY=50)"),
+                     "features train_seed7.log", "swa"),
+    "standard deviation": (claim(val_bpb_std=0.5), "val_bpb_std", "from the logs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("breaks, check, words", BROKEN.values(), ids=BROKEN)
+def test_broken_folder(submission: Path, tmp_path: Path, breaks: Callable[[Path], Any], check: str, words: str) -> None:
+    """What is broken is the check that fails, with its remedy; the folder as it was has no failure."""
+    folder = tmp_path / "track_10min_16mb" / submission.name
+    shutil.copytree(submission, folder)
+    breaks(folder)
+    failed = failures(folder)
+    assert check in failed, failed
+    assert words in failed[check]
+
+
+def test_wrong_places(submission: Path, tmp_path: Path) -> None:
+    """The other track's folder, a name without date, an artifact of another run."""
+    folder = tmp_path / "track_non_record_16mb" / "Tiny"
+    shutil.copytree(submission, folder)
+    (folder / "model.pgolf").write_bytes(b"x")
+    assert set(failures(folder)) == {"track", "folder name", "artifact"}
+
+
+def test_significance(submission: Path, tmp_path: Path) -> None:
+    """Against a worse baseline it passes, against itself it fails."""
+    worse = tmp_path / "worse.json"
+    worse.write_text(json.dumps({"val_bpb": [9.0, 9.001, 9.002], "val_loss": [20.0, 20.001, 20.002]}))
+    (tmp_path / "same.json").write_text((submission / "submission.json").read_text())
+    assert "significance" in failures(submission, baseline=tmp_path / "same.json")
+    worse.write_text(json.dumps({"val_bpb": [99.0, 99.001, 99.002]}))
+    assert "significance" not in failures(submission, baseline=worse)
+
+
+def test_python_312_script(submission: Path, tmp_path: Path) -> None:
+    """Quotes nested in an f-string: a failure that says why, or a skip where the README names the version."""
+    folder = tmp_path / "track_10min_16mb" / submission.name
+    shutil.copytree(submission, folder)
+    (folder / "train_gpt.py").write_text("x = {}\nprint(f'{x['a']}')\n")
+    results = {result.name: result for result in checked(folder)}
+    if sys.version_info >= (3, 12):
+        assert results["script compiles"].status == "pass"
+        return
+    assert results["script compiles"].status == "fail" and "PEP 701" in results["script compiles"].message
+    with open(folder / "README.md", "a", encoding="utf-8") as page:
+        page.write("\nNeeds Python 3.12.\n")
+    assert {result.name: result.status for result in checked(folder)}["script compiles"] == "skip"
+
+
+# ---------------------------------------------------------------------------------------
+# Published layouts and dialects
+# ---------------------------------------------------------------------------------------
+
+FOREIGN = '''import os
+class Hyperparameters:
+    seed = int(os.environ.get("SEED", 1337))
+    data_path = os.environ.get("DATA_PATH", "./data/datasets/fineweb10B_sp1024")
+print(f"step:{seed}/{data_path} train_loss:{seed:.4f}")
+'''
+FAMILY_A = """\
+val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=./data/tokenizers/fineweb_1024_bpe.model
+train_loader:dataset:fineweb10B_sp1024 train_shards:80
+val_loader:shards pattern=./data/datasets/fineweb10B_sp1024/fineweb_val_*.bin tokens:62021632
+model_params:17059912
+world_size:8 grad_accum_steps:1
+seed:1337
+step:0/20000 val_loss:6.9370 val_bpb:4.0978 train_time:0ms step_avg:0.01ms
+step:1/20000 train_loss:6.9408 train_time:24ms step_avg:23.99ms
+step:13750/20000 train_loss:1.9910 train_time:598726ms step_avg:43.54ms
+step:13780/20000 val_loss:2.0606 val_bpb:1.2172 train_time:600038ms step_avg:43.54ms
+stopping_early: wallclock_cap train_time:600038ms step:13780/20000
+peak memory allocated: 10184 MiB reserved: 10200 MiB
+Serialized model: 67224983 bytes
+Code size: CODE bytes
+Total submission size: 67272625 bytes
+Serialized model int8+zlib: 15815847 bytes (payload:17178912 raw_torch:17224025 payload_ratio:3.91x)
+Total submission size int8+zlib: TOTAL bytes
+final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:1.2244 eval_time:1401ms
+final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22436570
+"""
+FAMILY_B = """\
+Hyperparameters:
+  adam_eps: 1e-08
+  logfile: logs/SEED.txt
+  matrix_lr: 0.026
+  run_id: run SEED
+  seed: SEED
+train_shards: 80
+val_tokens: 47851520
+model_params:35945671
+gptq:reserving 8s, effective=592000ms
+1/20000 train_loss: 9.0087 train_time: 0.0m tok/s: 17921784
+2000/20000 train_loss: 2.6506 train_time: 3.2m tok/s: 8167705
+4945/20000 val_loss: 2.3539 val_bpb: 1.0756
+stopping_early: wallclock_cap train_time: 591592ms step: 4945/20000
+diagnostic pre-quantization post-ema val_loss:2.32848665 val_bpb:1.06395844 eval_time:6718ms
+Serialized model: 135417533 bytes
+Code size (uncompressed): 157868 bytes
+Code size (compressed): CODE bytes
+GPTQ:collected 67 Hessians in 4.7s
+Serialized model quantized+pergroup: 15865260 bytes
+Total submission size quantized+pergroup: TOTAL bytes
+Deserialize: decompression done in 20.4s
+diagnostic quantized val_loss:2.34727563 val_bpb:1.07254371 eval_time:49995ms
+ttt_lora:compile warmup done (137.6s)
+ttt_phased: total_docs:50000 prefix_docs:2500 suffix_docs:47500 num_phases:3 boundaries:[833, 1666, 2500]
+quantized_ttt_phased val_loss:2.3194SEED val_bpb:1.0598SEED eval_time:508785ms
+total_eval_time:508.8s
+"""
+
+
+def filled(template: str, code: int, artifact: int, seed: int = 0) -> str:
+    """A sample log with its sizes and seed."""
+    values = {"CODE": code, "TOTAL": artifact + code, "SEED": seed}
+    return re.sub("CODE|TOTAL|SEED", lambda found: str(values[found[0]]), template)
+
+
+def published(tmp_path: Path, name: str, logs: dict[str, str], data: dict[str, Any]) -> Path:
+    """A folder as others published it."""
+    folder = tmp_path / "track_10min_16mb" / name
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("# Theirs\n\n```bash\nNCCL_IB_DISABLE=1 SEED=42 \\\n  torchrun "
+                                      "train_gpt.py\n```\n")
+    (folder / "train_gpt.py").write_text(FOREIGN)
+    (folder / "submission.json").write_text(json.dumps(data))
+    for log, text in logs.items():
+        (folder / log).write_text(text)
+    return folder
+
+
+def test_family_a(tmp_path: Path) -> None:
+    """The form of the baseline: one train.log that begins with the source, the oldest JSON. It passes as it is."""
+    size = len(FOREIGN)
+    text = FOREIGN + "\n" + "=" * 100 + "\nRunning Python 3.11\n" + "=" * 100 + "\n" + filled(FAMILY_A, size, 15815847)
+    data = {"author": "Baseline", "github_id": "openai", "name": "Naive Baseline", "blurb": "b",
+            "date": "2026-03-18T14:56:29Z", "val_loss": 2.07269931, "val_bpb": 1.2243657,
+            "bytes_total": 15815847 + size,
+            "bytes_code": size}  # fmt: skip
+    folder = published(tmp_path, "2026-03-17_NaiveBaseline", {"train.log": text}, data)
+    run = read_run(folder / "train.log")
+    assert (run.dialect, run.seed, run.steps, run.total_bytes) == ("A", 1337, 13780, 15815847 + size)
+    assert run.score == ("final_int8_zlib_roundtrip", 2.07269931, 1.2243657, 1.401)
+    assert (run.train_seconds, run.artifact_bytes, run.counts["val_tokens"]) == (600.038, 15815847, 62021632)
+    assert run.train[0] == (1, 6.9408) and run.val[-1] == (13780, 2.0606, 1.2172)
+    assert failures(folder) == {} and main(["check", str(folder)]) == 0
+    (folder / "train_gpt.py").write_text(FOREIGN.replace("1337", "1338"))
+    assert list(failures(folder)) == ["provenance train.log"]
+
+
+def test_family_b(tmp_path: Path) -> None:
+    """The late form: three seeds, hyperparameters in the log, the newest JSON."""
+    size, seeds = len(FOREIGN), (42, 314, 999)
+    logs = {f"train_seed{seed}.log": filled(FAMILY_B, size, 15865260, seed) for seed in seeds}
+    scores = {seed: float(f"1.0598{seed}") for seed in seeds}
+    losses = {seed: float(f"2.3194{seed}") for seed in seeds}
+    data = {"author": "A", "github_id": "a", "name": "N", "date": "2026-04-27", "track": "10min_16mb",
+            "val_bpb": round(float(np.mean(list(scores.values()))), 8),
+            "val_bpb_std": float(np.std(list(scores.values()))),
+            "val_loss": round(float(np.mean(list(losses.values()))), 8), "seeds": list(seeds),
+            "seed_results": {str(seed): {"val_bpb": scores[seed], "artifact_bytes": 15865260 + size} for seed in seeds},
+            "bytes_total": 15865260 + size}  # fmt: skip
+    folder = published(tmp_path, "2026-04-27_Late", logs, data)
+    run = read_run(folder / "train_seed42.log")
+    assert (run.dialect, run.seed, run.steps) == ("B", 42, 4945) and run.score.name == "quantized_ttt_phased"
+    assert run.train_seconds == pytest.approx(596.292) and run.eval_seconds == 508.8
+    assert run.off_the_clock == pytest.approx(158.0) and run.counts["val_documents"] == 50_000
+    assert failures(folder) == {}
+    edit("train_seed314.log", "matrix_lr: 0.026", "matrix_lr: 0.03")(folder)
+    edit("train_seed999.log", "train_time: 591592ms", "train_time: 599592ms")(folder)
+    assert set(failures(folder)) == {"one configuration", "train time train_seed999.log"}
+
+
+def test_hypothetical_wrapper(tmp_path: Path) -> None:
+    """A log that counts a wrapper which is not the shipped file: over the limit as shipped."""
+    folder = published(tmp_path, "2026-04-27_Raw", {"train_seed42.log": filled(FAMILY_B, 31_999, 15865260, 42)}, {})
+    (folder / "train_gpt.py").write_text(FOREIGN + "#" * (157_868 - len(FOREIGN)))
+    failed = failures(folder)
+    assert "compressed form that is not the shipped file" in failed["code bytes train_seed42.log"]
+    assert "23128 over 16000000" in failed["size train_seed42.log"]
+    assert "with the shipped script" in failed["size train_seed42.log"]
+
+
+def test_variants_and_odd_names(tmp_path: Path) -> None:
+    """submission_*.json per variant and a train_*.py of another name are taken as they are."""
+    text = filled(FAMILY_A, len(FOREIGN), 15815847)
+    folder = published(tmp_path, "2026-03-24_Odd", {"train.log": text}, {})
+    (folder / "submission.json").unlink()
+    for name, bpb in (("a", 1.2243657), ("b", 1.3)):
+        data = {"author": "A", "name": "N", "date": "2026-03-24", "val_bpb": bpb}
+        (folder / f"submission_{name}.json").write_text(json.dumps(data))
+    (folder / "train_gpt.py").rename(folder / "train_golf.py")
+    edit("README.md", "train_gpt.py", "train_golf.py")(folder)
+    assert failures(folder) == {}
+
+
+def test_both_forms_of_our_log_agree(workplace: Path) -> None:
+    """The text log and the JSON lines say the same, down to the configuration's hash."""
+    stream, text = read_run(workplace / "logs/tiny_seed42.jsonl"), read_run(workplace / "logs/tiny_seed42.txt")
+    assert text.dialect == "ours" and stream.config_hash == text.config_hash
+    assert stream.values == text.values and stream.sources == text.sources and stream.steps == text.steps == 12
+    assert [score.name for score in stream.scores] == [score.name for score in text.scores]
+    assert text.score.val_bpb == pytest.approx(stream.score.val_bpb, abs=1e-8)
+    assert (stream.total_bytes, stream.code_bytes, stream.seed) == (text.total_bytes, text.code_bytes, text.seed)
+    assert config_hash({**stream.values, "seed": 1, "run_id": "x"}) == stream.config_hash
+    assert config_hash({**stream.values, "matrix_lr": 1.0}) != stream.config_hash
+
+
+@pytest.mark.parametrize("line, want", [
+    ("legal_ttt_exact val_loss:1.9 val_bpb:1.1194", ("legal_ttt", 1.9, 1.1194, None)),
+    ("legal_ttt val_loss:1.9000 val_bpb:1.1194 eval_time:409250ms", ("legal_ttt", 1.9, 1.1194, 409.25)),
+    ("final_int6_sliding_window stride:64 val_loss:1.9 val_bpb:1.1 eval_time:9ms", ("final_int6_sliding_window", 1.9,
+                                                                                    1.1, 0.009)),
+    ("final_int6_sliding_window val_loss:1.9 val_bpb:1.1 stride:64 eval_time:9ms", ("final_int6_sliding_window", 1.9,
+                                                                                    1.1, 0.009)),
+    ("final_int8_ttt_lora val_loss:1.9 val_bpb:1.1 eval_time:9ms", ("final_int8_ttt_lora", 1.9, 1.1, 0.009)),
+    ("DIAGNOSTIC post_ema val_loss:1.9 val_bpb:1.1 eval_time:9ms", None),
+    ("diagnostic quantized val_loss:1.9 val_bpb:1.1 eval_time:9ms", None),
+    ("step:5/9 val_loss:1.9 val_bpb:1.1 train_time:5ms step_avg:1.00ms", None),
+    ("5/9 val_loss: 1.9 val_bpb: 1.1", None),
+    ('log0(f"final_int8_zlib_roundtrip val_loss:{q:.4f} val_bpb:{b:.4f}")', None),
+])  # fmt: skip
+def test_score_lines(tmp_path: Path, line: str, want: tuple[Any, ...] | None) -> None:
+    """The published kinds of score lines are the score; diagnostics, steps and source are not."""
+    log = tmp_path / "train.log"
+    log.write_text(line + "\n")
+    assert read_run(log).score == want
+
+
+# ---------------------------------------------------------------------------------------
+# Parts
+# ---------------------------------------------------------------------------------------
+
+def test_bake_touches_only_the_defaults() -> None:
+    """Values of every type; comments, spacing and the identity stay; the same value keeps its spelling."""
+    text = ('class Config:\n    """Ä."""\n    rate: float = opt(1e-8, "Ä")  # why\n    run_id: str = opt("", "x")\n'
+            '    layers: tuple[int, ...] = opt(\n        (1, 2), "é"\n    )\n    size: int = opt(1_000, "s", low=1)\n'
+            '    on: bool = opt(True, "é"); off: float | None = opt(None, "y")\n')
+    values = {"rate": 0.5, "layers": [3], "size": 1000, "on": False, "off": 2.5, "run_id": "mine", "seed": 3}
+    want = text.replace("1e-8", "0.5").replace("(1, 2)", "(3,)").replace("True", "False").replace("None,", "2.5,")
+    assert bake(text, values) == want
+    with pytest.raises(ToolError, match="no default of Config to replace for other"):
+        bake(text, {"other": 1})
+    with pytest.raises(ToolError, match="no class Config"):
+        bake("x = 1\n", {})
+
+
+def test_welch() -> None:
+    """t of the textbook formula; the margin moves the baseline; p falls with the distance."""
+    ours, theirs = [1.00, 1.02, 1.01], [1.10, 1.13, 1.10]
+    variances = [np.var(ours, ddof=1) / 3, np.var(theirs, ddof=1) / 3]
+    t, p, method = one_sided(ours, theirs, 0.005)
+    assert t == pytest.approx((np.mean(ours) - np.mean(theirs) + 0.005) / math.sqrt(sum(variances)))
+    assert "Welch" in method
+    assert 0 < one_sided(ours, theirs, 0.0)[1] < p < 0.01 < one_sided(ours, theirs, 0.1)[1]
+    assert one_sided(ours, [1.1], 0.0)[2].startswith("one-sample")
+    assert one_sided([1.0], theirs, 0.0)[:2] == (None, None) and one_sided([1.0, 1.0], [1.0, 1.0], 0.0)[0] is None
+    assert summarize([1.0]).sd is None and summarize([1.0, 3.0]) == (2, 2.0, math.sqrt(2), 1.0)
+
+
+def test_units() -> None:
+    """0.005 nats per byte is 0.0072 bits per byte; per token it is on val_loss."""
+    rows = compare([2.0, 2.001], [1.0, 1.0005], Baseline("b", [1.0071, 1.0072], [2.006, 2.0061]))
+    assert [(row.unit, row.margin) for row in rows] == [("token", 0.0), ("token", 0.005), ("byte", 0.0), ("byte",
+                                                                                                          0.005)]
+    assert rows[2].difference == pytest.approx(-0.0069 * math.log(2)) and not rows[3].passes
+
+
+def test_baselines(tmp_path: Path) -> None:
+    """Lists, per-seed results and a single mean; anything else says what is expected."""
+    path = tmp_path / "b.json"
+    forms = [({"val_bpb": [1.1, 1.2], "val_loss": 2.0}, [1.1, 1.2]), ({"mean_val_bpb": 1.1}, [1.1]),
+             ({"val_bpb": 1.0, "seed_results": {"1": {"val_bpb": 1.3}, "2": {"val_bpb": 1.4}}}, [1.3,
+                                                                                                 1.4])]  # fmt: skip
+    for data, want in forms:
+        path.write_text(json.dumps(data))
+        assert read_baseline(path).val_bpb == want
+    for text in ("[]", "{}", "{"):
+        path.write_text(text)
+        with pytest.raises(ToolError):
+            read_baseline(path)
+
+
+def test_readme_commands() -> None:
+    """Continued lines, exports and quotes are read; other blocks are not commands."""
+    page = ("```\nexport A_PATH=x\nSEED=1 NAME='a b' \\\n  LAST=3 torchrun --nproc_per_node=8 train_gpt.py\n```\n"
+            "```python\nFOO = 1\n```\n```\nMODEL=1\nval_bpb:1\n```\n")
+    assert folder_checks.command_variables(page) == ["A_PATH", "SEED", "NAME", "LAST"]
+
+
+def test_names_read() -> None:
+    """Of our script: every variable and spelling, and none that it does not take; of others: what they look up."""
+    import train_gpt as t
+
+    names = names_read(SCRIPT.read_text())
+    assert {*t.Config.variables(), *t.ALIASES} <= names and not {"PHASED_TTT_ENABLED", "LATE_QAT", "FOO"} & names
+    assert {"SEED", "DATA_PATH"} <= names_read(FOREIGN)
+
+
+@pytest.mark.parametrize("compress", [lzma.compress, lambda raw: zlib.compress(raw, 9), lambda raw: lzma.compress(
+    raw, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])], ids=["xz", "zlib", "raw lzma2"])  # fmt: skip
+@pytest.mark.parametrize("encode", [base64.b85encode, base64.b64encode], ids=["b85", "b64"])
+def test_unpacked(compress: Callable[[bytes], bytes], encode: Callable[[bytes], bytes]) -> None:
+    """The usual wrappers are opened without being run."""
+    source = "".join(f"name_{i} = {i * i}\n" for i in range(200))
+    wrapper = f"import lzma as L,base64 as B\nexec(L.decompress(B.b85decode({encode(compress(source.encode()))!r})))"
+    assert unpacked(wrapper) == source and unpacked(source) is None and unpacked("def f(:") is None
+
+
+def test_table(submission: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The board lists the folder, best first; folders without a score are named."""
+    root = tmp_path / "records"
+    for name, bpb in (("2026-01-02_Worse", 9.5), ("2026-01-03_Best", 0.9)):
+        shutil.copytree(submission, root / "track_10min_16mb" / name)
+        claim(val_bpb=bpb, name=name)(root / "track_10min_16mb" / name)
+    (root / "track_10min_16mb" / "2026-01-04_Empty").mkdir()
+    assert main(["table", "--root", str(root), "--markdown"]) == 0
+    board = capsys.readouterr().out
+    assert board.index("0.9000") < board.index("9.5000")
+    assert "[2026-01-03_Best](track_10min_16mb/2026-01-03_Best/README.md)" in board
+    assert "without a readable submission.json: track_10min_16mb/2026-01-04_Empty" in board
+    assert main(["table", "--root", str(root), "--track", "10min_16mb"]) == 0 and "0.9000" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("at_work")
+def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is looked at and nothing is left behind; a wrong value or missing data fails with the remedy."""
+    monkeypatch.chdir(tmp_path)
+    rates = tmp_path.parent / f"{tmp_path.name}.rates.json"
+    monkeypatch.setattr(doctor, "RATES", rates)
+    assert main(["doctor", "--steps", "1", "--ranks", "2", "--save-rate"]) == 0
+    said = capsys.readouterr().out
+    names = ("python", "package torch", "configuration", "disk", "attention", "train shards", "byte table",
+             "train/val overlap", "artifact size", "forecast")  # fmt: skip
+    assert all(f"pass {name}: " in said for name in names)
+    assert "0 failed" in said and not list(tmp_path.iterdir())
+    rates.write_text(json.dumps(dict.fromkeys(json.loads(rates.read_text()), 1e-3)))
+    assert main(["doctor", "--steps", "1", "--ranks", "2"]) == 1 and "a slow machine" in capsys.readouterr().out
+    assert main(["doctor", "--", "MODEL_DIM=33"]) == 1 and "MODEL_DIM=33 is not divisible" in capsys.readouterr().out
+    assert main(["doctor", "--", "DATA_PATH=nowhere"]) == 1 and "DATA_PATH=" in capsys.readouterr().out
+    assert main(["doctor", "--", "nonsense"]) == 1 and "KEY=value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_overlap(tmp_path: Path, leak: bool) -> None:
+    """Validation documents in a later training shard are found at any offset; other text is not."""
+    import train_gpt as t
+
+    rng = np.random.default_rng(0)
+    val = np.concatenate([np.append(1, rng.integers(3, 500, size=n)) for n in (700, 64, 40, 900)])
+    shards = [rng.integers(3, 500, size=5000), rng.integers(3, 500, size=3000)]
+    if leak:
+        shards[1] = np.concatenate([shards[1][:777], val, shards[1][777:]])
+    for i, shard in enumerate(shards):
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", shard)
+    cfg = t.Config.from_env({"DATA_PATH": str(tmp_path)})
+    result = overlap.overlap(t.TokenStream(cfg, "train"), val, bos_id=1)
+    assert result.status == ("fail" if leak else "pass"), result.message
+
+
+def test_official_tokenizer_is_not_shipped(submission: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name and data: the same name on another corpus is another tokenizer."""
+    monkeypatch.chdir(workplace)
+    source = new.read_source(Path("logs/tiny_seed42"))
+    source.run.values["tokenizer_path"] = "data/tokenizers/fineweb_1024_bpe.model"
+    assert new.tokenizer_to_ship(source) is not None
+    source.text.counts["val_tokens"] = 62_021_846
+    assert new.tokenizer_to_ship(source) is None
