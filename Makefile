@@ -18,7 +18,7 @@ demo_recipe := records/recipes/demo.env
 demo_log := logs/demo.txt
 # The lines of a log that say how it ended: score, size, time, anything that never took part.
 demo_outcome := ^(final_|quantized_|legal_ttt)[^ ]* .*val_bpb:|^Total submission size|^stopping_early|^total_eval_time
-demo_outcome := $(demo_outcome)|^step:[0-9]+/[0-9]+ val_loss|never activated
+demo_outcome := $(demo_outcome)|^step:[0-9]+/[0-9]+ val_loss|never activated|^budget
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -32,7 +32,7 @@ help:  ## list the targets
 demo: logs/demo.png  ## train, quantize and score a small model on this machine (minutes on a CPU)
 	@echo
 	@echo "how the demo ended ($(demo_log)):"
-	@grep -E '$(demo_outcome)' $(demo_log) | tail -n 8
+	@grep -E '$(demo_outcome)' $(demo_log) | tail -n 12
 	@echo "its curves: logs/demo.png"
 
 test: $(installed)  ## run the tests

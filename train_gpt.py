@@ -628,11 +628,11 @@ def log_ledger(run: Runtime) -> None:
     MAX_WALLCLOCK_SECONDS; everything from opening the artifact to the score within MAX_EVAL_SECONDS."""
     limits = {"train": run.cfg.max_wallclock_seconds, "eval": run.cfg.max_eval_seconds, "untimed": 0.0}
     for budget, limit in limits.items():
-        if not run.spent(budget):
-            continue
         spent, phases_spent = run.spent(budget), {}
         for _, phase, seconds in (row for row in run.ledger if row[0] == budget):
             phases_spent[phase] = phases_spent.get(phase, 0.0) + seconds
+        if not phases_spent:
+            continue
         over = 0 < limit < spent
         text = f"{spent:.1f}s" + (f" of {limit:.0f}s" if limit else "") + (" OVER BUDGET" if over else "")
         run.log(f"budget {budget}: {text} ({' '.join(f'{phase}:{s:.2f}s' for phase, s in phases_spent.items())})")
@@ -863,6 +863,7 @@ def load_validation(run: Runtime) -> ValidationSet:
         counts, source = table.count(tokens), f"byte table (exact on {tested} decoded documents)"
     if len(counts) != len(tokens):
         raise UserError(f"{sidecars[0]}: {len(counts)} byte counts for {len(tokens)} tokens; fetch both again")
+    log.event("data", split="val", tokens=len(tokens), documents=documents, bytes=int(counts[1:].sum()))
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_file}")
     log(f"val_loader:shards pattern={cfg.shard_folder}/fineweb_val_*.bin tokens:{len(tokens)}")
     log(f"val_tokens: {len(tokens)} val_documents: {documents} val_bytes: {int(counts[1:].sum())} by {source}")
@@ -1306,6 +1307,7 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
     model = GPT(cfg, bos_id, choose_attention(run), run.ranks.device)
     count = sum(p.numel() for p in model.parameters())
     run.log(f"model_params:{count}")
+    run.log.event("model", parameters=count, mlp_hidden=cfg.hidden_dim)
     run.log(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} xsa_last_n:{cfg.xsa_last_n} "
             f"mlp_activation:{cfg.mlp_activation} hidden:{cfg.hidden_dim}")  # fmt: skip
     return model
@@ -1647,6 +1649,7 @@ class Trainer:
         self.optimizers = Optimizers(run.cfg, run.ranks, model)
         shape, cfg = self.loader.shape, run.cfg
         stream = self.loader.stream
+        run.log.event("data", split="train", shards=len(stream.paths), tokens=stream.total)
         run.log(f"train_loader:dataset:{cfg.shard_folder.name} train_shards:{len(stream.paths)} tokens:{stream.total}")
         run.log(f"world_size:{run.ranks.world} grad_accum_steps:{shape.accum}")
         run.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
@@ -1688,13 +1691,11 @@ def tensor_leaves(tree: Any) -> list[Tensor]:
 
 def warm_up(run: Runtime, trainer: Trainer) -> None:
     """Compile and run every phase on training data, then restore model and optimizers."""
-    cfg = run.cfg
-    before = trainer.state()
+    cfg, before = run.cfg, trainer.state()
     for name, phase in phases(cfg).items():
         for step in range(cfg.warmup_steps):
             trainer.step(step, phase, 1.0, momentum_at(cfg, 0))
-        if cfg.warmup_steps:
-            run.log(f"warmup:{name} steps:{cfg.warmup_steps}")
+        run.log(f"warmup:{name} steps:{cfg.warmup_steps}")
     trainer.restore(before)
 
 
@@ -1710,8 +1711,10 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
         with calibration.running():
             hessians = collect_hessians(run, trainer, 0, 3)
     with rounding.running():
-        quantize_jobs(cfg, quant_jobs(model), hessians, cfg.matrix_clip_sigmas or 6.0)
-    passes = 2 if cfg.matrix_clip_sigmas == 0 else 1  # fitting the clip to the size may take a second pass
+        jobs = quant_jobs(model)
+        quantize_jobs(cfg, jobs, hessians, cfg.matrix_clip_sigmas or fill_sigmas(cfg, jobs, kept_tensors(model)))
+    # Fitting the clip to the size takes more passes, most where only the coder itself knows the size.
+    passes = 1 if cfg.matrix_clip_sigmas else 2 if cfg.compressor in ("auto", "ans") else 3
     return run.ranks.agree(1.2 * (batches * calibration.total / 3 + passes * rounding.total) + 0.5)[0]
 
 
@@ -1739,7 +1742,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
     budget = cfg.max_wallclock_seconds - reserve if cfg.max_wallclock_seconds else math.inf
     if budget <= 0:
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: calibration and GPTQ take {reserve:.1f}")
-    run.log(f"gptq:reserving {reserve:.1f}s, effective={min(budget, 1e9) * 1000:.0f}ms")
+    run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
     averager, active, phase = Averager(cfg, model), set(), "train"
     clock, step, loss = Clock(run.ranks.device), 0, None
     clock.start()
@@ -2473,6 +2476,7 @@ def report_inactive(run: Runtime, active: set[str]) -> None:
     missing = [f"{name} ({setting})" for name, (on, setting) in wanted.items() if on and name not in active]
     if not (cfg.eval_only or cfg.export_only):
         run.log(f"never activated: {'; '.join(missing) or 'none'}")
+        run.log.event("inactive", features=missing)
 
 
 def main() -> None:
