@@ -1692,10 +1692,11 @@ def tensor_leaves(tree: Any) -> list[Tensor]:
 def warm_up(run: Runtime, trainer: Trainer) -> None:
     """Compile and run every phase on training data, then restore model and optimizers."""
     cfg, before = run.cfg, trainer.state()
+    steps = max(cfg.warmup_steps, int(cfg.compile))  # compilation never falls into the clock
     for name, phase in phases(cfg).items():
-        for step in range(cfg.warmup_steps):
+        for step in range(steps):
             trainer.step(step, phase, 1.0, momentum_at(cfg, 0))
-        run.log(f"warmup:{name} steps:{cfg.warmup_steps}")
+        run.log(f"warmup:{name} steps:{steps}")
     trainer.restore(before)
 
 
