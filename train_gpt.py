@@ -204,6 +204,11 @@ class Config:
         return self.run_id + (".eval" if self.eval_only else ".export" if self.export_only else "")
 
     @property
+    def fits_clip(self) -> bool:
+        """Whether the clip of the matrices is ours to choose, so that the artifact fills TARGET_BYTES."""
+        return self.clip_policy == "sigma" and not self.matrix_clip_sigmas
+
+    @property
     def eval_len(self) -> int:
         return self.eval_seq_len or self.train_seq_len
 
@@ -400,7 +405,7 @@ def validate(cfg: Config) -> None:
         (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
         (not above, f"{above}: codes have 2 to 8 bits"),
         (not above_one, f"{above_one}: at most 1"),
-        (not cfg.qat_enabled or cfg.clip_policy != "sigma" or cfg.matrix_clip_sigmas,
+        (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
         (cfg.late_qat_threshold <= 1, f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold}: a learning-rate scale, at most 1"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
@@ -691,7 +696,7 @@ class TokenStream:
             offset = position - (int(self.ends[shard]) - len(self.shards[shard]))
             piece = self.shards[shard][offset : offset + count]
             if int(piece.max()) >= self.vocab_size:
-                raise UserError(f"{self.paths[shard]}: token {piece.max()} does not fit VOCAB_SIZE={self.vocab_size}")
+                raise UserError(f"{self.paths[shard]}: token {piece.max()}, set VOCAB_SIZE={self.vocab_size} higher")
             pieces.append(piece)
             count -= len(piece)
             position = (position + len(piece)) % self.total
@@ -1701,7 +1706,7 @@ def warm_up(run: Runtime, trainer: Trainer) -> None:
 
 
 def measure_reserve(run: Runtime, trainer: Trainer) -> float:
-    """Seconds of the clock to keep for calibration and GPTQ: as set, or both timed once, and a quarter on top."""
+    """Seconds of the clock to keep for calibration and GPTQ: as set, or both timed, and a fifth on top."""
     cfg, model = run.cfg, trainer.model
     if cfg.gptq_reserve_seconds is not None or not cfg.max_wallclock_seconds:
         return cfg.gptq_reserve_seconds or 0.0
@@ -1713,9 +1718,9 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
             hessians = collect_hessians(run, trainer, 0, 3)
     with rounding.running():
         jobs = quant_jobs(model)
-        quantize_jobs(cfg, jobs, hessians, cfg.matrix_clip_sigmas or fill_sigmas(cfg, jobs, kept_tensors(model)))
-    # Fitting the clip to the size takes more passes, most where only the coder itself knows the size.
-    passes = 1 if cfg.matrix_clip_sigmas else 2 if cfg.compressor in ("auto", "ans") else 3
+        sigmas = fill_sigmas(cfg, jobs, kept_tensors(model)) if cfg.fits_clip else cfg.matrix_clip_sigmas
+        quantize_jobs(cfg, jobs, hessians, sigmas)
+    passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
     return run.ranks.agree(1.2 * (batches * calibration.total / 3 + passes * rounding.total) + 0.5)[0]
 
 
@@ -1742,7 +1747,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
         reserve = measure_reserve(run, trainer)
     budget = cfg.max_wallclock_seconds - reserve if cfg.max_wallclock_seconds else math.inf
     if budget <= 0:
-        raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: calibration and GPTQ take {reserve:.1f}")
+        raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ takes {reserve:.1f}s")
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
     averager, active, phase = Averager(cfg, model), set(), "train"
     clock, step, loss = Clock(run.ranks.device), 0, None
@@ -1769,7 +1774,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
 
 def enter_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: float) -> str:
     """Announce the plan's phase; at the start of late QAT fix the grid that the export is expected to use."""
-    if run.cfg.matrix_clip_sigmas == 0 and run.cfg.clip_policy == "sigma":
+    if run.cfg.fits_clip:
         model.clip_sigmas.fill_(run.ranks.agree(fill_sigmas(run.cfg, quant_jobs(model), kept_tensors(model)))[0])
     run.log(f"{plan.phase}:enabled step:{step} scale:{plan.lr_scale:.4f} clip_sigmas:{model.clip_sigmas.item():.2f}")
     run.log.event("phase", step=step, name=f"{plan.phase}:enabled", train_time_ms=round(seconds * 1000))
@@ -1781,8 +1786,7 @@ def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Cl
     cfg = run.cfg
     if step > 10 and not (cfg.train_log_every and step % cfg.train_log_every == 0):
         return
-    value = (run.ranks.sum_(loss) / run.ranks.world).item()
-    seconds = clock.seconds()
+    value, seconds = (run.ranks.sum_(loss) / run.ranks.world).item(), clock.seconds()
     average = 1000 * seconds / step
     run.log(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{1000 * seconds:.0f}ms "
             f"step_avg:{average:.2f}ms lr_scale:{plan.lr_scale:.3f} "
@@ -2071,9 +2075,8 @@ def codec(name: str) -> Any:
 def encode_stream(cfg: Config, raw: bytes) -> tuple[str, bytes]:
     """(coder, bytes) of a stream by COMPRESSOR; auto and ans take the smallest of the coders that are installed."""
     installed = [name for name, (module, _, _) in CODECS.items() if importlib.util.find_spec(module)]
-    names = [cfg.compressor] if cfg.compressor in CODECS else installed
     options = []
-    for name in names:
+    for name in [cfg.compressor] if cfg.compressor in CODECS else installed:
         _, argument, strongest = CODECS[name]
         level = cfg.compressor_level if cfg.compressor in CODECS and cfg.compressor_level >= 0 else strongest
         options.append((name, codec(name).compress(raw, **{argument: level})))
@@ -2215,13 +2218,11 @@ class Exporter:
         self.run, self.cfg, self.model, self.hessians = run, run.cfg, model, hessians
         self.kept, self.limit = kept_tensors(model), run.cfg.target_bytes - code_bytes()
         self.sigmas, self.layer_bits = run.cfg.matrix_clip_sigmas, {}
-        self.coded: dict[str, Coded] = {}
-        self.blob = b""
+        self.coded, self.blob = {}, b""
 
     def quantize(self) -> None:
         with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
-            jobs = quant_jobs(self.model, self.layer_bits)
-            self.coded = quantize_jobs(self.cfg, jobs, self.hessians, self.sigmas)
+            self.coded = quantize_jobs(self.cfg, quant_jobs(self.model, self.layer_bits), self.hessians, self.sigmas)
 
     def encode(self) -> int:
         """Encode the current codes; returns the artifact's size."""
@@ -2232,7 +2233,7 @@ class Exporter:
 
     def fill(self) -> None:
         """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
-        if self.cfg.clip_policy != "sigma" or self.cfg.matrix_clip_sigmas:
+        if not self.cfg.fits_clip:
             self.quantize()
             self.encode()
             return
@@ -2391,8 +2392,7 @@ def score_windows(run: Runtime, model: GPT, validation: ValidationSet, windows: 
         nll = model.fast_nll(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, order)
         scored = (positions[:, :-1] >= chunk[:, 1:2]) & (positions[:, :-1] < chunk[:, 2:])
         counted = validation.token_bytes[positions[:, 1:]] * scored
-        parts = [t.to(sums.device).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)]
-        sums += torch.stack(parts)
+        sums += torch.stack([t.to(sums.device).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)])
     return sums
 
 
