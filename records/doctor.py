@@ -106,7 +106,7 @@ def runtime(t: Any, cfg: train_gpt.Config) -> Iterator[train_gpt.Runtime]:
 def attention(t: Any, run: train_gpt.Runtime) -> CheckResult:
     """Which attention the run would take, and why no better one."""
     try:
-        t.choose_attention(run)
+        t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
     except t.UserError as error:
         return CheckResult("attention", "fail", str(error))
     lines = re.findall(r"^attn_backend:(.*)$", Path("logs", f"{run.cfg.run_id}.txt").read_text(), re.MULTILINE)

@@ -230,17 +230,17 @@ def test_wrong_kernels_are_refused_and_the_reason_logged(
     """A kernel that is wrong forwards or backwards is passed over by auto, and an error where it was named."""
     assert not t.probe_attention(wrong, run.cfg, CPU) < 2e-2
     monkeypatch.setitem(t.ATTENTION, "flash", lambda: wrong)
-    t.choose_attention(run)
+    t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
     log = (in_tmp / "logs/tiny.txt").read_text()
     assert re.search(r"attn_backend:math .*flash: wrong", log)
     monkeypatch.setitem(t.ATTENTION, "math", lambda: wrong)
     with pytest.raises(t.UserError, match="flash.*math"):
-        t.choose_attention(run)
+        t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
 
 
 def test_the_right_kernel_is_taken_first(run: t.Runtime, in_tmp: Path) -> None:
     """Within rounding of float64 attention; the log names it."""
-    attend = t.choose_attention(run)
+    attend = t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
     assert t.probe_attention(attend, run.cfg, CPU) < 1e-4
     assert "attn_backend:flash" in (in_tmp / "logs/tiny.txt").read_text()
 
@@ -256,7 +256,7 @@ def test_a_named_back_end_that_is_missing_is_an_error(
         t.Runtime.start(tiny_config(ATTN_BACKEND=name, **corpus), {}) as run,
         pytest.raises(t.UserError, match=f"ATTN_BACKEND={name}"),
     ):
-        t.choose_attention(run)
+        t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
 
 
 def textbook_attention(model: t.GPT, x: Tensor, ids: Tensor, layer: int, first_v: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ def textbook_attention(model: t.GPT, x: Tensor, ids: Tensor, layer: int, first_v
         y = y - (y * direction).sum(-1, keepdim=True) * direction
         gate = torch.sigmoid(x @ rest["gate_weight"][layer, head] + rest["gate_bias"][layer, head])
         outputs.append(y * gate[:, None])
-    return torch.cat(outputs, 1) @ model.banks["out"][layer].T
+    return torch.cat(outputs, 1) @ model.banks["out"][layer].T * rest["attn_scale"][layer]
 
 
 @torch.no_grad()
@@ -444,11 +444,17 @@ def test_an_untrained_model_is_close_to_uniform() -> None:
 # --- activations and head -----------------------------------------------------------------------------
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], tuple[float, float]]]] = {
-    "leaky 0.5": (lambda h: t.leaky_relu2(h, 0.5), lambda h: (h * h, 2 * h) if h > 0 else (h * h / 4, h / 2)),
-    "leaky 0.1": (lambda h: t.leaky_relu2(h, 0.1), lambda h: (h * h, 2 * h) if h > 0 else (h * h / 100, h / 50)),
-    "relu2": (lambda h: t.leaky_relu2(h, 0.0), lambda h: (h * h, 2 * h) if h > 0 else (0.0, 0.0)),
+    "leaky 0.5": (
+        lambda h: t.squared_unit(h, torch.tensor(0.25)),
+        lambda h: (h * h, 2 * h) if h > 0 else (h * h / 4, h / 2),
+    ),
+    "leaky 0.1": (
+        lambda h: t.squared_unit(h, torch.tensor(0.01)),
+        lambda h: (h * h, 2 * h) if h > 0 else (h * h / 100, h / 50),
+    ),
+    "relu2": (lambda h: t.squared_unit(h, torch.tensor(0)), lambda h: (h * h, 2 * h) if h > 0 else (0.0, 0.0)),
     "asqu 0.7": (
-        lambda h: t.asqu(h, torch.full(h.shape[-1:], 0.7, dtype=h.dtype)),
+        lambda h: t.squared_unit(h, torch.full(h.shape[-1:], 0.7, dtype=h.dtype)),
         lambda h: (h * h, 2 * h) if h > 0 else (0.7 * h * h, 1.4 * h),
     ),
 }
@@ -470,9 +476,9 @@ def test_asqu_learns_its_negative_side() -> None:
     """d/d beta is the sum of h^2 where h is negative; at 0.25 ASQU is leaky_relu2 with slope 0.5."""
     h = torch.randn(50, 6, generator=torch.Generator().manual_seed(3)).double()
     beta = torch.full((6,), 0.25, dtype=torch.float64, requires_grad=True)
-    t.asqu(h, beta).sum().backward()
+    t.squared_unit(h, beta).sum().backward()
     torch.testing.assert_close(beta.grad, (h.square() * (h < 0)).sum(0))
-    torch.testing.assert_close(t.asqu(h, beta.detach()), t.leaky_relu2(h, 0.5))
+    torch.testing.assert_close(t.squared_unit(h, beta.detach()), t.squared_unit(h, torch.tensor(0.25)))
 
 
 @pytest.mark.parametrize(
@@ -528,13 +534,19 @@ def test_fake_quantize_is_straight_through_and_on_the_grid(grid: t.Grid) -> None
     assert ((out - w).detach().abs() <= 0.5001 * scale.unsqueeze(-1))[inside].all()
 
 
+def unscaled(model: t.GPT, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`GPT.weights` without the output scales that it multiplies into two of the banks."""
+    scales = {"out": model.rest["attn_scale"], "down": model.rest["mlp_scale"]}
+    return {n: w / scales[n].unsqueeze(-1) if n in scales else w for n, w in weights.items()}
+
+
 @pytest.mark.parametrize("policy", ["sigma", "amax"])
 @pytest.mark.parametrize("bits", [4, 6])
 def test_late_qat_trains_on_the_grid_of_the_export(policy: str, bits: int) -> None:
     """weights(fake_quant=True) are what the export without GPTQ stores, bank by bank."""
     model = tiny_model(MATRIX_BITS=bits, CLIP_POLICY=policy, MATRIX_CLIP_SIGMAS=3, GPTQ_ENABLED=0)
     coded = t.quantize_jobs(model.cfg, t.quant_jobs(model), {}, model.cfg.matrix_clip_sigmas)
-    trained = model.weights(True)
+    trained = unscaled(model, model.weights(True))
     for spec in model.specs:
         torch.testing.assert_close(trained[spec.name], coded[spec.name].dequantize(), rtol=1e-5, atol=1e-6)
         assert not torch.equal(trained[spec.name], model.weights(False)[spec.name])
@@ -547,7 +559,8 @@ def test_late_qat_changes_output_and_keeps_gradients() -> None:
     model.nll(ids, ids, model.weights(True), order_of(model)).mean().backward()
     through = {name: bank.grad.clone() for name, bank in model.banks.items()}
     rounded = tiny_model()
-    rounded.load(model.state_dict() | {f"banks.{n}": w for n, w in model.weights(True).items() if n != "head"})
+    weights = unscaled(model, model.weights(True))
+    rounded.load(model.state_dict() | {f"banks.{n}": w for n, w in weights.items() if n != "head"})
     rounded.nll(ids, ids, rounded.weights(False), order_of(model)).mean().backward()
     for name, bank in rounded.banks.items():
         assert through[name].abs().sum() > 0

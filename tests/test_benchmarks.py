@@ -1,0 +1,126 @@
+"""benchmarks/export_time.py: every phase is in the table, and a floor runs what its phase cannot avoid."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_env, tiny_model
+
+import train_gpt as t
+from benchmarks import export_time
+
+PHASES = ["Hessians, 3 batches", "choosing the clip", "GPTQ of all matrices", "encoding the artifact",
+          "reading it back", "plain evaluation, stride 32", "sliding evaluation, stride 16"]  # fmt: skip
+
+
+def output_of(arguments: list[str], corpus: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> list[str]:
+    """Lines that the benchmark prints with the tiny configuration in the environment."""
+    for name, value in tiny_env(**corpus).items():
+        monkeypatch.setenv(name, value)
+    export_time.main(arguments)
+    return capsys.readouterr().out.splitlines()
+
+
+def table_of(lines: list[str]) -> list[list[str]]:
+    """Cells of the table that ends the output, without its head."""
+    first = next(i for i, line in enumerate(lines) if line.startswith("| phase |"))
+    assert all(line.startswith("|") for line in lines[first:]), "the table is not the last thing printed"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first + 2 :]]
+
+
+@pytest.mark.parametrize(("limit", "counts"), [([], (126, 250)), (["--windows", "20"], (20, 20))])
+def test_table_has_every_phase(
+    limit: list[str], counts: tuple[int, int], in_tmp: Path, corpus: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """All phases with positive times and consistent ratios; the size line precedes the table and agrees with itself."""
+    lines = output_of(["--batches", "3", *limit, "SEED=7"], corpus, monkeypatch, capsys)
+    rows = table_of(lines)
+    tails = ["", "", "", "", "", *(f", {count} windows" for count in counts)]
+    assert [row[0] for row in rows] == [name + tail for name, tail in zip(PHASES, tails, strict=True)]
+    for _, cold, warm, floor, what, ratio in rows:
+        assert min(map(float, (cold, warm, floor, ratio))) > 0 and what
+        assert float(ratio) == pytest.approx(float(warm) / float(floor), rel=0.02, abs=0.01)
+    size = next(line for line in lines if line.startswith("artifact: "))
+    pattern = r"artifact: ([\d,]+) bytes; [\d,]+ codes: ([\d,]+) bytes by ans, ([\d,]+) by entropy"
+    artifact, coded, entropy = (int(number.replace(",", "")) for number in re.match(pattern, size).groups())
+    assert artifact > coded >= entropy > 0
+
+
+@pytest.mark.parametrize("stride", [32, 16])
+@pytest.mark.parametrize("limit", [None, 1, 16, 17])
+def test_floor_of_evaluation_runs_the_same_passes(
+    stride: int, limit: int | None, run: t.Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many passes of the same shape as score_windows runs, after one that is not timed."""
+    model, validation, calls = tiny_model(), t.load_validation(run), []
+    forward = model.fast_nll
+
+    def recorded(ids: torch.Tensor, targets: torch.Tensor, *rest: Any) -> torch.Tensor:
+        assert not torch.is_grad_enabled() and torch.equal(ids[0, 1:], targets[0, :-1])
+        calls.append((ids.shape, ids.stride(), ids.dtype, targets.shape, targets.stride(), targets.dtype))
+        return forward(ids, targets, *rest)
+
+    monkeypatch.setattr(model, "fast_nll", recorded)
+    windows = t.plan_windows(validation.targets, run.cfg.eval_len, stride)[:limit]
+    t.score_windows(run, model, validation, windows)
+    expected = [*calls]
+    timings = export_time.Timings(run)
+    export_time.time_evaluation(timings, model, validation, limit)
+    floor = timings.phases[0 if stride == run.cfg.eval_len else 1].floor
+    calls.clear()
+    assert floor() > 0
+    assert calls[1:] == expected
+
+
+def test_zeros_become_noise_and_nothing_else_changes(run: t.Runtime) -> None:
+    """No parameter is zero afterwards; those that were not keep their bits; the noise is of the size that is said."""
+    model = t.build_model(run, run.cfg, bos_id=1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    export_time.fill_zeros(model)
+    zero = {name for name, p in before.items() if not p.any()}
+    assert {"banks.out", "banks.down"} <= zero
+    for name, parameter in model.named_parameters():
+        assert parameter.any() and (name in zero or torch.equal(parameter, before[name])), name
+    assert model.banks["down"].std().item() == pytest.approx(export_time.NOISE, rel=0.05)
+
+
+def test_sliding_evaluation_can_be_off(run: t.Runtime) -> None:
+    """EVAL_STRIDE=0 leaves plain evaluation alone."""
+    timings = export_time.Timings(t.Runtime(t.replace(run.cfg, eval_stride=0), run.ranks, run.log, []))
+    export_time.time_evaluation(timings, tiny_model(), t.load_validation(run), 4)
+    assert [phase.name for phase in timings.phases] == ["plain evaluation, stride 32, 4 windows"]
+
+
+def test_histogram_counts_every_code() -> None:
+    """The floor of encoding looks at all codes."""
+    codes = torch.tensor([[[-3, 0, 5], [5, 5, -128]]], dtype=torch.int8)
+    counts = export_time.count_codes(
+        {"a": t.Coded(codes, torch.ones(1, 2)), "b": t.Coded(codes[:, :1], torch.ones(1, 1))}
+    )
+    values = counts.nonzero()[0].astype(np.uint8).view(np.int8).tolist()
+    assert dict(zip(values, counts[counts > 0].tolist())) == {-3: 2, 0: 2, 5: 4, -128: 1}
+
+
+@pytest.mark.parametrize("arguments", [["--windows", "0"], ["--windows", "x"], ["SEED"], ["--steps", "3"]])
+def test_arguments_that_mean_nothing_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        export_time.parse(arguments, {})
+    assert stopped.value.code == 2 and arguments[0].strip("-") in capsys.readouterr().err
+
+
+def test_arguments_win_over_the_environment() -> None:
+    """KEY=value and --batches replace variables; EXPORT_ONLY=1 keeps the log of a training run."""
+    env, limit = export_time.parse(["A=1=2", "--batches", "5", "SEED=3"], {"SEED": "1", "HOME": "/x"})
+    assert limit is None
+    assert env == {"A": "1=2", "SEED": "3", "HOME": "/x", "GPTQ_CALIBRATION_BATCHES": "5", "EXPORT_ONLY": "1",
+                   "WEIGHTS_PATH": "unused"}  # fmt: skip
+
+
+def test_without_gptq_there_is_nothing_to_collect(run: t.Runtime) -> None:
+    off = t.Runtime(t.replace(run.cfg, gptq_enabled=False), run.ranks, run.log, [])
+    with pytest.raises(SystemExit, match="GPTQ_ENABLED=0"):
+        export_time.time_all(off, None)
