@@ -1902,7 +1902,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
     if budget <= 0:
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ takes {reserve:.1f}s")
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
-    averager, active, phase = Averager(cfg, model), set(), "train"
+    averager, active, phase, graphs = Averager(cfg, model), set(), "train", 0
     clock, step, loss = Clock(run.ranks.device), 0, None
     clock.start()
     while True:
@@ -1912,8 +1912,12 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
         plan = plan_step(cfg, step, seconds, budget)
         if plan.phase != phase:
             phase = enter_phase(run, model, plan, step, seconds)
+        before = graphs_compiled()
         loss = trainer.step(step, phases(cfg)[phase], plan.lr_scale, plan.momentum)
         step += 1
+        if made := graphs_compiled() - before:
+            graphs += made
+            run.log(f"WARNING: step {step} compiled {made} graphs inside the clock; warm-up should have made them")
         averager.update(step, plan.lr_scale)
         active |= {phase, "warmdown" if plan.lr_scale < 1 else phase}
         report_step(run, step, loss, plan, clock)
@@ -1921,8 +1925,14 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
             validate_step(run, model, validation, step, clock.stop())
             clock.start()
     run.ledger.append(("train", "steps", clock.stop()))
+    run.log(f"graphs compiled inside the clock: {graphs}")
     finish_log(run, model, validation, step, clock)
     return Trained(step, averager.weights(), active | averager.active())
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def enter_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: float) -> str:

@@ -145,6 +145,25 @@ def test_the_last_step_is_validated_once(run: t.Runtime) -> None:
     one_line(r"^step:2/2 val_loss:.*$", Path(f"logs/{run.cfg.run_id}.txt").read_text())
 
 
+@pytest.mark.parametrize("late", [0, 2])
+def test_compilation_inside_the_clock_is_reported(run: t.Runtime, monkeypatch: pytest.MonkeyPatch, late: int) -> None:
+    """A graph that is first made in step `late` + 1 of the run is named with its step; without one the count is 0."""
+    run = replace(run, cfg=replace(run.cfg, iterations=4, warmup_steps=0))
+    trainer, validation = t.Trainer(run, t.build_model(run, run.cfg, 1)), t.load_validation(run)
+    double, step = torch.compile(lambda x: x * 2, backend="eager"), trainer.step
+
+    def compiling_step(number: int, *plan: Any) -> torch.Tensor:
+        if late and number == late:
+            double(torch.ones(()))
+        return step(number, *plan)
+
+    monkeypatch.setattr(trainer, "step", compiling_step)
+    t.train(run, trainer, validation)
+    log = Path(f"logs/{run.cfg.run_id}.txt").read_text()
+    assert (f"WARNING: step {late + 1} compiled 1 graphs inside the clock" in log) == bool(late)
+    one_line(rf"^graphs compiled inside the clock: {int(bool(late))}$", log)
+
+
 def test_a_feature_that_never_acted_is_named(full: Path) -> None:
     """SWA was configured and never took a snapshot; what did act is not accused."""
     line = one_line(r"^never activated: .*$", (full / "logs/full.txt").read_text())
