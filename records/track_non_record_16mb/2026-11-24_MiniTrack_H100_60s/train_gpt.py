@@ -1,0 +1,2663 @@
+"""Parameter Golf trainer: the best language model in 16,000,000 bytes after 10 minutes on 8 H100s.
+
+Token shards and environment variables go in; a trained, quantized, entropy-coded model and its
+score in bits per byte (bpb) of the FineWeb validation text come out. One file, no imports from
+the repository: copied alone into a records/ folder it runs.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py          # the record run
+    ITERATIONS=200 TRAIN_BATCH_TOKENS=98304 python train_gpt.py    # one GPU, debugging
+    RECIPE=records/recipes/demo.env DEVICE=cpu python train_gpt.py # a few minutes on a CPU
+    python train_gpt.py --help                                     # every variable
+
+Contents
+    1. Configuration
+    2. Runtime
+    3. Data
+    4. Model
+    5. Optimizers
+    6. Schedules, phases, late QAT
+    7. Weight averaging
+    8. Training
+    9. Quantization
+    10. Artifact
+    11. Evaluation
+    12. Main
+"""
+
+import contextlib
+import copy
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import struct
+import sys
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import Field, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class UserError(ValueError):
+    """Bad input from the outside (variable, file, machine); the message names it and the remedy."""
+
+
+# ----------------------------------------------------------------------------------------------
+# 1. Configuration
+# ----------------------------------------------------------------------------------------------
+# Every hyperparameter is one field of one frozen dataclass, and its environment variable is the
+# field's name in capitals. Values come from the default, from the RECIPE file, or from the
+# environment, the later winning. A name that looks like ours and is not known stops the run:
+# of 44 published READMEs 4 set variables that their script never read.
+
+
+def opt(default: Any, text: str, group: str = "", low: float | None = None, choices: str = "") -> Any:
+    """A Config field: default, help with unit, the --help group it starts, least number, allowed words."""
+    return field(default=default, metadata={"text": text, "group": group, "low": low, "choices": choices.split()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All hyperparameters, typed and validated. Build with `from_env`; the names are the variables' names."""
+
+    recipe: str = opt("", "file of KEY=value lines read before the environment", group="Run")
+    run_id: str = opt("", "name of the run's files under logs/ (empty: a fresh uuid)")
+    seed: int = opt(1337, "seed of initial weights and data order", low=0)
+    device: str = opt("auto", "where to run (auto: cuda, else mps, else cpu)", choices="auto cuda mps cpu")
+    compile: bool = opt(True, "torch.compile the model and the optimizer; 0 runs eagerly")
+    attn_backend: str = opt("auto", "attention (auto: first that works)", choices="auto fa3 fa4 cudnn fa2 flash math")
+    mlp_backend: str = opt("auto", "feed-forward layer (auto: first that works)", choices="auto triton plain")
+    eval_only: bool = opt(False, "score the artifact at ARTIFACT_PATH; needs no training data")
+    export_only: bool = opt(False, "quantize and score the weights at WEIGHTS_PATH; no training")
+    artifact_path: str = opt("", "the compressed model (empty: logs/<RUN_ID>.pgolf)")
+    weights_path: str = opt("", "fp32 weights saved when training ends (empty: logs/<RUN_ID>.weights.pt)")
+
+    data_dir: str = opt("./data/", "folder that holds datasets/ and tokenizers/", group="Data")
+    data_path: str = opt("", "shard folder (empty: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>)")
+    tokenizer_path: str = opt("", "SentencePiece model (empty: <DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model)")
+    vocab_size: int = opt(1024, "pieces of the tokenizer", low=4)
+    loader: str = opt("shuffled", "windows in random order, or the official order", choices="shuffled sequential")
+
+    iterations: int = opt(20_000, "optimizer steps at most", group="Training length", low=1)
+    max_wallclock_seconds: float = opt(60.0, "training, calibration and quantization, seconds (0: no limit)", low=0)
+    train_batch_tokens: int = opt(98304, "tokens per optimizer step over all ranks", low=1)
+    train_seq_len: int = opt(2048, "tokens per training sequence", low=2)
+    grad_accum_steps: int = opt(0, "micro-steps per step (0: fewest with at most 98,304 tokens each)", low=0)
+    warmup_steps: int = opt(5, "untimed steps per phase before the clock starts, undone afterwards", low=0)
+    warmdown_iters: int = opt(0, "last steps over which the learning rate falls to 0 (0: WARMDOWN_FRAC)", low=0)
+    warmdown_frac: float = opt(0.6, "the same as a fraction of the run, by steps or clock", low=0)
+    min_lr: float = opt(0.0, "floor of the learning-rate scale during warmdown", low=0)
+    train_log_every: int = opt(200, "steps between training log lines (0: steps 1-10 only)", low=0)
+    val_loss_every: int = opt(0, "steps between validations (0: only after the last step)", low=0)
+
+    num_layers: int = opt(11, "transformer layers", group="Model", low=1)
+    model_dim: int = opt(512, "width of the residual stream", low=1)
+    num_heads: int = opt(8, "query heads", low=1)
+    num_kv_heads: int = opt(4, "key/value heads", low=1)
+    mlp_mult: float = opt(3.0, "MLP width over MODEL_DIM", low=0)
+    mlp_hidden: int = opt(0, "MLP width in units (0: MLP_MULT x MODEL_DIM)", low=0)
+    mlp_activation: str = opt("leaky_relu2", "MLP nonlinearity", choices="relu2 leaky_relu2 asqu")
+    negative_slope: float = opt(0.5, "slope of leaky_relu2 below zero, before squaring")
+    asqu_beta_init: float = opt(0.25, "initial negative-side factor of ASQU, per channel")
+    logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
+    rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
+    rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
+    qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0)
+    xsa_last_n: int = opt(11, "last layers with exclusive self-attention", low=0)
+    ln_scale: bool = opt(True, "scale normalized inputs of layer i by 1/sqrt(i+1)")
+    tie_embeddings: bool = opt(True, "use the token embedding as the output head")
+    tied_embed_init_std: float = opt(0.005, "standard deviation of the initial token embedding", low=0)
+    ortho_init: bool = opt(True, "orthogonal matrices at the start, else uniform +-1/sqrt(inputs)")
+    smear_gate_enabled: bool = opt(True, "mix each token with the one before it, per channel; stops at BOS")
+    bigram_vocab_size: int = opt(2048, "buckets of the hashed bigram embedding (0: none)", low=0)
+    bigram_dim: int = opt(128, "width of the bigram embedding", low=1)
+    ve_enabled: bool = opt(True, "shared value embedding added to the values of VE_LAYERS")
+    ve_dim: int = opt(128, "width of the value embedding", low=1)
+    ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
+    value_residual: bool = opt(False, "mix each layer's values with those of the first layer")
+    gated_attn_enabled: bool = opt(False, "sigmoid gate per head on the attention output")
+
+    matrix_lr: float = opt(0.025, "Muon learning rate", group="Optimizer", low=0)
+    scalar_lr: float = opt(0.025, "Adam learning rate of vectors and small matrices", low=0)
+    tied_embed_lr: float = opt(0.035, "Adam learning rate of embeddings when tied", low=0)
+    embed_lr: float = opt(0.6, "Adam learning rate of embeddings when untied", low=0)
+    head_lr: float = opt(0.008, "Adam learning rate of the untied head", low=0)
+    asqu_lr: float = opt(0.001, "Adam learning rate of the ASQU factors", low=0)
+    muon_momentum: float = opt(0.99, "Muon momentum after warm-up", low=0)
+    muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0)
+    muon_momentum_warmup_steps: int = opt(200, "steps of linear momentum warm-up", low=0)
+    muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
+    muon_row_normalize: bool = opt(False, "normalize update rows before orthogonalizing (MuonEq-R)")
+    polar_express: bool = opt(False, "Polar Express coefficients instead of the fixed quintic")
+    muon_wd: float = opt(0.04, "decoupled weight decay of the banks", low=0)
+    adam_wd: float = opt(0.04, "decoupled weight decay of vectors and small matrices", low=0)
+    embed_wd: float = opt(0.04, "decoupled weight decay of embeddings", low=0)
+    beta1: float = opt(0.9, "Adam beta1", low=0)
+    beta2: float = opt(0.95, "Adam beta2", low=0)
+    adam_eps: float = opt(1e-8, "Adam epsilon", low=0)
+    grad_clip_norm: float = opt(0.3, "global gradient norm limit (0: none)", low=0)
+
+    ema_enabled: bool = opt(True, "export an exponential moving average of the weights", group="Averaging and QAT")
+    ema_decay: float = opt(0.997, "decay of the average per step", low=0)
+    swa_enabled: bool = opt(False, "export the mean of snapshots (of the EMA where that is on)")
+    swa_every: int = opt(50, "steps between SWA snapshots", low=1)
+    swa_start_frac: float = opt(0.2, "SWA starts when the learning-rate scale falls below this", low=0)
+    lawa_enabled: bool = opt(False, "export the mean of the latest LAWA_K snapshots")
+    lawa_k: int = opt(10, "snapshots in the LAWA window", low=1)
+    lawa_freq: int = opt(100, "steps between LAWA snapshots", low=1)
+    qat_enabled: bool = opt(False, "train on the export grid (straight-through) during the whole run")
+    late_qat_threshold: float = opt(0.15, "the same once the learning-rate scale is below this (0: never)", low=0)
+
+    gptq_enabled: bool = opt(True, "full-Hessian GPTQ, else round to nearest", group="Export")
+    gptq_calibration_batches: int = opt(64, "batches of min(TRAIN_BATCH_TOKENS, 98304) tokens for Hessians", low=1)
+    gptq_reserve_seconds: float | None = opt(None, "clock kept for calibration and GPTQ (empty: measured)", low=0)
+    gptq_block_size: int = opt(128, "columns per lazy GPTQ update", low=1)
+    gptq_damp: float = opt(0.01, "damping over the mean diagonal of the Hessian", low=0)
+    gptq_act_order: bool = opt(True, "quantize the columns of largest Hessian diagonal first")
+    matrix_bits: int = opt(6, "bits of the code of a matrix entry (2 to 8)", low=2)
+    embed_bits: int = opt(8, "bits of the code of an embedding entry (2 to 8)", low=2)
+    clip_policy: str = opt("sigma", "row clip: k x std, amax, or percentile search", choices="sigma amax search")
+    matrix_clip_sigmas: float = opt(0.0, "k of clip policy sigma (0: what fills TARGET_BYTES)", low=0)
+    embed_clip_sigmas: float = opt(20.0, "k of the embeddings under clip policy sigma", low=0.1)
+    compressor: str = opt("auto", "auto and ans: entropy coder for codes", choices="auto ans zlib lzma zstd brotli")
+    compressor_level: int = opt(-1, "level of a named compressor (-1: its strongest)", low=-1)
+    target_bytes: int = opt(16_000_000, "limit of code + artifact, decimal bytes", low=1)
+    selective_prune_enabled: bool = opt(True, "over the limit: zero the cheapest +-1 codes until it fits")
+    int5_fallback: bool = opt(True, "over the limit after that: int5 for one layer at a time, centre first")
+
+    eval_seq_len: int = opt(0, "tokens per evaluation window (0: TRAIN_SEQ_LEN)", group="Evaluation", low=0)
+    eval_stride: int = opt(256, "new tokens per sliding window (0: plain windows only)", low=0)
+    val_batch_size: int = opt(98304, "tokens per evaluation batch over all ranks", low=1)
+    max_eval_seconds: float = opt(600.0, "evaluation budget that the ledger reports against, seconds", low=0)
+
+    # Where each value came from: field name -> "default", "recipe" or "environment". Not a variable.
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        return self.mlp_hidden or int(self.mlp_mult * self.model_dim)
+
+    @property
+    def log_name(self) -> str:
+        """Name of the log files: scoring or exporting again must not replace the log of the training run."""
+        return self.run_id + (".eval" if self.eval_only else ".export" if self.export_only else "")
+
+    @property
+    def fits_clip(self) -> bool:
+        """Whether the clip of the matrices is ours to choose, so that the artifact fills TARGET_BYTES."""
+        return self.clip_policy == "sigma" and not self.matrix_clip_sigmas
+
+    @property
+    def eval_len(self) -> int:
+        return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def shard_folder(self) -> Path:
+        return Path(self.data_path or Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}"))
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return Path(self.tokenizer_path or Path(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model"))
+
+    @property
+    def artifact_file(self) -> Path:
+        return Path(self.artifact_path or f"logs/{self.run_id}.pgolf")
+
+    @property
+    def weights_file(self) -> Path:
+        return Path(self.weights_path or f"logs/{self.run_id}.weights.pt")
+
+    @classmethod
+    def variables(cls) -> dict[str, Field]:
+        """Variable name -> dataclass field, in the order of --help."""
+        return {f.name.upper(): f for f in fields(cls) if f.name != "sources"}
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "Config":
+        """Configuration from a mapping such as os.environ (and the RECIPE file that it may name).
+
+        Raises UserError for a name or value that cannot be meant; names the variable and the remedy.
+        """
+        given = {"environment": env}
+        if env.get("RECIPE"):
+            given = {"recipe": read_recipe(Path(env["RECIPE"])), **given}
+        values: dict[str, Any] = {}
+        sources = {f.name: "default" for f in cls.variables().values()}
+        for source, mapping in given.items():
+            check_names(mapping, strict=source == "recipe")
+            for name, (value, spelled) in given_values(mapping).items():
+                spec = cls.variables()[name]
+                values[spec.name] = value
+                sources[spec.name] = source if spelled == name else f"{source} as {spelled}"
+        cfg = cls(**values, sources=sources)
+        validate(cfg)
+        return replace(cfg, run_id=cfg.run_id or str(uuid.uuid4()))
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields that define the model's function: what an artifact must carry to be evaluated."""
+        names = [f.name for f in self.variables().values()]
+        model = names[names.index("num_layers") : names.index("matrix_lr")]
+        return {name: getattr(self, name) for name in ["vocab_size", "train_seq_len", *model]}
+
+    @classmethod
+    def describe_variables(cls) -> str:
+        """The table that --help prints: variable, default, meaning, by group."""
+        lines = ["Environment variables of train_gpt.py (booleans: 0/1, true/false, yes/no, on/off; empty = default)"]
+        for name, spec in cls.variables().items():
+            meta = spec.metadata
+            if meta["group"]:
+                lines += ["", meta["group"]]
+            default = ",".join(map(str, spec.default)) if isinstance(spec.default, tuple) else spec.default
+            words = f" [{' | '.join(meta['choices'])}]" if meta["choices"] else ""
+            shown = int(default) if isinstance(default, bool) else "" if default is None else default
+            lines.append(f"  {name:<28} {shown!s:<14} {meta['text']}{words}")
+        lines += ["", "Other spellings that are understood"]
+        for alias, (name, factor) in sorted(ALIASES.items()):
+            lines.append(f"  {alias:<28} = {name}" + (f", times {factor:g}" if factor else ""))
+        return "\n".join(lines)
+
+
+# Spellings of other scripts, by ours. A number converts the unit: TARGET_MB means decimal megabytes.
+SPELLINGS = """
+ADAM_WD: ADAM_WEIGHT_DECAY | BIGRAM_DIM: BIGRAM_HASH_DIM | BIGRAM_VOCAB_SIZE: BIGRAM_BUCKETS BIGRAM_HASH_BUCKETS
+COMPILE: COMPILE_MODEL USE_COMPILE | COMPRESSOR: SERIAL_COMPRESSOR | COMPRESSOR_LEVEL: ZSTD_LEVEL
+EMA_ENABLED: EMA | EMBED_BITS: EMBED_QUANT_BITS QUANT_BITS_EMBED | EVAL_STRIDE: SLIDING_EVAL_STRIDE STRIDE
+GATED_ATTN_ENABLED: GATED_ATTENTION GATED_ATTN | GPTQ_ENABLED: USE_GPTQ
+GPTQ_CALIBRATION_BATCHES: GPTQ_CALIB_BATCHES GPTQ_CALIBRATION_STEPS | LATE_QAT_THRESHOLD: QAT_THRESHOLD
+LAWA_FREQ: LAWA_INTERVAL | LAWA_K: LAWA_WINDOW | MATRIX_BITS: QUANT_BITS WEIGHT_QUANT_BITS
+MLP_ACTIVATION: ACTIVATION | MUON_ROW_NORMALIZE: MUON_EQ_R | MUON_WD: MUON_WEIGHT_DECAY WEIGHT_DECAY
+NEGATIVE_SLOPE: LEAKY_SLOPE LEAKY_RELU_SLOPE MLP_LEAKY_SLOPE | ORTHO_INIT: USE_ORTHO_INIT
+POLAR_EXPRESS: USE_POLAR_EXPRESS | QAT_ENABLED: QAT ENABLE_QAT | ROPE_DIMS: PARTIAL_ROPE_DIMS
+SMEAR_GATE_ENABLED: SMEAR SMEAR_GATE SMEARGATE USE_SMEARGATE | SWA_ENABLED: SWA | TARGET_BYTES: TARGET_TOTAL_BYTES
+TRAIN_SEQ_LEN: TRAIN_MAX_SEQ_LEN | VAL_BATCH_SIZE: VAL_BATCH_TOKENS | VALUE_RESIDUAL: VRL
+WARMDOWN_FRAC: WARMDOWN_FRACTION | XSA_LAST_N: XSA_LAYERS
+"""
+ALIASES: dict[str, tuple[str, float | None]] = {
+    alias: (row.split(":")[0].strip(), None)
+    for row in SPELLINGS.replace("\n", "|").split("|")
+    for alias in row.partition(":")[2].split()
+} | {"GPTQ_RESERVE_MS": ("GPTQ_RESERVE_SECONDS", 1e-3), "TARGET_MB": ("TARGET_BYTES", 1e6)}
+
+# Words that only this field's variables contain: a name with one of them is meant for a training script.
+OWN_WORDS = set(
+    "ADAM ASQU ATTN BIGRAM CASEOPS COMPRESSOR DTG EMA GATE GATED GPTQ GRAD JEPA LAWA LAYER LAYERS LOOP LOOPS LOOPING "
+    "LORA LQER MLP MOMENTUM MTP MUON NGRAM QAT QK RECUR ROPE SMEAR SOFTCAP SWA TRIGRAM TTT VE WARMDOWN XSA".split()
+)
+# Prefixes of other software: never ours, even where a word of ours follows.
+FOREIGN_PREFIXES = tuple(
+    "NCCL_ CUDA_ TORCH PYTORCH_ TRITON_ OMP_ MKL_ KMP_ GLOO_ OPENBLAS_ PYTHON HF_ HUGGINGFACE_ WANDB_ MATCHED_FINEWEB_ "
+    "LD_ LC_ SLURM_ AWS_ KUBERNETES_ NVIDIA_ RUNPOD_ XDG_ SSH_ GIT_ VIRTUAL_ CONDA_ PIP_ FLASH_ATTENTION_ CUTE_ "
+    "MINITRACK_ MPL PYTEST_ MASTER_ GROUP_ ROLE_ LOCAL_ TORCHELASTIC_".split()
+)
+
+
+def read_recipe(path: Path) -> dict[str, str]:
+    """KEY=value lines of a recipe; blank lines and # comments are skipped."""
+    if not path.is_file():
+        raise UserError(f"RECIPE={path}: no such file; the recipes are in records/recipes/*.env")
+    values = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text = line.split("#", 1)[0].strip()
+        if text and "=" not in text:
+            raise UserError(f"{path}:{number}: expected KEY=value, found {text!r}")
+        if text:
+            key, value = text.split("=", 1)
+            values[key.strip()] = value.strip()
+    return values
+
+
+def check_names(mapping: Mapping[str, str], strict: bool) -> None:
+    """Refuse unknown variables: every one in a recipe, in the environment those that look like ours."""
+    known = [*Config.variables(), *ALIASES]
+    for name in sorted(set(mapping) - set(known)):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0 if strict else 0.84)
+        ours = bool(OWN_WORDS & set(name.split("_"))) or name.startswith(("TRAIN_", "EVAL_", "VAL_"))
+        if not strict and (name.startswith(FOREIGN_PREFIXES) or not (near or ours) or not name.isupper()):
+            continue
+        guess = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(guess)}?" if guess else "python train_gpt.py --help lists all variables."
+        raise UserError(f"{name}={mapping[name]!r}: no such variable; {hint} Unset it if it is not meant for this run.")
+
+
+def given_values(mapping: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    """Known, non-empty variables of a mapping: name -> (value in our type and unit, spelling that was used)."""
+    found: dict[str, tuple[Any, str]] = {}
+    for spelled in sorted(set(mapping) & {*Config.variables(), *ALIASES}, key=lambda s: s in ALIASES):
+        name, factor = ALIASES.get(spelled, (spelled, None))
+        text, spec = mapping[spelled].strip(), Config.variables()[name]
+        if not text:
+            continue
+        if factor:
+            number = parse_number(spelled, text, float) * factor
+            text = str(round(number) if spec.type is int else number)
+        value = parse_value(spelled, text, spec)
+        if found.setdefault(name, (value, spelled))[0] != value:
+            raise UserError(f"{spelled}={text} contradicts {found[name][1]}={found[name][0]}; unset one of them")
+    return found
+
+
+def parse_number(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        word = "a whole number" if kind is int else "a number"
+        raise UserError(f"{name}={text!r}: expected {word}") from None
+
+
+def parse_value(name: str, text: str, spec: Field) -> Any:
+    """The text of a variable as its field's type; UserError names variable, value and what is allowed."""
+    low, choices = spec.metadata["low"], spec.metadata["choices"]
+    kind = next((k for k in get_args(spec.type) if k in (int, float)), spec.type)  # float | None, tuple[int, ...]
+    if kind is bool:
+        words = ("0", "false", "no", "off", "1", "true", "yes", "on")
+        if text.lower() not in words:
+            raise UserError(f"{name}={text!r}: expected 0 or 1 (true/false, yes/no and on/off are understood)")
+        return words.index(text.lower()) >= 4
+    if kind is str:
+        if choices and text not in choices:
+            raise UserError(f"{name}={text!r}: expected one of {', '.join(choices)}")
+        return text
+    if isinstance(spec.default, tuple):
+        return tuple(parse_number(name, part, kind) for part in text.split(",") if part.strip())
+    value = parse_number(name, text, kind)
+    if not math.isfinite(value) or (low is not None and value < low):
+        raise UserError(f"{name}={text}: expected a finite number" + ("" if low is None else f" of at least {low:g}"))
+    return value
+
+
+def validate(cfg: Config) -> None:
+    """Check what involves several variables; messages name them with their values."""
+    model_dim, heads, kv_heads, head_dim = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    above = {n.upper(): v for n in ("matrix_bits", "embed_bits") if (v := vars(cfg)[n]) > 8}
+    fractions = "warmdown_frac min_lr muon_momentum muon_momentum_warmup_start ema_decay beta1 beta2".split()
+    above_one = {n.upper(): v for n in fractions if (v := vars(cfg)[n]) > 1}
+    ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(cfg.num_layers))) != []
+    rules = [
+        (model_dim % heads == 0, f"MODEL_DIM={model_dim} is not divisible by NUM_HEADS={heads}"),
+        (heads % kv_heads == 0, f"NUM_HEADS={heads} is not divisible by NUM_KV_HEADS={kv_heads}"),
+        (head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={head_dim} is odd: rotary embedding needs pairs"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"ROPE_DIMS={cfg.rope_dims}: even, at most {head_dim}"),
+        (cfg.hidden_dim > 0, f"MLP_HIDDEN={cfg.mlp_hidden} and MLP_MULT={cfg.mlp_mult} give an MLP of width 0"),
+        (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
+        (ve_fits or not cfg.ve_enabled,
+         f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
+        (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
+        (not above, f"{above}: codes have 2 to 8 bits"),
+        (not above_one, f"{above_one}: at most 1"),
+        (not (cfg.qat_enabled and cfg.fits_clip),
+         "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
+        (cfg.late_qat_threshold <= 1, f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold}: a learning-rate scale, at most 1"),
+        (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
+        (not (cfg.eval_only and cfg.export_only), "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"),
+        (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
+        (not cfg.export_only or cfg.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH=<file>"),
+        (cfg.eval_stride <= cfg.eval_len, f"EVAL_STRIDE={cfg.eval_stride} exceeds the window of {cfg.eval_len} tokens"),
+        (cfg.compressor_level <= CODECS.get(cfg.compressor, ("", "", -1))[2],
+         f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
+        (cfg.vocab_size <= 65_536, f"VOCAB_SIZE={cfg.vocab_size}: shards hold 16-bit tokens"),
+    ]  # fmt: skip
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Runtime
+# ----------------------------------------------------------------------------------------------
+# Ranks, clock, log and ledger are values handed to whoever needs them. One rank runs the same
+# code as eight: collectives on a world of one return their input. Durations are seconds, sizes
+# are bytes, lengths are tokens.
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers, and the few collectives that the run needs."""
+
+    rank: int
+    world: int
+    device: torch.device
+    control: Any = None  # gloo group for decisions of the host, so that they never wait for the GPU
+
+    @classmethod
+    def start(cls, cfg: Config, env: Mapping[str, str]) -> "Ranks":
+        """Join the process group that torchrun describes in `env`; without one this is a world of one."""
+        rank, world = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+        device = pick_device(cfg.device, int(env.get("LOCAL_RANK", "0")))
+        if world == 1:
+            return cls(rank, world, device)
+        bound = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group("nccl" if bound else "gloo", timeout=timedelta(minutes=5), **bound)
+        return cls(rank, world, device, dist.new_group(backend="gloo"))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, *values: float) -> list[float]:
+        """Rank 0's values on every rank: clocks and decisions must not differ between ranks."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(tensor, 0, group=self.control)
+        return tensor.tolist()
+
+    def broadcast_bytes(self, blob: bytes) -> bytes:
+        """Rank 0's bytes on every rank."""
+        if self.world == 1:
+            return blob
+        size = int(self.agree(len(blob))[0])
+        tensor = torch.zeros(size, dtype=torch.uint8)
+        if self.is_main:
+            tensor.copy_(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
+        dist.broadcast(tensor, 0, group=self.control)
+        return tensor.numpy().tobytes()
+
+    def share(self, count: int) -> range:
+        """This rank's contiguous part of `count` pieces of work; sizes differ by one at most."""
+        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """The device that DEVICE names; auto takes the best one present. A named one that is missing is an error."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(k for k in present if present[k]) if name == "auto" else name
+    if not present[kind]:
+        raise UserError(f"DEVICE={name}: not available on this machine; present: {[k for k in present if present[k]]}")
+    if kind != "cuda":
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"LOCAL_RANK={local_rank}: only {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+    torch.cuda.set_device(local_rank)
+    torch.set_float32_matmul_precision("high")  # TF32 products: exact for bf16 inputs, twice as fast or more
+    return torch.device("cuda", local_rank)
+
+
+class Clock:
+    """A stopwatch that waits for the device whenever it starts or stops."""
+
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.now = device, now
+        self.total, self.started = 0.0, None
+
+    def start(self) -> None:
+        synchronize(self.device)
+        self.started = self.now()
+
+    def stop(self) -> float:
+        synchronize(self.device)
+        self.total, self.started = self.seconds(), None
+        return self.total
+
+    def seconds(self) -> float:
+        return self.total + (self.now() - self.started if self.started is not None else 0.0)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        self.start()
+        yield
+        self.stop()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+class Log:
+    """The run's record: logs/<RUN_ID>.txt, the seed logs that a submission ships, and a JSON line stream.
+
+    Only rank 0 writes; every line is flushed, so that a killed machine loses nothing.
+    """
+
+    def __init__(self, cfg: Config, enabled: bool) -> None:
+        self.files, self.stream = [], None
+        if not enabled:
+            return
+        Path("logs").mkdir(exist_ok=True)
+        names = [f"logs/{cfg.log_name}.txt"]
+        if cfg.log_name == cfg.run_id:
+            names += [f"train_seed{cfg.seed}.log"] + ["train.log"] * (cfg.seed == 1337)
+        self.files = [open(name, "w", buffering=1, encoding="utf-8") for name in names]
+        self.stream = open(f"logs/{cfg.log_name}.jsonl", "w", buffering=1, encoding="utf-8")
+
+    def __call__(self, text: str, console: bool = True) -> None:
+        for file in self.files:
+            file.write(text + "\n")
+        if self.files and console:
+            print(text, flush=True)
+
+    def event(self, event: str, /, **values: Any) -> None:
+        """One JSON object for tools; the text line beside it is for people."""
+        if self.stream:
+            self.stream.write(json.dumps({"event": event, **values}) + "\n")
+
+    def close(self) -> None:
+        for file in [*self.files, *([self.stream] if self.stream else [])]:
+            file.close()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What every stage needs: configuration, ranks, log, and the ledger of time spent."""
+
+    cfg: Config
+    ranks: Ranks
+    log: Log
+    ledger: list[tuple[str, str, float]]  # (budget, phase, seconds)
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(cls, cfg: Config, env: Mapping[str, str]) -> Iterator["Runtime"]:
+        """Start ranks and log, write the header, and close both whatever happens."""
+        ranks = Ranks.start(cfg, env)
+        for path in (cfg.artifact_file, cfg.weights_file):  # a missing folder must not cost a finished run
+            path.parent.mkdir(parents=True, exist_ok=True)
+        log = Log(cfg, enabled=ranks.is_main)
+        run = cls(cfg, ranks, log, [])
+        try:
+            log_header(run)
+            yield run
+        finally:
+            if problem := sys.exc_info()[1]:
+                log(f"error: {type(problem).__name__}: {problem}", console=False)
+            log.close()
+            ranks.close()
+
+    @contextlib.contextmanager
+    def timed(self, phase: str, budget: str) -> Iterator[None]:
+        """Book the time of a block under one of the budgets train, eval or untimed."""
+        clock = Clock(self.ranks.device)
+        with clock.running():
+            yield
+        self.ledger.append((budget, phase, clock.total))
+
+    def spent(self, budget: str) -> float:
+        return sum(seconds for name, _, seconds in self.ledger if name == budget)
+
+
+def log_header(run: Runtime) -> None:
+    """Source with its sha256, versions, and every hyperparameter with where it came from."""
+    cfg, log, source = run.cfg, run.log, Path(__file__).read_bytes()
+    if run.ranks.is_main:
+        Path(f"logs/{cfg.log_name}.py").write_bytes(source)  # beside the log: tools that grep it must not hit code
+    log(f"source: sha256:{hashlib.sha256(source).hexdigest()} bytes:{len(source)} copy:logs/{cfg.log_name}.py")
+    log(f"Running Python {sys.version.split()[0]} PyTorch {torch.__version__} command: {' '.join(sys.argv)}")
+    device = run.ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    log(f"device:{device.type} ({name}) cuda:{torch.version.cuda} cudnn:{torch.backends.cudnn.version()} "
+        f"host:{platform.node()} world_size:{run.ranks.world}")  # fmt: skip
+    log(f"seed:{cfg.seed}")
+    log("Hyperparameters:", console=False)
+    values = {f.name: vars(cfg)[f.name] for f in Config.variables().values()}
+    for key, value in values.items():
+        log(f"  {key}: {value} ({cfg.sources[key]})", console=False)
+    changed = {k: v for k, v in values.items() if cfg.sources[k] != "default"}
+    log("changed: " + " ".join(f"{k.upper()}={v}" for k, v in changed.items()))
+    facts = {"torch": torch.__version__, "device": name, "world_size": run.ranks.world}
+    log.event("config", sha256=hashlib.sha256(source).hexdigest(), **facts, values=values, sources=dict(cfg.sources))
+
+
+def log_ledger(run: Runtime) -> None:
+    """Every phase against its budget, in the organisers' reading: training, calibration and GPTQ within
+    MAX_WALLCLOCK_SECONDS; everything from opening the artifact to the score within MAX_EVAL_SECONDS."""
+    limits = {"train": run.cfg.max_wallclock_seconds, "eval": run.cfg.max_eval_seconds, "untimed": 0.0}
+    for budget, limit in limits.items():
+        spent, phases_spent = run.spent(budget), {}
+        for _, phase, seconds in (row for row in run.ledger if row[0] == budget):
+            phases_spent[phase] = phases_spent.get(phase, 0.0) + seconds
+        if not phases_spent:
+            continue
+        over = 0 < limit < spent
+        text = f"{spent:.1f}s" + (f" of {limit:.0f}s" if limit else "") + (" OVER BUDGET" if over else "")
+        run.log(f"budget {budget}: {text} ({' '.join(f'{phase}:{s:.2f}s' for phase, s in phases_spent.items())})")
+        run.log.event("ledger", budget=budget, limit=limit, seconds=spent, phases=phases_spent, over=over)
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Data
+# ----------------------------------------------------------------------------------------------
+# Shards are 256 little-endian int32 (magic, version, token count, zeros) and then that many uint16
+# tokens. Every document starts with BOS; documents run across shard borders. A batch is a pure
+# function of its number, so warm-up, restarts and any number of ranks see the same data.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+MICRO_BATCH_TOKENS = 98_304  # one GPU's share of the record batch: 786,432 over 8; fits 80 GB with room
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard as a read-only uint16 memory map, after checks of magic, version and length."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: not a token shard (magic, version: {header[:2].tolist()}, expected "
+                        f"{[SHARD_MAGIC, SHARD_VERSION]}); fetch or build it again")  # fmt: skip
+    count, size = int(header[2]), path.stat().st_size
+    if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
+        raise UserError(f"{path}: header promises {count} tokens, {SHARD_HEADER_BYTES + 2 * count} bytes, but the file "
+                        f"has {size} bytes; it is truncated or damaged: fetch it again")  # fmt: skip
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+
+
+def shard_paths(cfg: Config, split: str) -> list[Path]:
+    """Shards of a split in name order; byte sidecars (fineweb_val_bytes_*) are not token shards."""
+    paths = [p for p in sorted(cfg.shard_folder.glob(f"fineweb_{split}_*.bin")) if "_bytes_" not in p.name]
+    if not paths:
+        raise UserError(
+            f"DATA_PATH={cfg.shard_folder}: no fineweb_{split}_*.bin there; get them with "
+            f"`python3 data/cached_challenge_fineweb.py --variant sp{cfg.vocab_size}` or set DATA_PATH to your folder"
+        )
+    return paths
+
+
+class TokenStream:
+    """All shards of a split as one endless stream of tokens."""
+
+    def __init__(self, cfg: Config, split: str) -> None:
+        self.paths, self.vocab_size = shard_paths(cfg, split), cfg.vocab_size
+        self.shards = [read_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.total = int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from position `start`, wrapping round at the end; int64."""
+        pieces, position = [], start % self.total
+        while count > 0:
+            shard = int(np.searchsorted(self.ends, position, side="right"))
+            offset = position - (int(self.ends[shard]) - len(self.shards[shard]))
+            piece = self.shards[shard][offset : offset + count]
+            if int(piece.max()) >= self.vocab_size:
+                raise UserError(f"{self.paths[shard]}: token {piece.max()}, set VOCAB_SIZE={self.vocab_size} higher")
+            pieces.append(piece)
+            count -= len(piece)
+            position = (position + len(piece)) % self.total
+        return np.concatenate(pieces).astype(np.int64)
+
+
+class BatchShape(NamedTuple):
+    """How TRAIN_BATCH_TOKENS is cut: micro-steps per step, and sequences per rank and micro-step."""
+
+    accum: int
+    sequences: int
+
+
+def batch_shape(cfg: Config, world: int) -> BatchShape:
+    """Fewest micro-steps that keep a rank's micro-batch within 98,304 tokens; UserError where nothing divides."""
+    unit = world * cfg.train_seq_len * max(cfg.grad_accum_steps, 1)
+    if cfg.train_batch_tokens % unit or cfg.train_batch_tokens < unit:
+        below = cfg.train_batch_tokens // unit * unit
+        valid = f"{below} or {below + unit}" if below else str(unit)
+        raise UserError(
+            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is no multiple of ranks x TRAIN_SEQ_LEN x GRAD_ACCUM_STEPS = "
+            f"{world} x {cfg.train_seq_len} x {cfg.grad_accum_steps or 'auto'}; nearest valid: {valid}"
+        )
+    per_rank = cfg.train_batch_tokens // (world * cfg.train_seq_len)
+    most = max(MICRO_BATCH_TOKENS // cfg.train_seq_len, 1)
+    auto = next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= most)
+    accum = cfg.grad_accum_steps or auto
+    return BatchShape(accum, per_rank // accum)
+
+
+class Loader:
+    """Training micro-batches by number, for this rank, read ahead in a background thread.
+
+    `shuffled`: the stream is cut at a random phase into windows of TRAIN_SEQ_LEN and every window comes once per
+    epoch in random order. `sequential`: the official order, in which every rank of every micro-step takes the next
+    span of its size plus one token. Both are functions of SEED and the number alone: a step covers the same tokens
+    for any number of ranks (sequential: for equal ranks x micro-steps, as in the official script).
+    """
+
+    def __init__(self, run: Runtime) -> None:
+        cfg = run.cfg
+        self.cfg, self.ranks, self.shape = cfg, run.ranks, batch_shape(cfg, run.ranks.world)
+        self.stream = TokenStream(cfg, "train")
+        self.windows = (self.stream.total - cfg.train_seq_len) // cfg.train_seq_len
+        if self.windows < 1:
+            raise UserError(f"{cfg.shard_folder}: {self.stream.total} tokens; lower TRAIN_SEQ_LEN={cfg.train_seq_len}")
+        self.orders: dict[int, np.ndarray] = {}  # epoch -> start of each of its windows, in order of use
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self.ahead: dict[int, Future] = {}
+
+    def window_start(self, index: int) -> int:
+        """Stream position of the index-th shuffled window, counted over all epochs."""
+        epoch, place = divmod(index, self.windows)
+        if epoch not in self.orders:
+            rng = np.random.default_rng([self.cfg.seed, epoch])
+            phase = int(rng.integers(self.cfg.train_seq_len))
+            order = phase + self.cfg.train_seq_len * rng.permutation(self.windows)
+            last = {e: o for e, o in self.orders.items() if e == epoch - 1}  # a batch may span two epochs
+            self.orders = {**last, epoch: order}
+        return int(self.orders[epoch][place])
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of micro-batch `number` (step x accum + micro-step), each (sequences, seq_len) int64."""
+        count, length = self.shape.sequences, self.cfg.train_seq_len
+        place = number * self.ranks.world + self.ranks.rank
+        if self.cfg.loader == "sequential":
+            span = self.stream.read(place * (count * length + 1), count * length + 1)
+            inputs, targets = span[:-1].reshape(count, length), span[1:].reshape(count, length)
+        else:
+            starts = [self.window_start(place * count + i) for i in range(count)]
+            rows = np.stack([self.stream.read(start, length + 1) for start in starts])
+            inputs, targets = rows[:, :-1], rows[:, 1:]
+        pair = torch.from_numpy(np.stack([inputs, targets]))
+        pair = pair.pin_memory() if self.ranks.device.type == "cuda" else pair
+        return pair[0], pair[1]
+
+    def fetch(self, number: int) -> tuple[Tensor, Tensor]:
+        """`batch(number)` on the device; the next one is read meanwhile."""
+        wanted = self.ahead.get(number) or self.worker.submit(self.batch, number)
+        self.ahead = {number + 1: self.worker.submit(self.batch, number + 1)}
+        inputs, targets = wanted.result()
+        device = self.ranks.device
+        return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+class ByteTable:
+    """Bytes of text that a token stands for, from the SentencePiece model.
+
+    bytes(target | previous) = base[target] + (the piece starts with a space and previous is not a control token).
+    Control, unknown and unused pieces count 0, byte pieces 1, others their UTF-8 length without the leading mark.
+    """
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        """Load the tokenizer at `path`; UserError unless it fits VOCAB_SIZE and has a piece for a space."""
+        try:
+            sentencepiece = importlib.import_module("sentencepiece")
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except ImportError:
+            raise UserError("the tokenizer needs the package sentencepiece: pip install -r requirements.txt") from None
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"TOKENIZER_PATH={path}: {str(error)[:200]}; the downloader in data/ fetches it") from None
+        pieces = self.pieces
+        if pieces.vocab_size() > vocab_size:
+            raise UserError(f"TOKENIZER_PATH={path} has {pieces.vocab_size()} pieces but VOCAB_SIZE={vocab_size}")
+        if pieces.piece_to_id("\u2581") == pieces.unk_id():
+            raise UserError(f"TOKENIZER_PATH={path} has no piece for a single space: byte counts would be wrong by 20%")
+        self.path, self.bos_id = path, pieces.bos_id()
+        self.base = np.zeros(vocab_size, np.int32)
+        self.has_space, self.is_boundary = np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
+        for token in range(pieces.vocab_size()):
+            if pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_unused(token):
+                continue
+            text = pieces.id_to_piece(token)
+            self.is_boundary[token] = False
+            self.has_space[token] = text.startswith("\u2581")
+            self.base[token] = 1 if pieces.is_byte(token) else len(text.removeprefix("\u2581").encode())
+
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of each token given the one before it, (n,) int32; entry 0, never a target, counts 0."""
+        counts = self.base[tokens]
+        counts[1:] += self.has_space[tokens[1:]] & ~self.is_boundary[tokens[:-1]]
+        counts[0] = 0
+        return counts
+
+    def self_test(self, tokens: np.ndarray) -> int:
+        """Compare the counts of whole documents with their decoded text; returns the documents compared."""
+        starts = np.flatnonzero(tokens == self.bos_id)
+        documents = [tokens[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        whole = [d for d in documents if not np.any(d == self.pieces.unk_id())]
+        for number, document in enumerate(whole):
+            text = self.pieces.decode([t for t in document.tolist() if not self.is_boundary[t]])
+            counted, actual = int(self.count(document).sum()), len(text.encode())
+            if counted != actual:
+                where = f"{self.path}: validation document {number}"
+                raise UserError(f"{where} has {actual} bytes decoded, {counted} counted: not the shards' tokenizer")
+        return len(whole)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The whole validation split on the device: tokens (n,) int32, bytes of each token as a target (n,) int32."""
+
+    tokens: Tensor
+    token_bytes: Tensor
+    bos_id: int
+
+    @property
+    def targets(self) -> int:
+        return len(self.tokens) - 1
+
+
+def load_validation(run: Runtime) -> ValidationSet:
+    """Validation tokens and their byte counts (from the sidecar where there is one), checked and logged."""
+    cfg, log = run.cfg, run.log
+    table = ByteTable(cfg.tokenizer_file, cfg.vocab_size)
+    stream = TokenStream(cfg, "val")
+    tokens = stream.read(0, stream.total)
+    documents = int((tokens == table.bos_id).sum())
+    if not documents:
+        raise UserError(f"{cfg.shard_folder}: no BOS (id {table.bos_id}) in the validation set; build the shards again")
+    if stream.total <= cfg.eval_len:
+        raise UserError(f"{cfg.shard_folder}: {stream.total} validation tokens; lower EVAL_SEQ_LEN={cfg.eval_len}")
+    sidecars = sorted(cfg.shard_folder.glob("fineweb_val_bytes_*.bin"))
+    if sidecars:
+        counts = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int32)
+        source, tested = "sidecar", 0
+    else:
+        tested = table.self_test(tokens[:300_000])
+        counts, source = table.count(tokens), f"byte table (exact on {tested} decoded documents)"
+    if len(counts) != len(tokens):
+        raise UserError(f"{sidecars[0]}: {len(counts)} byte counts for {len(tokens)} tokens; fetch both again")
+    log.event("data", split="val", tokens=len(tokens), documents=documents, bytes=int(counts[1:].sum()))
+    log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_file}")
+    log(f"val_loader:shards pattern={cfg.shard_folder}/fineweb_val_*.bin tokens:{len(tokens)}")
+    log(f"val_tokens: {len(tokens)} val_documents: {documents} val_bytes: {int(counts[1:].sum())} by {source}")
+    to_device = partial(torch.tensor, dtype=torch.int32, device=run.ranks.device)
+    return ValidationSet(to_device(tokens), to_device(counts), table.bos_id)
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Model
+# ----------------------------------------------------------------------------------------------
+# Matrices live in four banks of shape (layers, rows, cols), so that the optimizer works on a few
+# large tensors; BANKS and the rest of the parameters are each described by one table. There is one
+# forward pass: training, Hessians and evaluation differ only in the weights, the layer order and
+# the observer that they hand in. Shapes: B sequences, T tokens, H heads, D head size.
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,D), k and v (B,T,KV,D) -> y (B,T,H,D), causal
+Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
+FeedForward = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # as plain_feed_forward
+
+
+def sdpa(backend: SDPBackend) -> Attend:
+    """PyTorch's scaled-dot-product attention restricted to one kernel, so that it never changes silently."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            heads_first = (t.transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+        return y.transpose(1, 2)
+
+    return attend
+
+
+def flash_package(module: str) -> Attend:
+    """`flash_attn_func` of an installed FlashAttention package; it takes our layout as it is."""
+    return partial(importlib.import_module(module).flash_attn_func, causal=True)
+
+
+def flash_attention_4() -> Attend:
+    """FlashAttention 4 (package flash-attn-4) as a custom operator: it is JIT-compiled Python that
+    torch.compile cannot trace, and without an operator round it every layer would break the graph."""
+    kernels = importlib.import_module("flash_attn.cute.interface")
+
+    @torch.library.custom_op("pgolf::fa4", mutates_args=())
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels._flash_attn_fwd(q, k, v, causal=True, return_lse=True)[:2]
+
+    @torch.library.custom_op("pgolf::fa4_backward", mutates_args=())
+    def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels._flash_attn_bwd(q, k, v, y, dy.contiguous(), lse, causal=True)[:3]
+
+    @forward.register_fake
+    def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+    @backward.register_fake
+    def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output)
+
+    forward.register_autograd(lambda ctx, dy, _: backward(dy, *ctx.saved_tensors), setup_context=save)
+    return lambda q, k, v: forward(q, k, v)[0]
+
+
+ATTENTION: dict[str, Callable[[], Attend]] = {  # in order of preference on Hopper GPUs
+    "fa3": lambda: flash_package("flash_attn_interface"),
+    "fa4": flash_attention_4,
+    "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
+    "fa2": lambda: flash_package("flash_attn"),
+    "flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
+    "math": lambda: sdpa(SDPBackend.MATH),
+}
+
+
+def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
+    """h^2 above zero, beta h^2 below; beta (hidden,) per channel.
+
+    beta = 0 is relu^2, slope^2 is LeakyReLU(slope)^2 (PR #493), a learned beta is ASQU (PR #1247).
+    """
+    return h.square() * torch.where(h > 0, 1.0, beta)
+
+
+def plain_feed_forward(x: Tensor, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """squared_unit(x up^T) down^T for x (..., C), up (hidden, C), down (C, hidden); also the activations."""
+    act = squared_unit(F.linear(x, up), beta)
+    return F.linear(act, down), act
+
+
+def feed_forward_kernel() -> Callable[..., list[Tensor]]:
+    """The Triton kernel behind `fused_feed_forward`, a persistent matrix product with two endings.
+
+    It walks over tiles, so that the stores of one overlap the products of the next; a tile ends in halves of its
+    columns, which fits its buffers into shared memory. The best of 27 tilings tried on an H100.
+    """
+    triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
+    descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
+    rows, cols, inner = 128, 256, 64
+
+    @triton.jit
+    def finish(value, pre, out, beta, sums, row, column, hidden, BACKWARD: tl.constexpr, BETA_GRAD: tl.constexpr):
+        """Store pre-activations and activations; backward, turn the activations' gradient into that of `pre`."""
+        channel = column + tl.arange(0, value.shape[1])
+        below = tl.load(beta + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
+        if BACKWARD:
+            h = pre.load([row, column]).to(tl.float32)
+            out.store([row, column], (value * 2 * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
+            if BETA_GRAD:
+                part = tl.sum(tl.where(h > 0, 0.0, value * h * h), 0)
+                tl.store(sums + row // value.shape[0] * hidden + channel, part, mask=channel < hidden)
+        else:
+            h = value.to(pre.dtype)
+            pre.store([row, column], h)
+            h = h.to(tl.float32)
+            out.store([row, column], (h * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
+
+    @triton.jit
+    def tiles(a, b, pre, out, beta, sums, tokens, hidden, length, BACKWARD: tl.constexpr, BETA_GRAD: tl.constexpr,
+              FINISH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+        """Tiles of a (tokens, length) times b (hidden, length) transposed, handed to FINISH in two halves."""
+        across = tl.cdiv(hidden, COLS)
+        for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
+            row, column = tile // across * ROWS, tile % across * COLS
+            total = tl.zeros((ROWS, COLS), tl.float32)
+            for k in range(0, length, INNER):
+                total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+            left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+            FINISH(left, pre, out, beta, sums, row, column, hidden, BACKWARD, BETA_GRAD)
+            FINISH(right, pre, out, beta, sums, row, column + COLS // 2, hidden, BACKWARD, BETA_GRAD)
+
+    def launch(a: Tensor, b: Tensor, pre: Tensor, beta: Tensor, backward: bool, beta_grad: bool) -> list[Tensor]:
+        """Run `tiles` over pre (tokens, hidden): the activations or the gradient of pre, and the gradient of beta."""
+        (tokens, hidden), out = pre.shape, torch.empty_like(pre)
+        sums = pre.new_zeros((triton.cdiv(tokens, rows) if beta_grad else 0, hidden), dtype=torch.float32)
+        programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 1
+        factors = descriptor(a, [rows, inner]), descriptor(b, [cols, inner])
+        results = descriptor(pre, [rows, cols // 2]), descriptor(out, [rows, cols // 2])
+        tiles[(programs,)](*factors, *results, beta, sums, tokens, hidden, a.shape[1], backward, beta_grad,
+                           finish, rows, cols, inner, num_warps=8, num_stages=3)  # fmt: skip
+        return [out, sums.sum(0)]
+
+    return launch
+
+
+def fused_feed_forward() -> FeedForward:
+    """`plain_feed_forward` with the activation inside the matrix products (Triton on Hopper; the idea of PR #1530).
+
+    Forward, a tile of x up^T is still in registers when its activation is taken; backward, the tile of dy down
+    becomes the gradient of the pre-activations there: 0.39 ms a layer instead of 0.44, and 0.38 instead of 0.55.
+    """
+    launch = feed_forward_kernel()
+
+    @torch.library.custom_op("pgolf::feed_forward", mutates_args=())
+    def forward(x: Tensor, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pre = x.new_empty((len(x), len(up)))
+        act = launch(x, up, pre, beta, False, False)[0]
+        return act @ down.T, act, pre
+
+    @torch.library.custom_op("pgolf::feed_forward_backward", mutates_args=())
+    def backward(dy: Tensor, down: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool) -> list[Tensor]:
+        return launch(dy.contiguous(), down.T.contiguous(), pre, beta, True, beta_grad)
+
+    @forward.register_fake
+    def _(x: Tensor, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(x), x.new_empty((len(x), len(up))), x.new_empty((len(x), len(up)))
+
+    @backward.register_fake
+    def _(dy: Tensor, down: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool) -> list[Tensor]:
+        return [torch.empty_like(pre), pre.new_empty((pre.shape[1],), dtype=torch.float32)]
+
+    def save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    def gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, down, beta, act, pre = ctx.saved_tensors
+        dpre, dbeta = backward(dy, down, pre, beta, ctx.needs_input_grad[3])
+        return dpre @ up, dpre.T @ x, dy.T @ act, dbeta.to(beta.dtype) if ctx.needs_input_grad[3] else None
+
+    forward.register_autograd(gradients, setup_context=save)
+
+    def feed_forward(x: Tensor, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        y, act, _ = forward(x.flatten(0, -2), up, down, beta)
+        return y.view_as(x), act
+
+    return feed_forward
+
+
+FEED_FORWARD: dict[str, Callable[[], FeedForward]] = {"triton": fused_feed_forward, "plain": lambda: plain_feed_forward}
+
+
+def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
+    """Largest ||got - want|| / ||want|| over pairs of tensors; NaN counts as infinite."""
+    pairs = [(g.detach().to("cpu", torch.float64), w.detach()) for g, w in zip(got, want, strict=True)]
+    return max(float(((g - w).norm() / w.norm()).nan_to_num(nan=math.inf)) for g, w in pairs)
+
+
+def probe(function: Callable, reference: Callable, shapes: list[tuple[int, ...]], device: torch.device) -> float:
+    """Largest relative error of output and gradients against `reference` in float64 on the CPU, on random tensors."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+
+    def run(function: Callable, dtype: torch.dtype, where: torch.device) -> list[Tensor]:
+        inputs = [value.detach().clone().to(where, dtype).requires_grad_() for value in values]
+        y = function(*inputs)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(where, dtype))
+        return [y, *(i.grad for i in inputs)]
+
+    want = run(reference, torch.float64, torch.device("cpu"))
+    return relative_error(run(function, compute_dtype(device), device), want)
+
+
+def probe_attention(attend: Attend, cfg: Config, device: torch.device) -> float:
+    """`probe` of an attention back end against the plain definition."""
+    shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+    return probe(attend, sdpa(SDPBackend.MATH), shapes, device)
+
+
+def probe_feed_forward(feed_forward: FeedForward, cfg: Config, device: torch.device) -> float:
+    """`probe` of a feed-forward back end against the plain definition, every input's gradient included."""
+    shapes = [(2, 160, cfg.model_dim), (cfg.hidden_dim, cfg.model_dim), (cfg.model_dim, cfg.hidden_dim)]
+    shapes.append((cfg.hidden_dim,))
+    return probe(lambda *a: feed_forward(*a)[0], lambda *a: plain_feed_forward(*a)[0], shapes, device)
+
+
+class BackEnds(NamedTuple):
+    """Interchangeable implementations of one function: variable, name -> maker in order of preference, and probe."""
+
+    variable: str
+    makers: dict[str, Callable[[], Callable]]
+    everywhere: tuple[str, ...]  # those that `auto` may take where there is no CUDA
+    probe: Callable[[Callable, Config, torch.device], float]
+
+
+ATTENTION_BACK_ENDS = BackEnds("ATTN_BACKEND", ATTENTION, ("flash", "math"), probe_attention)
+MLP_BACK_ENDS = BackEnds("MLP_BACKEND", FEED_FORWARD, ("plain",), probe_feed_forward)
+
+
+def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
+    """The first back end of a chain that is right on every rank; one asked for by name is taken or is an error."""
+    device = run.ranks.device
+    chain = list(ends.makers) if device.type == "cuda" else ends.everywhere
+    refused = []
+    for name in chain if asked == "auto" else [asked]:
+        chosen, error, reason = None, math.nan, ""
+        try:
+            chosen = ends.makers[name]()
+            error = ends.probe(chosen, run.cfg, device)
+            reason = "" if error < 2e-2 else f"wrong by {error:.1e}"
+        except (ImportError, RuntimeError, AttributeError, AssertionError, TypeError, ValueError, OSError) as e:
+            reason = f"{type(e).__name__} {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''}"
+        failures = run.ranks.sum_(torch.tensor(float(bool(reason)), device=device)).item()
+        if not failures:
+            why = "; ".join(refused) or "first choice"
+            run.log(f"{ends.variable.lower()}:{name} head_dim:{run.cfg.head_dim} error:{error:.1e} reason:{why}")
+            return chosen
+        refused.append(f"{name}: {reason or 'failed on another rank'}")
+    raise UserError(f"{ends.variable}={asked}: not usable here ({'; '.join(refused)}); auto takes the best")
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where float64 arithmetic runs: on the device itself, but for mps, which has none, on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA; float32 elsewhere, where bfloat16 products are slow and tests want digits."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+def linear(x: Tensor, weight: Tensor, name: str, observe: Observer | None) -> Tensor:
+    """x (..., cols) times weight (rows, cols) transposed; `observe` sees every matrix's inputs here."""
+    if observe is not None:
+        observe(name, x)
+    return F.linear(x, weight)
+
+
+def rotary_table(length: int, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (length, 1, dims/2) of rotary embedding on the first ROPE_DIMS dimensions."""
+    dims = cfg.rope_dims or cfg.head_dim
+    stretch = max(length / cfg.train_seq_len, 1.0)  # NTK-aware: beyond the trained length the base grows
+    base = cfg.rope_base * stretch ** (dims / max(dims - 2, 1))
+    frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)[:, None, :]
+    dtype = compute_dtype(device)
+    return angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2 x cos.shape[-1] dimensions of x (B, T, heads, D) in half-split pairs; the rest passes."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+def exclusive(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self-attention (PR #265): remove from y (B,T,H,D) what points along the token's own value.
+
+    v (B,T,KV,D) serves H/KV neighbouring query heads. The result is orthogonal to v, head by head.
+    """
+    grouped = y.unflatten(2, (v.shape[2], -1)).float()
+    own = v.unsqueeze(3).float()
+    share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
+    return (grouped - share * own).flatten(2, 3).to(y.dtype)
+
+
+def has_previous(ids: Tensor, bos_id: int) -> Tensor:
+    """Where ids (B, T) have a previous token of the same document: neither BOS nor first in the window."""
+    return (ids != bos_id) & (torch.arange(ids.shape[1], device=ids.device) > 0)
+
+
+def bigram_hash(ids: Tensor, bos_id: int, buckets: int) -> Tensor:
+    """Bucket of (token, previous token), (B, T); the last bucket stands for 'no previous token' (PR #65)."""
+    previous = F.pad(ids, (1, -1))
+    hashed = (36313 * ids ^ 27191 * previous) % (buckets - 1)
+    return torch.where(has_previous(ids, bos_id), hashed, buckets - 1)
+
+
+def smear(x: Tensor, ids: Tensor, gate: Tensor, bos_id: int) -> Tensor:
+    """x_t + sigmoid(gate) (x_{t-1} - x_t) per channel within a document, x (B, T, C) (PR #65)."""
+    amount = torch.sigmoid(gate) * has_previous(ids, bos_id).unsqueeze(-1)
+    return x + amount.to(x.dtype) * (F.pad(x, (0, 0, 1, -1)) - x)
+
+
+class BankSpec(NamedTuple):
+    """One bank: (layers, rows, cols), its rows split among named matrices; `zero` starts it at zero."""
+
+    name: str
+    roles: tuple[tuple[str, int], ...]  # matrix name within a layer -> rows
+    cols: int
+    zero: bool
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for _, rows in self.roles)
+
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(matrix name, first row, end row) of each role."""
+        ends = itertools.accumulate(rows for _, rows in self.roles)
+        return [(name, end - rows, end) for (name, rows), end in zip(self.roles, ends, strict=True)]
+
+
+def bank_specs(cfg: Config) -> tuple[BankSpec, ...]:
+    """The one table of matrices. Q, K and V share a bank and so one product: one read of the input, not three."""
+    dim, hidden, kv = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim
+    return (
+        BankSpec("qkv", (("attn.c_q", dim), ("attn.c_k", kv), ("attn.c_v", kv)), dim, zero=False),
+        BankSpec("out", (("attn.proj", dim),), dim, zero=True),
+        BankSpec("up", (("mlp.fc", hidden),), dim, zero=False),
+        BankSpec("down", (("mlp.proj", dim),), hidden, zero=True),
+    )
+
+
+class RestSpec(NamedTuple):
+    """One parameter outside the banks: shape, initial value or standard deviation, and its Adam group.
+
+    `init` is a number (constant), "orthogonal", or ("normal", std). `per_layer`: dimension 0 is the layer.
+    Embeddings and small matrices (`coded`) are quantized; the rest is control and is kept in half precision.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: Any
+    group: str
+    per_layer: bool = False
+    coded: bool = False
+
+
+def rest_specs(cfg: Config) -> list[RestSpec]:
+    """The one table of parameters outside the banks; a feature that is off has no row and so no parameter."""
+    dim, layers, heads, vocab = cfg.model_dim, cfg.num_layers, cfg.num_heads, cfg.vocab_size
+    kv, buckets, is_asqu = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size, cfg.mlp_activation == "asqu"
+    skips = max(len(phase.order) // 2 for phase in phases(cfg).values())
+    mix = torch.stack([torch.ones(dim), torch.zeros(dim)]).expand(layers, 2, dim)  # all of x, nothing of x0
+    rows = [
+        (True, RestSpec("tok_emb", (vocab, dim), ("normal", cfg.tied_embed_init_std), "embed", coded=True)),
+        (not cfg.tie_embeddings, RestSpec("lm_head", (vocab, dim), 0.0, "head", coded=True)),
+        (buckets, RestSpec("bigram_table", (buckets, cfg.bigram_dim), 0.0, "embed", coded=True)),
+        (buckets, RestSpec("bigram_proj", (dim, cfg.bigram_dim), "orthogonal", "scalar", coded=True)),
+        (buckets, RestSpec("bigram_scale", (1,), 0.05, "scalar")),
+        (cfg.ve_enabled, RestSpec("ve_table", (vocab, cfg.ve_dim), ("normal", 0.01), "embed", coded=True)),
+        (cfg.ve_enabled, RestSpec("ve_proj", (kv, cfg.ve_dim), 0.0, "scalar", coded=True)),
+        (cfg.ve_enabled, RestSpec("ve_scale", (len(cfg.ve_layers),), 0.1, "scalar")),
+        (cfg.smear_gate_enabled, RestSpec("smear_gate", (dim,), 0.0, "scalar")),
+        (skips, RestSpec("skip_weights", (skips, dim), 1.0, "scalar")),
+        (True, RestSpec("resid_mix", (layers, 2, dim), mix, "scalar", per_layer=True)),
+        (True, RestSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
+        (True, RestSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
+        (True, RestSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
+        (cfg.value_residual, RestSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
+        (cfg.gated_attn_enabled, RestSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
+        (cfg.gated_attn_enabled, RestSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
+        (is_asqu, RestSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
+    ]
+    return [spec for present, spec in rows if present]
+
+
+def initial_value(shape: tuple[int, ...], init: Any) -> Tensor:
+    """A fresh parameter, on the CPU so that every device and every number of ranks starts from the same bits."""
+    if isinstance(init, Tensor):
+        return init.clone()
+    if isinstance(init, tuple):
+        return torch.randn(shape) * init[1]
+    if init == "orthogonal":
+        return nn.init.orthogonal_(torch.empty(shape))
+    if init == "uniform":  # nn.Linear's default, what the official baseline starts from
+        return torch.empty(shape).uniform_(-1, 1) / math.sqrt(shape[-1])
+    return torch.full(shape, float(init))
+
+
+def initial_bank(spec: BankSpec, cfg: Config) -> Tensor:
+    """(layers, rows, cols): each matrix of the bank initialized by itself."""
+    kind = 0.0 if spec.zero else "orthogonal" if cfg.ortho_init else "uniform"
+    layers = [[initial_value((rows, spec.cols), kind) for _, rows in spec.roles] for _ in range(cfg.num_layers)]
+    return torch.stack([torch.cat(matrices) for matrices in layers])
+
+
+class LayerSpec(NamedTuple):
+    """What differs between layers: exclusive attention, row of ve_scale or None, factor on normalized inputs."""
+
+    xsa: bool
+    value_embed: int | None
+    norm_scale: float
+
+
+def layer_specs(cfg: Config) -> list[LayerSpec]:
+    value_rows = {layer: row for row, layer in enumerate(cfg.ve_layers)} if cfg.ve_enabled else {}
+    return [
+        LayerSpec(i >= cfg.num_layers - cfg.xsa_last_n, value_rows.get(i), (i + 1) ** -0.5 if cfg.ln_scale else 1.0)
+        for i in range(cfg.num_layers)
+    ]
+
+
+class Pass(NamedTuple):
+    """What one forward pass hands to its layers."""
+
+    banks: dict[str, tuple[Tensor, ...]]  # bank -> the layers' matrices
+    vectors: dict[str, tuple[Tensor, ...]]  # per-layer parameter -> the layers' values
+    rotary: tuple[Tensor, Tensor]
+    value_embedding: Tensor | None  # (B, T, KV, D)
+    beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_unit below zero
+    observe: Observer | None
+
+
+class GPT(nn.Module):
+    """The language model. `weights()` prepares the matrices once per step; `nll` is the forward pass."""
+
+    def __init__(
+        self, cfg: Config, bos_id: int, attend: Attend, device: torch.device,
+        feed_forward: FeedForward = plain_feed_forward,
+    ) -> None:  # fmt: skip
+        """Allocate and initialize from SEED, whatever the state of the global generator."""
+        super().__init__()
+        self.cfg, self.bos_id, self.attend, self.feed_forward = cfg, bos_id, attend, feed_forward
+        self.dtype, self.layers = compute_dtype(device), layer_specs(cfg)
+        generator_state = torch.random.get_rng_state()
+        torch.manual_seed(cfg.seed)
+        self.specs, self.rest_specs = bank_specs(cfg), rest_specs(cfg)
+        self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
+        self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.rest_specs})
+        torch.random.set_rng_state(generator_state)
+        self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
+        self.to(device)
+        self.rotary = {n: rotary_table(n, cfg, device) for n in {cfg.train_seq_len, cfg.eval_len}}
+        self.fast_weights, self.fast_nll = compiled(cfg, self.weights), compiled(cfg, self.nll)
+
+    def weights(self, fake_quant: bool) -> dict[str, Tensor]:
+        """Banks and head in the compute type; `fake_quant` puts the banks on the export grid, straight-through.
+
+        The scales of a layer's two outputs multiply the rows of the matrices that make them: on small matrices they
+        cost nothing, on activations two reads and a write in the backward pass (1.6 ms of a step).
+        """
+        banks = dict(self.banks.items())
+        if fake_quant:
+            grid = Grid(self.cfg.matrix_bits, self.cfg.clip_policy, self.clip_sigmas)
+            banks = {name: fake_quantize(bank, grid) for name, bank in banks.items()}
+        for name, scale in (("out", "attn_scale"), ("down", "mlp_scale")):
+            banks[name] = banks[name] * self.rest[scale].unsqueeze(-1)
+        head = self.rest["tok_emb" if self.cfg.tie_embeddings else "lm_head"]
+        return {name: tensor.to(self.dtype) for name, tensor in {**banks, "head": head}.items()}
+
+    def project(self, table: str, ids: Tensor, matrix: str, observe: Observer | None) -> Tensor:
+        """Rows `ids` of an embedding table times a small matrix; gathered in fp32 so that gradients sum in fp32."""
+        rows = F.embedding(ids, self.rest[table]).to(self.dtype)
+        return linear(rows, self.rest[matrix].to(self.dtype), matrix, observe)
+
+    def embed(self, ids: Tensor, observe: Observer | None) -> Tensor:
+        """Token (and bigram) embedding, normalized and smeared: (B, T, C)."""
+        x = F.embedding(ids, self.rest["tok_emb"])
+        if "bigram_table" in self.rest:
+            buckets = bigram_hash(ids, self.bos_id, self.cfg.bigram_vocab_size)
+            x = x + self.rest["bigram_scale"] * self.project("bigram_table", buckets, "bigram_proj", observe)
+        x = rms_norm(x.to(self.dtype))
+        return smear(x, ids, self.rest["smear_gate"], self.bos_id) if "smear_gate" in self.rest else x
+
+    def begin(self, ids: Tensor, weights: dict[str, Tensor], observe: Observer | None) -> Pass:
+        """Split banks and per-layer vectors by layer: one backward concatenation each instead of one per layer."""
+        vectors = {s.name: self.rest[s.name].to(self.dtype).unbind() for s in self.rest_specs if s.per_layer}
+        banks = {spec.name: weights[spec.name].unbind() for spec in self.specs}
+        value = None
+        if "ve_table" in self.rest:
+            value = self.project("ve_table", ids, "ve_proj", observe).unflatten(-1, (self.cfg.num_kv_heads, -1))
+        length = ids.shape[1]
+        rotary = self.rotary.get(length) or rotary_table(length, self.cfg, ids.device)
+        slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
+        fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
+        beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
+        return Pass(banks, vectors, rotary, value, beta, observe)
+
+    def attention(self, x: Tensor, layer: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
+        """Attention of normalized x (B, T, C); also returns this layer's own values (B, T, KV, D)."""
+        cfg, spec, vectors = self.cfg, self.layers[layer], p.vectors
+        qkv = linear(x, p.banks["qkv"][layer], f"qkv.{layer}", p.observe).unflatten(-1, (-1, cfg.head_dim))
+        q, k, v = qkv.split([cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=2)
+        # One gain per head, expanded to one per token: its gradient becomes a sum over the head, which fuses with the
+        # backward pass of the norm, and then one over tokens. Summed in one go it reads q and dq again (1.1 ms a step).
+        gain = vectors["q_gain"][layer][:, None].expand(*q.shape[:3], 1)
+        q = apply_rotary(rms_norm(q), *p.rotary) * gain
+        k = apply_rotary(rms_norm(k), *p.rotary)
+        if spec.value_embed is not None:
+            v = v + self.rest["ve_scale"][spec.value_embed].to(v.dtype) * p.value_embedding
+        own = v
+        if "value_mix" in vectors:
+            mix = vectors["value_mix"][layer]
+            v = mix[0] * (own if first_v is None else first_v) + mix[1] * own
+        y = self.attend(q, k, v)
+        if spec.xsa:
+            y = exclusive(y, v)
+        if "gate_weight" in vectors:
+            y = y * torch.sigmoid(F.linear(x, vectors["gate_weight"][layer], vectors["gate_bias"][layer])).unsqueeze(-1)
+        return linear(y.flatten(2), p.banks["out"][layer], f"out.{layer}", p.observe), own
+
+    def mlp(self, x: Tensor, layer: int, p: Pass) -> Tensor:
+        """Feed-forward part of a layer, (B, T, C) to (B, T, C)."""
+        y, act = self.feed_forward(x, p.banks["up"][layer], p.banks["down"][layer], p.beta[layer])
+        if p.observe is not None:
+            p.observe(f"up.{layer}", x)
+            p.observe(f"down.{layer}", act)
+        return y
+
+    def hidden(
+        self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None = None
+    ) -> Tensor:
+        """Normalized output of the last layer (B, T, C) for ids (B, T), running the layers in `order`.
+
+        The first half of the order pushes its outputs, the second half pops them (U-Net skips); every layer mixes
+        the embedding x0 back in.
+        """
+        p = self.begin(ids, weights, observe)
+        x = x0 = self.embed(ids, observe)
+        half, skips, first_v = len(order) // 2, [], None
+        skip_weights = self.rest["skip_weights"].to(self.dtype).unbind() if "skip_weights" in self.rest else ()
+        for position, layer in enumerate(order):
+            if half <= position < half + min(half, len(skip_weights)):
+                x = x + skip_weights[position - half] * skips.pop()
+            mix, scale = p.vectors["resid_mix"][layer], self.layers[layer].norm_scale
+            x = mix[0] * x + mix[1] * x0
+            y, own_v = self.attention(rms_norm(x) * scale, layer, first_v, p)
+            first_v = own_v if first_v is None else first_v
+            x = x + y
+            x = x + self.mlp(rms_norm(x) * scale, layer, p)
+            if position < half:
+                skips.append(x)
+        return rms_norm(x)
+
+    def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
+        """Softcapped logits (B, T, V) in float32."""
+        cap = self.cfg.logit_softcap
+        return cap * torch.tanh(linear(hidden, weights["head"], "head", observe).float() / cap)
+
+    def nll(self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> Tensor:
+        """Negative log-likelihood in nats of each target given its prefix, (B, T) float32."""
+        logits = self.logits(self.hidden(ids, weights, order), weights)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace all parameters in place: compiled graphs stay valid. Names must match exactly."""
+        self.load_state_dict(dict(tensors))
+
+
+def compiled(cfg: Config, function: Callable) -> Callable:
+    """torch.compile as one static graph, or the function itself when COMPILE=0."""
+    return torch.compile(function, dynamic=False, fullgraph=True) if cfg.compile else function
+
+
+def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
+    """The model of `cfg` on this rank's device, with its parameter count in the log."""
+    attend = choose_back_end(run, ATTENTION_BACK_ENDS, cfg.attn_backend)
+    feed_forward = choose_back_end(run, MLP_BACK_ENDS, cfg.mlp_backend)
+    model = GPT(cfg, bos_id, attend, run.ranks.device, feed_forward)
+    count = sum(p.numel() for p in model.parameters())
+    run.log(f"model_params:{count}")
+    run.log.event("model", parameters=count, mlp_hidden=cfg.hidden_dim)
+    run.log(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} xsa_last_n:{cfg.xsa_last_n} "
+            f"mlp_activation:{cfg.mlp_activation} hidden:{cfg.hidden_dim}")  # fmt: skip
+    return model
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Optimizers
+# ----------------------------------------------------------------------------------------------
+# Muon trains the banks, Adam the rest. With several ranks each bank's gradient is reduce-scattered
+# by layers, orthogonalized on the rank that owns the layer, and the updates are all-gathered; Adam
+# works on the small gradients meanwhile. All state is in `state_dict`.
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of Muon (K. Jordan)
+POLAR_EXPRESS = (  # per-iteration coefficients of Polar Express (arXiv 2505.16932), as in PR #1344
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def newton_schulz_coefficients(cfg: Config) -> list[tuple[float, float, float]]:
+    """(a, b, c) of each iteration X <- aX + (bA + cA^2)X with A = XX^T."""
+    if not cfg.polar_express:
+        return [QUINTIC] * cfg.muon_backend_steps
+    return [POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)] for i in range(cfg.muon_backend_steps)]
+
+
+def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
+    """Nearest semi-orthogonal matrices of a batch (n, rows, cols), approximately: singular values near 1."""
+    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = wide / (wide.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(wide.dtype)
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+class ParallelMuon:
+    """Muon over banks of (layers, rows, cols), sharded by layers (PR #399).
+
+    Phases: `launch` starts the reduction of every gradient, largest first; the caller does other work; `finish`
+    waits for each, updates this rank's layers and gathers all updates. Not for embeddings, heads or vectors.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
+        self.cfg, self.ranks = cfg, ranks
+        self.specs = sorted(model.specs, key=lambda s: s.rows * s.cols, reverse=True)
+        self.banks = dict(model.banks.items())
+        self.coefficients, self.dtype = newton_schulz_coefficients(cfg), model.dtype
+        self.owned = -(-cfg.num_layers // ranks.world)  # layers per rank; the last ranks may hold padding
+        self.state = {
+            s.name: torch.zeros(self.owned, s.rows, s.cols, device=ranks.device) for s in self.specs
+        }  # momentum of the owned layers
+        self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
+
+    def direction(self, spec: BankSpec, buffer: Tensor, grad: Tensor, momentum: Tensor, clip: Tensor) -> Tensor:
+        """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the momentum `buffer`.
+
+        Nesterov momentum, optional row normalization (of the update, never of the buffer: PR #1418), then every
+        matrix of the bank orthogonalized by itself and scaled by sqrt(max(1, rows/cols)).
+        """
+        grad = grad.float() * clip
+        buffer.mul_(momentum).add_(grad)
+        update = grad + momentum * buffer
+        if self.cfg.muon_row_normalize:
+            update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+        update = update.to(self.dtype)
+        parts = [(update[:, a:b], max(1.0, (b - a) / spec.cols) ** 0.5) for _, a, b in spec.spans()]
+        return torch.cat([orthogonalize(part, self.coefficients) * scale for part, scale in parts], dim=1)
+
+    def apply(self, bank: Tensor, update: Tensor, lr: Tensor) -> None:
+        """Decoupled weight decay, then the step, in place on all layers."""
+        bank.mul_(1 - lr * self.cfg.muon_wd).sub_(lr * update[: bank.shape[0]].float())
+
+    def launch(self) -> dict[str, tuple[Tensor, Any]]:
+        """Start averaging every bank's gradient; bank -> (owned layers' gradient, handle to wait for)."""
+        launched = {}
+        for spec in self.specs:
+            grad = self.banks[spec.name].grad
+            if self.ranks.world == 1:
+                launched[spec.name] = (grad, None)
+                continue
+            padded = grad.new_zeros((self.owned * self.ranks.world, *grad.shape[1:]), dtype=self.dtype)
+            padded[: len(grad)] = grad / self.ranks.world
+            launched[spec.name] = reduce_scatter(self.ranks, padded)
+        return launched
+
+    @torch.no_grad()
+    def finish(self, gradients: dict[str, Tensor], lr: float, momentum: float, clip: Tensor) -> None:
+        """Update the owned layers from their gradients, gather all ranks' updates and apply them."""
+        as_tensor = partial(torch.full, (), dtype=torch.float32, device=self.ranks.device)  # numbers would recompile
+        pending = []
+        for spec in self.specs:
+            buffer = self.state[spec.name]
+            update = self.fast_direction(spec, buffer, gradients[spec.name], as_tensor(momentum), clip)
+            pending.append((self.banks[spec.name], *all_gather(self.ranks, update)))
+        for bank, update, handle in pending:
+            if handle is not None:
+                handle.wait()
+            self.fast_apply(bank, update, as_tensor(lr))
+
+
+def reduce_scatter(ranks: Ranks, full: Tensor) -> tuple[Tensor, Any]:
+    """This rank's slice of the sum over ranks along dimension 0, and a handle to wait for."""
+    owned = len(full) // ranks.world
+    if ranks.device.type != "cuda":  # gloo has no reduce-scatter on every supported version
+        handle = dist.all_reduce(full, async_op=True)
+        return full[ranks.rank * owned : (ranks.rank + 1) * owned], handle
+    shard = full.new_empty((owned, *full.shape[1:]))
+    return shard, dist.reduce_scatter_tensor(shard, full, async_op=True)
+
+
+def all_gather(ranks: Ranks, shard: Tensor) -> tuple[Tensor, Any]:
+    """All ranks' shards along dimension 0, and a handle to wait for (None for a world of one)."""
+    if ranks.world == 1:
+        return shard, None
+    full = shard.new_empty((len(shard) * ranks.world, *shard.shape[1:]))
+    return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
+
+
+def adam_groups(cfg: Config) -> dict[str, tuple[float, float]]:
+    """Adam group -> (learning rate, weight decay)."""
+    embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
+    return {
+        "embed": (embed_lr, cfg.embed_wd),
+        "head": (cfg.head_lr, cfg.adam_wd),
+        "scalar": (cfg.scalar_lr, cfg.adam_wd),
+        "asqu": (cfg.asqu_lr, 0.0),
+    }
+
+
+class Optimizers:
+    """Muon and AdamW behind one `step`; every parameter is in exactly one of them."""
+
+    def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
+        self.cfg, self.ranks = cfg, ranks
+        self.muon = ParallelMuon(cfg, ranks, model)
+        groups = []
+        for name, (lr, decay) in adam_groups(cfg).items():
+            members = [model.rest[s.name] for s in model.rest_specs if s.group == name]
+            groups += [{"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay}] if members else []
+        fused = ranks.device.type == "cuda"
+        self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
+        self.small = [p for group in groups for p in group["params"]]
+        owners = [id(p) for p in [*self.muon.banks.values(), *self.small]]
+        assert sorted(owners) == sorted(map(id, model.parameters())), "a parameter is in no optimizer or in two"
+
+    def average_small(self) -> list[Tensor]:
+        """Average Adam's gradients over ranks in one bucket; returns them."""
+        grads = [p.grad for p in self.small]
+        if self.ranks.world > 1:
+            bucket = self.ranks.sum_(torch.cat([g.flatten() for g in grads])) / self.ranks.world
+            pieces = bucket.split([g.numel() for g in grads])
+            torch._foreach_copy_(grads, [piece.view_as(g) for piece, g in zip(pieces, grads, strict=True)])
+        return grads
+
+    def clip_factor(self, small: list[Tensor], shards: list[Tensor]) -> Tensor:
+        """Factor that limits the norm of the averaged gradient to GRAD_CLIP_NORM: one number for all ranks."""
+        if not self.cfg.grad_clip_norm:
+            return torch.ones((), device=self.ranks.device)
+        own = torch.stack(torch._foreach_norm(shards)).float().square().sum()
+        total = self.ranks.sum_(own) + torch.stack(torch._foreach_norm(small)).square().sum()
+        return (self.cfg.grad_clip_norm / (total.sqrt() + 1e-6)).clamp_max(1.0)
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, momentum: float) -> None:
+        """One step of everything. 1: bank gradients start travelling. 2: small ones, the norm, Adam. 3: Muon."""
+        launched = self.muon.launch()
+        small = self.average_small()
+        for _, handle in launched.values():
+            if handle is not None:
+                handle.wait()
+        gradients = {name: shard for name, (shard, _) in launched.items()}
+        clip = self.clip_factor(small, list(gradients.values()))
+        torch._foreach_mul_(small, clip)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adam.step()
+        self.muon.finish(gradients, self.cfg.matrix_lr * lr_scale, momentum, clip)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All optimizer state; a restore from it is bitwise."""
+        return {"muon": self.muon.state, "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, buffer in self.muon.state.items():
+            buffer.copy_(state["muon"][name])
+        self.adam.load_state_dict(state["adam"])
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. Schedules, phases, late QAT
+# ----------------------------------------------------------------------------------------------
+# Schedules are pure functions of step and clock. What changes the graph is a Phase, a static
+# argument of the forward pass: every phase is compiled before the clock starts. Late QAT rounds
+# the banks on the grid that the export uses, by the same functions.
+
+
+class Phase(NamedTuple):
+    """Everything static about a forward pass."""
+
+    order: tuple[int, ...]  # layer indices in the order in which they run
+    fake_quant: bool
+
+
+def phases(cfg: Config) -> dict[str, Phase]:
+    """Name -> phase, in the order in which the schedule will use them."""
+    order = tuple(range(cfg.num_layers))
+    late = {"late_qat": Phase(order, True)} if cfg.late_qat_threshold > 0 and not cfg.qat_enabled else {}
+    return {"train": Phase(order, cfg.qat_enabled), **late}
+
+
+def lr_scale_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
+    """Learning-rate scale in [MIN_LR, 1]: flat, then linear to the end of the run, whichever of steps or clock ends it.
+
+    WARMDOWN_ITERS counts steps; the steps that the clock still allows follow from the step time so far.
+    """
+    if cfg.warmdown_iters:
+        by_clock = (budget - seconds) * step / seconds if step and seconds > 0 else math.inf
+        scale = min(cfg.iterations - step, by_clock) / cfg.warmdown_iters
+    else:
+        progress = max(step / cfg.iterations, seconds / budget)
+        scale = (1 - progress) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
+    return max(min(scale, 1.0), cfg.min_lr, 0.0)
+
+
+def momentum_at(cfg: Config, step: int) -> float:
+    """Muon momentum, linear from its start to its final value."""
+    done = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+    return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+
+
+class StepPlan(NamedTuple):
+    """Learning-rate scale, Muon momentum and phase of one step."""
+
+    lr_scale: float
+    momentum: float
+    phase: str
+
+
+def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
+    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
+    scale = lr_scale_at(cfg, step, seconds, budget)
+    late = "late_qat" in phases(cfg) and scale < cfg.late_qat_threshold
+    return StepPlan(scale, momentum_at(cfg, step), "late_qat" if late else "train")
+
+
+class Grid(NamedTuple):
+    """A uniform grid per row: codes in [-2^(bits-1), 2^(bits-1) - 1] times the row's scale."""
+
+    bits: Tensor | int  # a tensor is (..., rows, 1)
+    policy: str  # sigma: clip at `sigmas` standard deviations; amax: at the largest entry
+    sigmas: Tensor | float
+
+
+def row_scale(w: Tensor, grid: Grid) -> Tensor:
+    """Scale (..., rows) of w (..., rows, cols), rounded to half as it is stored; sigma is SDClip (PR #1394)."""
+    by_std = grid.policy == "sigma"
+    clip = grid.sigmas * w.std(-1, correction=0, keepdim=True) if by_std else w.abs().amax(-1, keepdim=True)
+    return (clip / (2 ** (grid.bits - 1) - 1)).clamp_min(2.0**-20).half().to(w.dtype).squeeze(-1)
+
+
+def round_to_grid(w: Tensor, scale: Tensor, bits: Tensor | int) -> Tensor:
+    """Integer codes of w (..., rows, cols), as a float tensor, for scale (..., rows)."""
+    top = 2 ** (bits - 1)
+    return torch.round(w / scale.unsqueeze(-1)).clamp(-top, top - 1)
+
+
+def fake_quantize(w: Tensor, grid: Grid) -> Tensor:
+    """w rounded to its grid in the forward pass, the identity in the backward pass (straight-through)."""
+    scale = row_scale(w.detach(), grid)
+    return w + (round_to_grid(w.detach(), scale, grid.bits) * scale.unsqueeze(-1) - w).detach()
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. Weight averaging
+# ----------------------------------------------------------------------------------------------
+# What is configured is what is exported: EMA, the mean of SWA or LAWA snapshots, or (with both)
+# the mean of snapshots of the EMA. Averages are fp32; only the chosen ones hold memory.
+
+
+class Averager:
+    """Running averages of the parameters, updated after every step."""
+
+    def __init__(self, cfg: Config, model: GPT) -> None:
+        self.cfg = cfg
+        self.names, parameters = zip(*model.named_parameters(), strict=True)
+        self.live = [p.detach() for p in parameters]
+        self.ema = [p.clone() for p in self.live] if cfg.ema_enabled else None
+        self.snapshots: list[list[Tensor]] = []  # LAWA: the latest LAWA_K; SWA: one, the running mean
+        self.count = 0
+
+    def update(self, step: int, lr_scale: float) -> None:
+        """Take in the parameters after `step` steps. EMA: e <- d e + (1 - d) w (PR #287).
+
+        d starts low and reaches EMA_DECAY after some 10 / (1 - d) steps, so that short runs do not average in the
+        initial weights; runs of several thousand steps end with the same average as under a constant decay.
+        """
+        cfg = self.cfg
+        if self.ema:
+            torch._foreach_lerp_(self.ema, self.live, 1 - min(cfg.ema_decay, (1 + step) / (10 + step)))
+        if cfg.swa_enabled and lr_scale < cfg.swa_start_frac and step % cfg.swa_every == 0:
+            self.count += 1
+            self.snapshots = self.snapshots or [[torch.zeros_like(p) for p in self.live]]
+            torch._foreach_lerp_(self.snapshots[0], self.ema or self.live, 1 / self.count)
+        if cfg.lawa_enabled and step % cfg.lawa_freq == 0:
+            self.count += 1
+            self.snapshots = [*self.snapshots, [p.clone() for p in self.ema or self.live]][-cfg.lawa_k :]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to export, by parameter name."""
+        best = self.ema or self.live
+        if self.snapshots:
+            best = [torch.stack(tensors).mean(0) for tensors in zip(*self.snapshots, strict=True)]
+        return dict(zip(self.names, best, strict=True))
+
+    def active(self) -> set[str]:
+        """Which of the configured averages have taken anything in."""
+        snapshots = "swa" if self.cfg.swa_enabled else "lawa"
+        return {name for name, taken in {"ema": self.ema, snapshots: self.count}.items() if taken}
+
+
+# ----------------------------------------------------------------------------------------------
+# 8. Training
+# ----------------------------------------------------------------------------------------------
+# The clock covers optimizer steps only, from the first real one; compilation, warm-up and
+# validation are outside it. All ranks decide by rank 0's clock. Calibration and GPTQ still belong
+# to MAX_WALLCLOCK_SECONDS, so the loop stops early by what they took when measured in warm-up.
+
+
+class Trainer:
+    """Model, optimizers and training data, and one optimizer step over them."""
+
+    def __init__(self, run: Runtime, model: GPT) -> None:
+        self.run, self.model = run, model
+        self.loader = Loader(run)
+        self.optimizers = Optimizers(run.cfg, run.ranks, model)
+        shape, cfg = self.loader.shape, run.cfg
+        stream = self.loader.stream
+        run.log.event("data", split="train", shards=len(stream.paths), tokens=stream.total)
+        run.log(f"train_loader:dataset:{cfg.shard_folder.name} train_shards:{len(stream.paths)} tokens:{stream.total}")
+        run.log(f"world_size:{run.ranks.world} grad_accum_steps:{shape.accum}")
+        run.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
+                f"iterations:{cfg.iterations} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")  # fmt: skip
+
+    def step(self, number: int, phase: Phase, lr_scale: float, momentum: float) -> Tensor:
+        """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
+        accum, total = self.loader.shape.accum, 0.0
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        for micro in range(accum):
+            inputs, targets = self.loader.fetch(number * accum + micro)
+            weights = self.model.fast_weights(phase.fake_quant)
+            loss = self.model.fast_nll(inputs, targets, weights, phase.order).mean() / accum
+            loss.backward()
+            total = total + loss.detach()
+        self.optimizers.step(lr_scale, momentum)
+        return total
+
+    def state(self) -> dict[str, Any]:
+        """A copy of everything that training changes."""
+        return copy.deepcopy({"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict()})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Back to `state`, bitwise; asserted, since warm-up that leaks is training off the clock."""
+        self.model.load(state["model"])
+        self.optimizers.load_state_dict(copy.deepcopy(state["optimizers"]))
+        pairs = zip(tensor_leaves(self.state()), tensor_leaves(state), strict=True)
+        assert all(torch.equal(now, then) for now, then in pairs), "warm-up changed the training state"
+
+
+def tensor_leaves(tree: Any) -> list[Tensor]:
+    """All tensors in nested dicts and lists, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return [leaf for child in children for leaf in tensor_leaves(child)]
+
+
+def warm_up(run: Runtime, trainer: Trainer) -> None:
+    """Compile and run every phase on training data, then restore model and optimizers."""
+    cfg, before = run.cfg, trainer.state()
+    steps = max(cfg.warmup_steps, int(cfg.compile))  # compilation never falls into the clock
+    for name, phase in phases(cfg).items():
+        for step in range(steps):
+            trainer.step(step, phase, 1.0, momentum_at(cfg, 0))
+        run.log(f"warmup:{name} steps:{steps}")
+    trainer.restore(before)
+
+
+def measure_reserve(run: Runtime, trainer: Trainer) -> float:
+    """Seconds of the clock to keep for calibration and GPTQ: as set, or both timed, and a fifth on top."""
+    cfg, model = run.cfg, trainer.model
+    if cfg.gptq_reserve_seconds is not None or not cfg.max_wallclock_seconds:
+        return cfg.gptq_reserve_seconds or 0.0
+    hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
+    calibration, rounding = Clock(run.ranks.device), Clock(run.ranks.device)
+    if batches:
+        collect_hessians(run, trainer, 0, 1)  # compiles
+        with calibration.running():
+            hessians = collect_hessians(run, trainer, 0, 3)
+    with rounding.running():
+        jobs = quant_jobs(model)
+        sigmas = fill_sigmas(cfg, jobs, kept_tensors(model)) if cfg.fits_clip else cfg.matrix_clip_sigmas
+        quantize_jobs(cfg, jobs, hessians, sigmas)
+    passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
+    return run.ranks.agree(1.2 * (batches * calibration.total / 3 + passes * rounding.total) + 0.5)[0]
+
+
+def calibration_batches(run: Runtime, shape: BatchShape) -> int:
+    """Micro-batches of this rank behind the Hessians: the tokens of the whole set do not depend on the ranks."""
+    cfg = run.cfg
+    tokens = cfg.gptq_calibration_batches * min(cfg.train_batch_tokens, MICRO_BATCH_TOKENS)
+    return -(-tokens // (run.ranks.world * shape.sequences * cfg.train_seq_len)) if cfg.gptq_enabled else 0
+
+
+class Trained(NamedTuple):
+    """What training leaves behind besides the weights in the model."""
+
+    steps: int
+    average: dict[str, Tensor]
+    active: set[str]  # configured features that did something
+
+
+def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
+    """Train until ITERATIONS or the clock ends, whichever comes first."""
+    cfg, model = run.cfg, trainer.model
+    with run.timed("warmup", "untimed"):
+        warm_up(run, trainer)
+        reserve = measure_reserve(run, trainer)
+    budget = cfg.max_wallclock_seconds - reserve if cfg.max_wallclock_seconds else math.inf
+    if budget <= 0:
+        raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ takes {reserve:.1f}s")
+    run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
+    averager, active, phase, graphs = Averager(cfg, model), set(), "train", 0
+    clock, step, loss = Clock(run.ranks.device), 0, None
+    clock.start()
+    while True:
+        (seconds,) = run.ranks.agree(clock.seconds())
+        if step >= cfg.iterations or seconds * (1 + 1 / max(step, 1)) >= budget:  # the next step would end too late
+            break
+        plan = plan_step(cfg, step, seconds, budget)
+        if plan.phase != phase:
+            phase = enter_phase(run, model, plan, step, seconds)
+        before = graphs_compiled()
+        loss = trainer.step(step, phases(cfg)[phase], plan.lr_scale, plan.momentum)
+        step += 1
+        if made := graphs_compiled() - before:
+            graphs += made
+            run.log(f"WARNING: step {step} compiled {made} graphs inside the clock; warm-up should have made them")
+        averager.update(step, plan.lr_scale)
+        active |= {phase, "warmdown" if plan.lr_scale < 1 else phase}
+        report_step(run, step, loss, plan, clock)
+        if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+            validate_step(run, model, validation, step, clock.stop())
+            clock.start()
+    run.ledger.append(("train", "steps", clock.stop()))
+    run.log(f"graphs compiled inside the clock: {graphs}")
+    finish_log(run, model, validation, step, clock)
+    return Trained(step, averager.weights(), active | averager.active())
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def enter_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: float) -> str:
+    """Announce the plan's phase; at the start of late QAT fix the grid that the export is expected to use."""
+    if run.cfg.fits_clip:
+        model.clip_sigmas.fill_(run.ranks.agree(fill_sigmas(run.cfg, quant_jobs(model), kept_tensors(model)))[0])
+    run.log(f"{plan.phase}:enabled step:{step} scale:{plan.lr_scale:.4f} clip_sigmas:{model.clip_sigmas.item():.2f}")
+    run.log.event("phase", step=step, name=f"{plan.phase}:enabled", train_time_ms=round(seconds * 1000))
+    return plan.phase
+
+
+def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Clock) -> None:
+    """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run if the loss is not a number any more."""
+    cfg = run.cfg
+    if step > 10 and not (cfg.train_log_every and step % cfg.train_log_every == 0):
+        return
+    value, seconds = (run.ranks.sum_(loss) / run.ranks.world).item(), clock.seconds()
+    average = 1000 * seconds / step
+    run.log(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{1000 * seconds:.0f}ms "
+            f"step_avg:{average:.2f}ms lr_scale:{plan.lr_scale:.3f} "
+            f"tok/s:{step * cfg.train_batch_tokens / max(seconds, 1e-9):.0f}")  # fmt: skip
+    facts = {"train_time_ms": round(1000 * seconds), "step_avg_ms": average, "lr_scale": plan.lr_scale}
+    run.log.event("train", step=step, train_loss=value, **facts)
+    if not math.isfinite(value):
+        raise UserError(f"step {step}: the training loss is {value}; lower MATRIX_LR={cfg.matrix_lr} or change SEED")
+
+
+def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int, seconds: float) -> None:
+    """Score the weights as they are, on plain windows."""
+    with run.timed(f"validation@{step}", "untimed"):
+        score = evaluate(run, model, validation, run.cfg.eval_len)
+    run.log(f"step:{step}/{run.cfg.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+            f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms")  # fmt: skip
+    run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(1000 * seconds))
+
+
+def finish_log(run: Runtime, model: GPT, validation: ValidationSet, step: int, clock: Clock) -> None:
+    """Closing lines of training. The raw weights are on disk before anything else can fail."""
+    cfg = run.cfg
+    save_weights(run, {"raw": model.state_dict()}, step)
+    if step < cfg.iterations:
+        run.log(f"stopping_early: wallclock_cap train_time:{1000 * clock.total:.0f}ms step:{step}/{cfg.iterations}")
+    if run.ranks.device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+    if not cfg.val_loss_every or step % cfg.val_loss_every:
+        validate_step(run, model, validation, step, clock.total)
+
+
+def save_weights(run: Runtime, states: dict[str, Any], steps: int) -> None:
+    """Write fp32 weights to WEIGHTS_PATH through a temporary name: the file is whole or the older one."""
+    if not run.ranks.is_main:
+        return
+    path = run.cfg.weights_file
+    partial_path = path.with_name(path.name + ".partial")
+    torch.save({"architecture": run.cfg.architecture(), "steps": steps, **states}, partial_path)
+    partial_path.replace(path)
+    run.log(f"weights: {path} ({', '.join(states)}) {path.stat().st_size} bytes")
+
+
+def load_weights(run: Runtime, model: GPT) -> Trained:
+    """The weights of an earlier run (EXPORT_ONLY=1), the average where it got that far."""
+    path = run.cfg.weights_file
+    if not path.is_file():
+        raise UserError(f"WEIGHTS_PATH={path}: no such file; a training run writes logs/<RUN_ID>.weights.pt")
+    saved = torch.load(path, map_location=run.ranks.device, weights_only=True)
+    refuse_other_architecture(run.cfg, saved["architecture"], f"WEIGHTS_PATH={path}")
+    return Trained(saved["steps"], saved.get("average", saved["raw"]), set())
+
+
+def refuse_other_architecture(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
+    """UserError when a saved model was built with other variables than this run's."""
+    ours = cfg.architecture()
+    other = {k.upper(): v for k, v in saved.items() if ours[k] != (tuple(v) if isinstance(v, list) else v)}
+    if other:
+        raise UserError(f"{where} was trained with {' '.join(f'{k}={v}' for k, v in other.items())}; set the same here")
+
+
+# ----------------------------------------------------------------------------------------------
+# 9. Quantization
+# ----------------------------------------------------------------------------------------------
+# Every matrix becomes integer codes times a scale per row. GPTQ (arXiv 2210.17323) rounds column by
+# column and lets the columns still to come absorb the error, weighted by the Hessian X^T X of the
+# layer's inputs on training data. All layers of a bank are quantized at once.
+
+
+def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -> dict[str, Tensor]:
+    """X^T X (cols, cols) summed over the inputs X of every matrix, over `batches` per rank from number `first` on."""
+    model, order, totals = trainer.model, phases(run.cfg)["train"].order, {}
+    moments = compiled(run.cfg, partial(input_moments, model))
+    with torch.no_grad():
+        weights = model.fast_weights(False)
+        for number in range(first, first + batches):
+            inputs, _ = trainer.loader.fetch(number)
+            for name, moment in moments(inputs, weights, order).items():
+                totals[name] = totals[name] + moment if name in totals else moment
+    return {name: run.ranks.sum_(total).to(exact_device(total.device)) for name, total in totals.items()}
+
+
+def input_moments(model: GPT, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> dict[str, Tensor]:
+    """X^T X of every matrix's inputs in one forward pass; TF32 holds bf16 inputs exactly and sums in fp32."""
+    moments: dict[str, Tensor] = {}
+
+    def observe(name: str, x: Tensor) -> None:
+        flat = x.flatten(0, -2).float()
+        moments[name] = moments[name] + flat.mT @ flat if name in moments else flat.mT @ flat
+
+    model.logits(model.hidden(ids, weights, order, observe), weights, observe)
+    return moments
+
+
+class QuantJob(NamedTuple):
+    """One tensor to quantize: (n, rows, cols) fp32, the names of its n Hessians, and bits and clip of its kind."""
+
+    name: str
+    tensor: Tensor
+    hessians: list[str]
+    bits: Tensor  # (n, rows, 1) integer
+    sigmas: float  # k of policy sigma; 0: the common one
+
+
+class Coded(NamedTuple):
+    """A quantized tensor: codes (n, rows, cols) int8 and scales (n, rows) half."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def dequantize(self) -> Tensor:
+        return self.codes.float() * self.scale.float().unsqueeze(-1)
+
+
+def quant_jobs(model: GPT, matrix_bits: Mapping[int, int] | None = None) -> list[QuantJob]:
+    """All coded tensors of the model in artifact order; `matrix_bits` overrides MATRIX_BITS for single layers."""
+    cfg, jobs, home = model.cfg, [], exact_device(model.clip_sigmas.device)
+    for spec in model.specs:
+        bank = model.banks[spec.name].detach().to(home)
+        per_layer = [(matrix_bits or {}).get(layer, cfg.matrix_bits) for layer in range(len(bank))]
+        bits = torch.tensor(per_layer, device=bank.device)[:, None, None].expand(-1, spec.rows, 1)
+        jobs.append(QuantJob(spec.name, bank, [f"{spec.name}.{i}" for i in range(len(bank))], bits, 0.0))
+    head = "tok_emb" if cfg.tie_embeddings else "lm_head"
+    for spec in model.rest_specs:
+        if spec.coded:
+            tensor = model.rest[spec.name].detach()[None].to(home)
+            bits = torch.full((1, tensor.shape[1], 1), cfg.embed_bits, device=tensor.device)
+            inputs = "head" if spec.name == head else spec.name
+            jobs.append(QuantJob(spec.name, tensor, [inputs], bits, cfg.embed_clip_sigmas))
+    return jobs
+
+
+def kept_tensors(model: GPT) -> dict[str, Tensor]:
+    """Control parameters, never quantized: name -> tensor in half precision."""
+    return {s.name: model.rest[s.name].detach().half() for s in model.rest_specs if not s.coded}
+
+
+def job_scale(cfg: Config, job: QuantJob, hessians: Mapping[str, Tensor], sigmas: float) -> Tensor:
+    """Row scales (n, rows) of a job under CLIP_POLICY.
+
+    `search` takes per row the clip percentile of least Hessian-weighted rounding error (GPTQ-lite, PR #374); a
+    column's weight is its Hessian's diagonal, or 1 where no inputs were observed.
+    """
+    if cfg.clip_policy != "search":
+        return row_scale(job.tensor, Grid(job.bits, cfg.clip_policy, job.sigmas or sigmas))
+    w, ones = job.tensor, torch.ones_like(job.tensor[0, 0])
+    weight = torch.stack([hessians[n].diagonal() if n in hessians else ones for n in job.hessians]).unsqueeze(1)
+    scales, errors = [], []
+    for percentile in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        clip = torch.stack([torch.quantile(layer.abs(), percentile, dim=-1, keepdim=True) for layer in w])
+        scales.append(row_scale(clip, Grid(job.bits, "amax", 0.0)))
+        rounded = round_to_grid(w, scales[-1], job.bits) * scales[-1].unsqueeze(-1)
+        errors.append(((rounded - w).square() * weight).sum(-1))
+    return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Upper U with U^T U = (H + damp x mean diagonal)^-1 (n, cols, cols); damp grows tenfold where that fails."""
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(hessian + damp * mean * eye)
+        if not failed.any():
+            break
+        damp = max(10 * damp, 1e-6)
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+
+def gptq_quantize(job: QuantJob, hessian: Tensor, scale: Tensor, cfg: Config) -> Tensor:
+    """Codes (n, rows, cols), float64 integers, of all layers of a job; Hessian (n, cols, cols), scale (n, rows).
+
+    Columns run in blocks of GPTQ_BLOCK_SIZE; with GPTQ_ACT_ORDER the largest diagonal comes first. Columns whose
+    input is always zero are coded as zero. Float64 throughout: the GPU is launch-bound here, so digits are free.
+    """
+    w, scale, hessian = job.tensor.double(), scale.double(), hessian.double()
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    hessian = hessian + torch.diag_embed(dead.to(hessian.dtype))
+    w = w.masked_fill(dead[:, None, :], 0.0)
+    columns = torch.arange(w.shape[2], device=w.device).expand_as(diagonal)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True) if cfg.gptq_act_order else columns
+    w = w.gather(2, order[:, None, :].expand_as(w))
+    hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
+    factor = inverse_factor(hessian, cfg.gptq_damp)
+    codes = torch.empty_like(w)
+    for begin in range(0, w.shape[2], cfg.gptq_block_size):
+        end = min(begin + cfg.gptq_block_size, w.shape[2])
+        block, errors = w[:, :, begin:end].clone(), torch.empty_like(w[:, :, begin:end])
+        for j in range(end - begin):
+            row = factor[:, begin + j, begin:end]
+            code = round_to_grid(block[:, :, j : j + 1], scale, job.bits)
+            error = (block[:, :, j : j + 1] - code * scale.unsqueeze(-1)) / row[:, None, j : j + 1]
+            block[:, :, j:] -= error * row[:, None, j:]
+            codes[:, :, begin + j], errors[:, :, j] = code[..., 0], error[..., 0]
+        w[:, :, end:] -= errors @ factor[:, begin:end, end:]
+    return torch.empty_like(codes).scatter_(2, order[:, None, :].expand_as(codes), codes)
+
+
+def quantize_jobs(cfg: Config, jobs: list[QuantJob], hessians: Mapping[str, Tensor], sigmas: float) -> dict[str, Coded]:
+    """Quantize every job: GPTQ where its inputs were observed, round to nearest elsewhere (embedding tables)."""
+    coded = {}
+    for job in jobs:
+        scale = job_scale(cfg, job, hessians, sigmas)
+        if broken := [name for name in job.hessians if name in hessians and not hessians[name].isfinite().all()]:
+            raise UserError(f"Hessians of {broken} are not finite: activations overflowed on the calibration data")
+        if cfg.gptq_enabled and all(name in hessians for name in job.hessians):
+            codes = gptq_quantize(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
+        else:
+            codes = round_to_grid(job.tensor, scale, job.bits)
+        coded[job.name] = Coded(codes.to(torch.int8), scale.half())
+    return coded
+
+
+def entropy_bytes(codes: Tensor) -> float:
+    """Bytes that an ideal coder needs for codes (n, rows, cols), with one distribution per layer."""
+    layers = torch.arange(len(codes), device=codes.device)[:, None, None]
+    counts = torch.bincount((codes.long() + 128 + 256 * layers).flatten(), minlength=256 * len(codes)).double()
+    totals = counts.view(len(codes), 256).sum(1, keepdim=True).expand(-1, 256).flatten()
+    return float((counts * (totals / counts.clamp_min(1)).log2()).sum()) / 8
+
+
+SIGMAS_RANGE = (4.0, 20.0)  # below 4 a 6-bit grid clips more than it gains; at 20 a weight has 2.6 bits
+FILL = (0.995, 0.9985, 1.0)  # least, aimed-at and greatest part of TARGET_BYTES that the artifact takes
+
+
+def fill_sigmas(cfg: Config, jobs: list[QuantJob], kept: Mapping[str, Tensor], ratio: float = 1.0) -> float:
+    """The clip k whose rounded codes fill the limit, by bisection of their entropy; `ratio`: actual over estimated."""
+    limit = FILL[1] * cfg.target_bytes - code_bytes()
+
+    def size(sigmas: float) -> float:
+        total = sum(2.0 * kept_tensor.numel() for kept_tensor in kept.values())
+        for job in jobs:
+            scale = job_scale(cfg, job, {}, sigmas)
+            total += entropy_bytes(round_to_grid(job.tensor, scale, job.bits)) + 2 * scale.numel()
+        return ratio * total
+
+    low, high = SIGMAS_RANGE
+    for _ in range(12):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if size(middle) > limit else (low, middle)
+    return high
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. Artifact
+# ----------------------------------------------------------------------------------------------
+# magic | length of header | header (zlib JSON: architecture, layer order, tensor table, streams) |
+# streams | first 8 bytes of the SHA-256 of all that. Codes, scales and kept tensors are one stream
+# each; the coder is chosen per stream and named in the header. The bytes that count are those on
+# disk: this file's and the artifact's.
+
+MAGIC = b"PGOLF\x01"
+
+
+def code_bytes() -> int:
+    """Size of the file that runs."""
+    return Path(__file__).stat().st_size
+
+
+def split_bytes(values: Tensor) -> bytes:
+    """Half-precision values as all low bytes, then all high bytes: like bytes side by side compress better."""
+    return values.cpu().numpy().reshape(-1).view(np.uint8).reshape(-1, 2).T.tobytes()
+
+
+def join_bytes(raw: bytes) -> Tensor:
+    """Inverse of `split_bytes`: (n,) half."""
+    return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(2, -1).T.copy().view(np.float16).reshape(-1))
+
+
+CODECS = {  # name -> module, the name of its level argument, its strongest level
+    "zlib": ("zlib", "level", 9),
+    "lzma": ("lzma", "preset", 9),
+    "zstd": ("zstandard", "level", 22),
+    "brotli": ("brotli", "quality", 11),
+}
+
+
+def codec(name: str) -> Any:
+    """The module of a coder; UserError where its package is missing."""
+    try:
+        return importlib.import_module(CODECS[name][0])
+    except ImportError:
+        raise UserError(f"coder {name}: its package is not installed; pip install -r requirements.txt") from None
+
+
+def encode_stream(cfg: Config, raw: bytes) -> tuple[str, bytes]:
+    """(coder, bytes) of a stream by COMPRESSOR; auto and ans take the smallest of the coders that are installed."""
+    installed = [name for name, (module, _, _) in CODECS.items() if importlib.util.find_spec(module)]
+    options = []
+    for name in [cfg.compressor] if cfg.compressor in CODECS else installed:
+        _, argument, strongest = CODECS[name]
+        level = cfg.compressor_level if cfg.compressor in CODECS and cfg.compressor_level >= 0 else strongest
+        options.append((name, codec(name).compress(raw, **{argument: level})))
+    return min(options, key=lambda option: len(option[1]))
+
+
+ANS_BITS, ANS_LANES = 15, 1024  # probability resolution; coder states that run side by side in numpy
+
+
+def ans_frequencies(counts: np.ndarray) -> np.ndarray:
+    """Counts (256,) scaled to sum to 2^ANS_BITS, at least 1 where a symbol occurs."""
+    scaled = np.maximum(np.floor(counts / max(counts.sum(), 1) * (1 << ANS_BITS)), counts > 0).astype(np.int64)
+    scaled[scaled.argmax()] += (1 << ANS_BITS) - scaled.sum()  # the rounding goes to the commonest symbol
+    return scaled
+
+
+def ans_steps(sizes: list[int]) -> Iterator[tuple[int, slice]]:
+    """(segment, slice of the symbols) of each coder step: up to ANS_LANES symbols of one segment."""
+    begin = 0
+    for segment, size in enumerate(sizes):
+        for offset in range(0, size, ANS_LANES):
+            yield segment, slice(begin + offset, begin + min(offset + ANS_LANES, size))
+        begin += size
+
+
+def ans_encode(symbols: np.ndarray, sizes: list[int]) -> bytes:
+    """Entropy-code int8 symbols whose segments of `sizes` each have their own distribution (rANS, arXiv 1311.2540).
+
+    ANS_LANES interleaved coders share one stream of 16-bit words, so that numpy codes 1,024 symbols per call; the
+    price is 4 KB of final states. Layout: table length, zlib tables, states, words.
+    """
+    bounds = np.cumsum([0, *sizes])
+    unsigned = symbols.astype(np.int16) + 128
+    tables = np.stack([ans_frequencies(np.bincount(unsigned[a:b], minlength=256)) for a, b in zip(bounds, bounds[1:])])
+    starts = np.cumsum(tables, axis=1) - tables
+    state, words = np.full(ANS_LANES, 1 << 16, np.uint64), []
+    for segment, span in reversed(list(ans_steps(sizes))):
+        symbol = unsigned[span]
+        frequency, start = tables[segment][symbol].astype(np.uint64), starts[segment][symbol].astype(np.uint64)
+        lanes = state[: len(symbol)]
+        full = lanes >= frequency << np.uint64(32 - ANS_BITS)
+        words.append((lanes[full] & np.uint64(0xFFFF)).astype("<u2"))
+        lanes[full] >>= np.uint64(16)
+        lanes[:] = (lanes // frequency << np.uint64(ANS_BITS)) + lanes % frequency + start
+    packed = zlib.compress(tables.astype("<u2").T.tobytes(), 9)
+    body = np.concatenate(words[::-1]) if words else np.zeros(0, "<u2")
+    return struct.pack("<I", len(packed)) + packed + state.astype("<u4").tobytes() + body.tobytes()
+
+
+def ans_decode(blob: bytes, sizes: list[int]) -> np.ndarray:
+    """Inverse of `ans_encode`: int8 symbols."""
+    length = struct.unpack_from("<I", blob)[0]
+    tables = np.frombuffer(zlib.decompress(blob[4 : 4 + length]), "<u2").reshape(256, -1).T.astype(np.int64)
+    tables[tables.sum(1) == 0, 0] = 1 << ANS_BITS  # a segment of one single symbol: 2^15 fits, 0 cannot occur
+    starts = np.cumsum(tables, axis=1) - tables
+    lookup = np.stack([np.repeat(np.arange(256), row) for row in tables]).astype(np.int16)
+    begin = 4 + length
+    state = np.frombuffer(blob, "<u4", ANS_LANES, begin).astype(np.uint64)
+    words, position = np.frombuffer(blob, "<u2", offset=begin + 4 * ANS_LANES).astype(np.uint64), 0
+    symbols = np.empty(sum(sizes), np.int8)
+    for segment, span in ans_steps(sizes):
+        lanes = state[: span.stop - span.start]
+        slot = (lanes & np.uint64((1 << ANS_BITS) - 1)).astype(np.int64)
+        symbol = lookup[segment][slot]
+        symbols[span] = symbol - 128
+        frequency = tables[segment][symbol].astype(np.uint64)
+        lanes[:] = frequency * (lanes >> np.uint64(ANS_BITS)) + (slot - starts[segment][symbol]).astype(np.uint64)
+        low = np.flatnonzero(lanes < 1 << 16)
+        lanes[low] = lanes[low] << np.uint64(16) | words[position : position + len(low)]
+        position += len(low)
+    return symbols
+
+
+def encode_artifact(cfg: Config, coded: Mapping[str, Coded], kept: Mapping[str, Tensor], notes: dict) -> bytes:
+    """The artifact's bytes: see the section's head for the layout. `notes` go into the header as they are."""
+    codes = np.concatenate([c.codes.cpu().numpy().reshape(-1) for c in coded.values()])
+    sizes = [c.codes[0].numel() for c in coded.values() for _ in c.codes]
+    use_ans = cfg.compressor in ("auto", "ans")
+    streams = {
+        "codes": ("ans", ans_encode(codes, sizes)) if use_ans else encode_stream(cfg, codes.tobytes()),
+        "scales": encode_stream(cfg, split_bytes(torch.cat([c.scale.flatten() for c in coded.values()]))),
+        "kept": encode_stream(cfg, split_bytes(torch.cat([t.flatten() for t in kept.values()]))),
+    }
+    header = {
+        "architecture": cfg.architecture(),
+        "order": list(phases(cfg)["train"].order),
+        "matrix_bits": cfg.matrix_bits,
+        "coded": [[name, list(c.codes.shape)] for name, c in coded.items()],
+        "kept": [[name, list(t.shape)] for name, t in kept.items()],
+        "streams": [[name, coder, len(data)] for name, (coder, data) in streams.items()],
+        **notes,
+    }
+    packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = MAGIC + struct.pack("<I", len(packed)) + packed + b"".join(data for _, data in streams.values())
+    return body + hashlib.sha256(body).digest()[:8]
+
+
+def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], int]:
+    """Header of an artifact and the offset of its first stream, after checks of magic, length and checksum."""
+    if not blob.startswith(MAGIC) or len(blob) < len(MAGIC) + 12:
+        raise UserError(f"{path}: not an artifact of this script (it starts with {blob[:6]!r}, not {MAGIC!r})")
+    if hashlib.sha256(blob[:-8]).digest()[:8] != blob[-8:]:
+        raise UserError(f"{path}: damaged or truncated ({len(blob)} bytes); export it again with EXPORT_ONLY=1")
+    begin = len(MAGIC) + 4
+    length = struct.unpack_from("<I", blob, len(MAGIC))[0]
+    return json.loads(zlib.decompress(blob[begin : begin + length])), begin + length
+
+
+def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header, and the parameters by name in fp32 as the model has them."""
+    header, offset = read_header(blob, path)
+    streams = {}
+    for name, coder, size in header["streams"]:
+        streams[name] = (coder, blob[offset : offset + size])
+        offset += size
+    raw = {name: codec(coder).decompress(data) for name, (coder, data) in streams.items() if coder != "ans"}
+    sizes = [rows * cols for _, (n, rows, cols) in header["coded"] for _ in range(n)]
+    is_ans = streams["codes"][0] == "ans"
+    codes = ans_decode(streams["codes"][1], sizes) if is_ans else np.frombuffer(raw["codes"], np.int8)
+    scales, kept = join_bytes(raw["scales"]), join_bytes(raw["kept"])
+    parameters, code_at, scale_at, kept_at = {}, 0, 0, 0
+    for name, (n, rows, cols) in header["coded"]:
+        values = torch.from_numpy(codes[code_at : code_at + n * rows * cols].copy()).view(n, rows, cols)
+        tensor = Coded(values, scales[scale_at : scale_at + n * rows].view(n, rows)).dequantize()
+        is_bank = name in {spec.name for spec in bank_specs(Config())}
+        parameters[f"banks.{name}" if is_bank else f"rest.{name}"] = tensor if is_bank else tensor[0]
+        code_at, scale_at = code_at + n * rows * cols, scale_at + n * rows
+    for name, shape in header["kept"]:
+        count = math.prod(shape)
+        parameters[f"rest.{name}"] = kept[kept_at : kept_at + count].view(shape).float()
+        kept_at += count
+    return header, parameters
+
+
+class Exporter:
+    """Quantizes and encodes the model's weights so that code and artifact fit TARGET_BYTES."""
+
+    def __init__(self, run: Runtime, model: GPT, hessians: dict[str, Tensor]) -> None:
+        self.run, self.cfg, self.model, self.hessians = run, run.cfg, model, hessians
+        self.kept, self.limit = kept_tensors(model), run.cfg.target_bytes - code_bytes()
+        self.sigmas, self.layer_bits = run.cfg.matrix_clip_sigmas, {}
+        self.coded, self.blob = {}, b""
+
+    def quantize(self) -> None:
+        with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
+            self.coded = quantize_jobs(self.cfg, quant_jobs(self.model, self.layer_bits), self.hessians, self.sigmas)
+
+    def encode(self) -> int:
+        """Encode the current codes; returns the artifact's size."""
+        with self.run.timed("encode", "untimed"):
+            notes = {"clip_sigmas": round(self.sigmas, 4), "layer_bits": self.layer_bits}
+            self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes)
+        return len(self.blob)
+
+    def fill(self) -> None:
+        """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
+        if not self.cfg.fits_clip:
+            self.quantize()
+            self.encode()
+            return
+        ratio = 1.0
+        for _ in range(3):
+            with self.run.timed("clip", "train"):
+                jobs = quant_jobs(self.model)
+                (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
+            self.quantize()
+            share = (self.encode() + code_bytes()) / self.cfg.target_bytes
+            self.run.log(f"fit: clip_sigmas:{self.sigmas:.3f} artifact:{len(self.blob)} share_of_limit:{share:.4f}")
+            finest = self.sigmas <= SIGMAS_RANGE[0] * 1.001  # a small model: there is nothing more to spend bytes on
+            if share <= FILL[2] and (share >= FILL[0] or finest):
+                return
+            ratio *= len(self.blob) / (FILL[1] * self.cfg.target_bytes - code_bytes())
+
+    def prune(self) -> None:
+        """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
+        if not self.cfg.selective_prune_enabled:
+            return
+        names = [spec.name for spec in self.model.specs]
+        costs = {n: self.coded[n].scale.float().square().unsqueeze(-1).expand_as(self.coded[n].codes) for n in names}
+        ones = {n: self.coded[n].codes.abs() == 1 for n in names}
+        ranked = torch.cat([costs[n][ones[n]] for n in names]).sort().values
+        full, low, high = dict(self.coded), 0.0, 1.0
+        for _ in range(8):
+            share = (low + high) / 2
+            threshold = ranked[min(int(share * len(ranked)), len(ranked) - 1)]
+            for n in names:
+                codes = full[n].codes.masked_fill(ones[n] & (costs[n] <= threshold), 0)
+                self.coded[n] = Coded(codes, full[n].scale)
+            low, high = (low, share) if self.encode() <= self.limit else (share, high)
+            if self.limit * 0.998 <= len(self.blob) <= self.limit:
+                break
+        self.run.log(f"selective_prune: +-1 codes zeroed:{share:.4f} artifact:{len(self.blob)}")
+
+    def lower_layers(self) -> None:
+        """Give one layer after another five bits, from the centre outwards, until the artifact fits (PR #638)."""
+        if not self.cfg.int5_fallback or self.cfg.matrix_bits <= 5:
+            return
+        middle = (self.cfg.num_layers - 1) / 2
+        for layer in sorted(range(self.cfg.num_layers), key=lambda i: abs(i - middle)):
+            if len(self.blob) <= self.limit:
+                return
+            self.layer_bits[layer] = 5
+            self.quantize()
+            self.run.log(f"int5_fallback: layer {layer} at 5 bits, artifact:{self.encode()}")
+
+    def export(self) -> bytes:
+        """The artifact; UserError, with the excess, when nothing that is allowed makes it fit."""
+        self.fill()
+        for strategy in (self.prune, self.lower_layers):
+            if len(self.blob) > self.limit:
+                strategy()
+        if len(self.blob) > self.limit:
+            raise UserError(
+                f"artifact {len(self.blob)} + code {code_bytes()} bytes are {len(self.blob) - self.limit} bytes over "
+                f"TARGET_BYTES={self.cfg.target_bytes}; the weights are safe in {self.cfg.weights_file}: raise "
+                "MATRIX_CLIP_SIGMAS (0 fits by itself) or lower MATRIX_BITS, with EXPORT_ONLY=1"
+            )
+        return self.blob
+
+
+def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: ValidationSet) -> None:
+    """Average, calibrate, quantize and write ARTIFACT_PATH; diagnostics of the averaged weights on the way."""
+    cfg, model = run.cfg, trainer.model
+    raw = copy.deepcopy(model.state_dict())
+    model.load(trained.average)
+    names = [n for n in ("ema", "swa", "lawa") if n in trained.active]
+    run.log(f"{'+'.join(names) or 'raw'}:applying {'+'.join(names).upper() or 'the last'} weights")
+    if not cfg.export_only:
+        save_weights(run, {"raw": raw, "average": model.state_dict()}, trained.steps)
+    hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
+    if batches:
+        with run.timed("hessians", "train"):
+            hessians = collect_hessians(run, trainer, trained.steps * trainer.loader.shape.accum, batches)
+        seconds, count = run.ledger[-1][2], cfg.gptq_calibration_batches
+        run.log(f"GPTQ:collected {len(hessians)} Hessians over {count} batches in {seconds:.1f}s")
+    blob = Exporter(run, model, hessians).export()
+    if run.ranks.is_main:
+        partial_path = cfg.artifact_file.with_name(cfg.artifact_file.name + ".partial")
+        partial_path.write_bytes(blob)
+        partial_path.replace(cfg.artifact_file)
+        log_sizes(run, read_header(blob, cfg.artifact_file)[0])
+    with run.timed("averaged weights", "untimed"):
+        score = evaluate(run, model, validation, cfg.eval_len)
+    log_score(run, "DIAGNOSTIC post_ema" if "ema" in names else "DIAGNOSTIC pre_quantization", score)
+
+
+def log_sizes(run: Runtime, header: dict[str, Any]) -> None:
+    """Sizes of the two files that count, from disk, and what each stream takes."""
+    cfg, artifact = run.cfg, run.cfg.artifact_file.stat().st_size
+    kind = f"int{cfg.matrix_bits}+{header['streams'][0][1]}"
+    streams = " ".join(f"{name}:{coder}:{size}" for name, coder, size in header["streams"])
+    run.log(f"artifact: {cfg.artifact_file} streams {streams}")
+    run.log(f"Serialized model {kind}: {artifact} bytes")
+    run.log(f"Code size: {code_bytes()} bytes")
+    run.log(f"Total submission size {kind}: {artifact + code_bytes()} bytes (limit {cfg.target_bytes})")
+    run.log.event("size", artifact_bytes=artifact, code_bytes=code_bytes(), limit=cfg.target_bytes, kind=kind)
+
+
+# ----------------------------------------------------------------------------------------------
+# 11. Evaluation
+# ----------------------------------------------------------------------------------------------
+# A plan of windows says which targets each window scores; one function runs the model on them.
+# Every target of the validation set is scored exactly once and its bytes are counted exactly once;
+# both are checked on every evaluation.
+
+
+def plan_windows(targets: int, length: int, stride: int) -> np.ndarray:
+    """Windows (n, 3) int64: first input position, first scored target, end of scored targets.
+
+    Target i is token i + 1. The first window scores all its `length` targets, every later one the `stride` targets
+    after those scored before it, with as much context as fits; the last one ends exactly at the last target.
+    """
+    ends = np.append(np.arange(length, targets, stride), targets)
+    return np.stack([ends - length, np.append(0, ends[:-1]), ends], axis=1)
+
+
+class Score(NamedTuple):
+    """Sums over scored targets, and the seconds it took."""
+
+    nats: float
+    targets: int
+    bytes: int
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.targets
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of the original text."""
+        return self.nats / math.log(2) / self.bytes
+
+
+@torch.no_grad()
+def score_windows(run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray) -> Tensor:
+    """[nats, targets, bytes] over the scored targets of `windows`, this rank's part, (3,) float64.
+
+    The only place that runs the model for a score. All batches have one shape: the last is filled with windows that
+    score nothing.
+    """
+    length, device = run.cfg.eval_len, run.ranks.device
+    batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, MICRO_BATCH_TOKENS) // length)
+    filler = np.repeat([[0, 0, 0]], -len(windows) % batch, axis=0).reshape(-1, 3)
+    plan = torch.from_numpy(np.concatenate([windows, filler])).to(device)
+    offsets = torch.arange(length + 1, device=device)
+    weights, order = model.fast_weights(False), phases(run.cfg)["train"].order
+    sums = torch.zeros(3, dtype=torch.float64, device=exact_device(device))
+    for chunk in plan.split(batch):
+        positions = chunk[:, :1] + offsets
+        tokens = validation.tokens[positions].long()
+        nll = model.fast_nll(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, order)
+        scored = (positions[:, :-1] >= chunk[:, 1:2]) & (positions[:, :-1] < chunk[:, 2:])
+        counted = validation.token_bytes[positions[:, 1:]] * scored
+        sums += torch.stack([t.to(sums.device).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)])
+    return sums
+
+
+def evaluate(run: Runtime, model: GPT, validation: ValidationSet, stride: int) -> Score:
+    """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`; asserts exact coverage."""
+    clock = Clock(run.ranks.device)
+    clock.start()
+    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)
+    share = run.ranks.share(len(windows))
+    sums = run.ranks.sum_(score_windows(run, model, validation, windows[share.start : share.stop]))
+    nats, targets, counted = sums.tolist()
+    expected = validation.targets, int(validation.token_bytes[1:].sum())
+    assert (int(targets), int(counted)) == expected, f"scored {targets, counted} targets and bytes of {expected}"
+    return Score(nats, int(targets), int(counted), clock.stop())
+
+
+def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
+    """A score under its canonical name, rounded and exact."""
+    run.log(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}{extra} eval_time:{1000 * score.seconds:.0f}ms")
+    run.log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}{extra}")
+    run.log.event("score", name=name, val_loss=score.loss, val_bpb=score.bpb, eval_time_ms=round(1000 * score.seconds))
+
+
+def evaluate_artifact(run: Runtime, validation: ValidationSet, model: GPT | None) -> None:
+    """Read ARTIFACT_PATH back from disk and score it, last by the sliding window; `model` lends its compiled graphs."""
+    cfg = run.cfg
+    with run.timed("read artifact", "eval"):
+        blob = run.ranks.broadcast_bytes(cfg.artifact_file.read_bytes() if run.ranks.is_main else b"")
+        header, parameters = decode_artifact(blob, cfg.artifact_file)
+        model = model or build_model(run, cfg, validation.bos_id)
+        model.load(parameters)
+    kind = f"int{header['matrix_bits']}" + ("_zlib" if header["streams"][0][1] == "zlib" else "")
+    with run.timed("roundtrip", "eval"):
+        score = evaluate(run, model, validation, cfg.eval_len)
+    log_score(run, f"final_{kind}_roundtrip", score)
+    if cfg.eval_stride:
+        with run.timed("sliding window", "eval"):
+            score = evaluate(run, model, validation, cfg.eval_stride)
+        log_score(run, f"final_{kind}_sliding_window", score, f" stride:{cfg.eval_stride}")
+
+
+# ----------------------------------------------------------------------------------------------
+# 12. Main
+# ----------------------------------------------------------------------------------------------
+
+
+def adopt_architecture(cfg: Config) -> Config:
+    """With EVAL_ONLY=1 the model is the artifact's; variables that were set and say otherwise are an error."""
+    if not cfg.eval_only:
+        return cfg
+    if not cfg.artifact_file.is_file():
+        raise UserError(f"ARTIFACT_PATH={cfg.artifact_file}: no such file; a run writes logs/<RUN_ID>.pgolf")
+    header, _ = read_header(cfg.artifact_file.read_bytes(), cfg.artifact_file)
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in header["architecture"].items()}
+    asked = {k: v for k, v in saved.items() if cfg.sources[k] != "default"}
+    refuse_other_architecture(cfg, asked, f"ARTIFACT_PATH={cfg.artifact_file}")
+    return replace(cfg, **saved)
+
+
+def produce_artifact(run: Runtime, validation: ValidationSet) -> tuple[GPT | None, set[str]]:
+    """Train (or load weights) and export; returns the model and the features that were active."""
+    cfg = run.cfg
+    if cfg.eval_only:
+        return None, set()
+    model = build_model(run, cfg, validation.bos_id)
+    trainer = Trainer(run, model)
+    trained = load_weights(run, model) if cfg.export_only else train(run, trainer, validation)
+    export_model(run, trainer, trained, validation)
+    return model, trained.active
+
+
+def report_inactive(run: Runtime, active: set[str]) -> None:
+    """Name what was configured and never happened: a flag that did nothing must not pass for a feature."""
+    cfg = run.cfg
+    wanted = {
+        "ema": (cfg.ema_enabled, "EMA_ENABLED=1"),
+        "swa": (cfg.swa_enabled, f"SWA_START_FRAC={cfg.swa_start_frac} SWA_EVERY={cfg.swa_every}"),
+        "lawa": (cfg.lawa_enabled, f"LAWA_FREQ={cfg.lawa_freq}"),
+        "late_qat": ("late_qat" in phases(cfg), f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold} MIN_LR={cfg.min_lr}"),
+        "warmdown": (bool(cfg.warmdown_iters or cfg.warmdown_frac), f"WARMDOWN_ITERS={cfg.warmdown_iters}"),
+    }
+    missing = [f"{name} ({setting})" for name, (on, setting) in wanted.items() if on and name not in active]
+    if not (cfg.eval_only or cfg.export_only):
+        run.log(f"never activated: {'; '.join(missing) or 'none'}")
+        run.log.event("inactive", features=missing)
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(Config.describe_variables())
+        return
+    cfg = adopt_architecture(Config.from_env(os.environ))
+    with Runtime.start(cfg, os.environ) as run:
+        validation = load_validation(run)
+        model, active = produce_artifact(run, validation)
+        evaluate_artifact(run, validation, model)
+        report_inactive(run, active)
+        log_ledger(run)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as problem:
+        sys.exit(f"error: {problem}")
