@@ -147,10 +147,11 @@ def smooth(values: Sequence[float]) -> list[float]:
     """Centred moving mean over about a twentieth of the points.
 
     The window is symmetric and shrinks towards both ends, so the curve neither lags
-    behind a steep start nor misses the last value.
+    behind a steep start nor misses the last value. Fewer than 40 points stay as they are:
+    steps 1-10 and three later ones have no neighbours to average with.
     """
     count = len(values)
-    widest = max(1, count // 40)
+    widest = count // 40
     result = []
     for i in range(count):
         half = min(i, count - 1 - i, widest)
