@@ -42,6 +42,12 @@ def tiny_model(seed: int = 0, **changes: Any) -> t.GPT:
     return model
 
 
+def unscaled(model: t.GPT, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`GPT.weights` without the output scales that it multiplies into two of the banks."""
+    scales = {"out": model.rest["attn_scale"], "down": model.rest["mlp_scale"]}
+    return {n: w / scales[n].unsqueeze(-1) if n in scales else w for n, w in weights.items()}
+
+
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """A shard as the challenge defines it."""
     header = np.zeros(256, dtype="<i4")

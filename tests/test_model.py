@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as t
-from conftest import VOCAB, tiny_config, tiny_model
+from conftest import VOCAB, tiny_config, tiny_model, unscaled
 
 CPU = torch.device("cpu")
 BOS, LENGTH, FLIPPED = 1, 24, 13
@@ -532,12 +532,6 @@ def test_fake_quantize_is_straight_through_and_on_the_grid(grid: t.Grid) -> None
     assert codes.round().min() >= -top and codes.round().max() <= top - 1 and torch.equal(scale, scale.half().float())
     inside = (w.detach() / scale.unsqueeze(-1)).abs() <= top - 1
     assert ((out - w).detach().abs() <= 0.5001 * scale.unsqueeze(-1))[inside].all()
-
-
-def unscaled(model: t.GPT, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`GPT.weights` without the output scales that it multiplies into two of the banks."""
-    scales = {"out": model.rest["attn_scale"], "down": model.rest["mlp_scale"]}
-    return {n: w / scales[n].unsqueeze(-1) if n in scales else w for n, w in weights.items()}
 
 
 @pytest.mark.parametrize("policy", ["sigma", "amax"])

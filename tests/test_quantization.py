@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_model
+from conftest import tiny_config, tiny_model, unscaled
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -231,10 +231,10 @@ def test_rows_of_zeros_have_a_finite_scale() -> None:
 @pytest.mark.parametrize("policy", ["sigma", "amax"])
 @pytest.mark.parametrize("bits", [5, 6, 8])
 def test_late_qat_rounds_on_the_grid_of_the_export(policy: str, bits: int) -> None:
-    """The weights of the forward pass under fake_quant equal, bit for bit, the banks that the export dequantizes."""
+    """The weights of the forward pass under fake_quant equal the banks that the export dequantizes."""
     model = tiny_model(CLIP_POLICY=policy, MATRIX_BITS=bits, GPTQ_ENABLED=0)
     model.clip_sigmas.fill_(3.5)
-    trained_on = model.weights(fake_quant=True)
+    trained_on = unscaled(model, model.weights(fake_quant=True))
     coded = t.quantize_jobs(model.cfg, t.quant_jobs(model), {}, 3.5)
     for name, bank in model.banks.items():
         torch.testing.assert_close(trained_on[name], coded[name].dequantize(), rtol=0, atol=1e-6)
@@ -343,12 +343,13 @@ def test_hessians_are_the_second_moments_of_every_matrix(run: t.Runtime, changes
     model = tiny_model(**changes)
     trainer = t.Trainer(run, model)
     hessians = t.collect_hessians(run, trainer, 5, 2)
-    owners = {model.banks[s.name][i].data_ptr(): f"{s.name}.{i}" for s in model.specs for i in range(4)}
+    weights = model.weights(False)
+    owners = {weights[s.name][i].data_ptr(): f"{s.name}.{i}" for s in model.specs for i in range(4)}
     owners |= {model.rest["tok_emb"].data_ptr(): "head"}
     owners |= {model.rest[name].data_ptr(): name for name in ("bigram_proj", "ve_proj")}
     with torch.no_grad(), LinearInputs() as seen:
         for number in (5, 6):
-            model.nll(*trainer.loader.batch(number), model.weights(False), (0, 1, 2, 3))
+            model.nll(*trainer.loader.batch(number), weights, (0, 1, 2, 3))
     expected: dict[str, Tensor] = {}
     for address, x in seen.calls:
         if name := owners.get(address):  # gates are no matrices of the artifact
