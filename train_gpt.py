@@ -166,6 +166,9 @@ class Config:
     qat_enabled: bool = opt(False, "train on the export grid (straight-through) during the whole run")
     late_qat_threshold: float = opt(0.15, "the same once the learning-rate scale is below this (0: never)", low=0)
 
+    post_qat_seconds: float = opt(0.0, "seconds of the clock for QAT after the main training (0: none)", low=0)
+    post_qat_lr: float = opt(0.001, "Muon learning rate of that time; the others keep their ratio to it", low=0)
+
     gptq_enabled: bool = opt(True, "full-Hessian GPTQ, else round to nearest", group="Export")
     gptq_calibration_batches: int = opt(64, "batches of min(TRAIN_BATCH_TOKENS, 98304) tokens for Hessians", low=1)
     gptq_reserve_seconds: float | None = opt(None, "clock kept for calibration and GPTQ (empty: measured)", low=0)
@@ -173,6 +176,8 @@ class Config:
     gptq_damp: float = opt(0.01, "damping over the mean diagonal of the Hessian", low=0)
     gptq_act_order: bool = opt(True, "quantize the columns of largest Hessian diagonal first")
     matrix_bits: int = opt(6, "bits of the code of a matrix entry (2 to 8)", low=2)
+    lowbit_bits: int = opt(0, "bits of the matrices in LOWBIT_NAME_PATTERNS (0: MATRIX_BITS)", low=0)
+    lowbit_name_patterns: tuple[str, ...] = opt((), "parts of names blocks.<i>.<matrix>., as .mlp.,.attn.proj.")
     embed_bits: int = opt(8, "bits of the code of an embedding entry (2 to 8)", low=2)
     clip_policy: str = opt("sigma", "row clip: k x std, amax, or percentile search", choices="sigma amax search")
     matrix_clip_sigmas: float = opt(0.0, "k of clip policy sigma (0: what fills TARGET_BYTES)", low=0)
@@ -369,18 +374,18 @@ def parse_number(name: str, text: str, kind: type) -> Any:
 def parse_value(name: str, text: str, spec: Field) -> Any:
     """The text of a variable as its field's type; UserError names variable, value and what is allowed."""
     low, choices = spec.metadata["low"], spec.metadata["choices"]
-    kind = next((k for k in get_args(spec.type) if k in (int, float)), spec.type)  # float | None, tuple[int, ...]
+    kind = next((k for k in get_args(spec.type) if k in (int, float, str)), spec.type)  # float | None, tuple[int, ...]
     if kind is bool:
         words = ("0", "false", "no", "off", "1", "true", "yes", "on")
         if text.lower() not in words:
             raise UserError(f"{name}={text!r}: expected 0 or 1 (true/false, yes/no and on/off are understood)")
         return words.index(text.lower()) >= 4
+    if isinstance(spec.default, tuple):
+        return tuple(parse_number(name, part.strip(), kind) for part in text.split(",") if part.strip())
     if kind is str:
         if choices and text not in choices:
             raise UserError(f"{name}={text!r}: expected one of {', '.join(choices)}")
         return text
-    if isinstance(spec.default, tuple):
-        return tuple(parse_number(name, part, kind) for part in text.split(",") if part.strip())
     value = parse_number(name, text, kind)
     if not math.isfinite(value) or (low is not None and value < low):
         raise UserError(f"{name}={text}: expected a finite number" + ("" if low is None else f" of at least {low:g}"))
@@ -390,7 +395,9 @@ def parse_value(name: str, text: str, spec: Field) -> Any:
 def validate(cfg: Config) -> None:
     """Check what involves several variables; messages name them with their values."""
     model_dim, heads, kv_heads, head_dim = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    above = {n.upper(): v for n in ("matrix_bits", "embed_bits") if (v := vars(cfg)[n]) > 8}
+    above = {n.upper(): v for n in ("matrix_bits", "embed_bits", "lowbit_bits") if (v := vars(cfg)[n]) > 8}
+    names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
+    idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
     fractions = "warmdown_frac min_lr muon_momentum muon_momentum_warmup_start ema_decay beta1 beta2".split()
     above_one = {n.upper(): v for n in fractions if (v := vars(cfg)[n]) > 1}
     ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(cfg.num_layers))) != []
@@ -405,6 +412,13 @@ def validate(cfg: Config) -> None:
          f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
         (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
         (not above, f"{above}: codes have 2 to 8 bits"),
+        (cfg.lowbit_bits != 1, "LOWBIT_BITS=1: 2 to 8, or 0 for MATRIX_BITS"),
+        (not idle, f"LOWBIT_NAME_PATTERNS={','.join(idle)}: not in {' '.join(names[:: cfg.num_layers])}"),
+        (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
+         f"LOWBIT_BITS={cfg.lowbit_bits} and LOWBIT_NAME_PATTERNS={','.join(cfg.lowbit_name_patterns)}: set both"),
+        (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
+        (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
+         f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
         (not above_one, f"{above_one}: at most 1"),
         (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
@@ -1226,6 +1240,18 @@ def bank_specs(cfg: Config) -> tuple[BankSpec, ...]:
     )
 
 
+def row_bits(cfg: Config, spec: BankSpec) -> Tensor:
+    """Bits of the codes of every row of a bank, (layers, rows, 1): LOWBIT_BITS where a pattern is in the name."""
+    patterns = cfg.lowbit_name_patterns
+    rows = [
+        cfg.lowbit_bits if any(pattern in f"blocks.{layer}.{role}." for pattern in patterns) else cfg.matrix_bits
+        for layer in range(cfg.num_layers)
+        for role, count in spec.roles
+        for _ in range(count)
+    ]
+    return torch.tensor(rows).view(cfg.num_layers, spec.rows, 1)
+
+
 class RestSpec(NamedTuple):
     """One parameter outside the banks: shape, initial value or standard deviation, and its Adam group.
 
@@ -1336,6 +1362,7 @@ class GPT(nn.Module):
         torch.random.set_rng_state(generator_state)
         self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
         self.to(device)
+        self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
         self.rotary = {n: rotary_table(n, cfg, device) for n in {cfg.train_seq_len, cfg.eval_len}}
         self.fast_weights, self.fast_nll = compiled(cfg, self.weights), compiled(cfg, self.nll)
 
@@ -1347,8 +1374,8 @@ class GPT(nn.Module):
         """
         banks = dict(self.banks.items())
         if fake_quant:
-            grid = Grid(self.cfg.matrix_bits, self.cfg.clip_policy, self.clip_sigmas)
-            banks = {name: fake_quantize(bank, grid) for name, bank in banks.items()}
+            policy, sigmas = self.cfg.clip_policy, self.clip_sigmas
+            banks = {n: fake_quantize(bank, Grid(self.bits[n], policy, sigmas)) for n, bank in banks.items()}
         for name, scale in (("out", "attn_scale"), ("down", "mlp_scale")):
             banks[name] = banks[name] * self.rest[scale].unsqueeze(-1)
         head = self.rest["tok_emb" if self.cfg.tie_embeddings else "lm_head"]
@@ -1677,7 +1704,8 @@ def phases(cfg: Config) -> dict[str, Phase]:
     """Name -> phase, in the order in which the schedule will use them."""
     order = tuple(range(cfg.num_layers))
     late = {"late_qat": Phase(order, True)} if cfg.late_qat_threshold > 0 and not cfg.qat_enabled else {}
-    return {"train": Phase(order, cfg.qat_enabled), **late}
+    post = {"post_qat": Phase(order, True)} if cfg.post_qat_seconds else {}
+    return {"train": Phase(order, cfg.qat_enabled), **late, **post}
 
 
 def lr_scale_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
@@ -1898,9 +1926,10 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
     with run.timed("warmup", "untimed"):
         warm_up(run, trainer)
         reserve = measure_reserve(run, trainer)
-    budget = cfg.max_wallclock_seconds - reserve if cfg.max_wallclock_seconds else math.inf
+    kept = reserve + cfg.post_qat_seconds
+    budget = cfg.max_wallclock_seconds - kept if cfg.max_wallclock_seconds else math.inf
     if budget <= 0:
-        raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ takes {reserve:.1f}s")
+        raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ and QAT take {kept:.1f}s")
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
     averager, active, phase, graphs = Averager(cfg, model), set(), "train", 0
     clock, step, loss = Clock(run.ranks.device), 0, None
@@ -1927,7 +1956,48 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
     run.ledger.append(("train", "steps", clock.stop()))
     run.log(f"graphs compiled inside the clock: {graphs}")
     finish_log(run, model, validation, step, clock)
-    return Trained(step, averager.weights(), active | averager.active())
+    average, active = averager.weights(), active | averager.active()
+    if cfg.post_qat_seconds:
+        model.load(average)
+        step += post_qat(run, trainer, validation, step)
+        average, active = dict(model.named_parameters()), active | {"post_qat"}
+    return Trained(step, {name: value.detach().clone() for name, value in average.items()}, active)
+
+
+def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: int) -> int:
+    """Train the (averaged) weights on the export grid for POST_QAT_SECONDS (PR #107); returns the steps made.
+
+    What it is good for is logged: the score of the weights rounded to that grid, before and after.
+    """
+    cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
+    plan = StepPlan(cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_momentum, "post_qat")
+    enter_phase(run, trainer.model, plan, first, run.spent("train"))
+    score_rounded(run, trainer.model, validation, "before")
+    clock.start()
+    while True:
+        (seconds,) = run.ranks.agree(clock.seconds())
+        if steps and seconds * (1 + 1 / steps) >= cfg.post_qat_seconds:
+            break
+        loss = trainer.step(first + steps, phases(cfg)[plan.phase], plan.lr_scale, plan.momentum)
+        steps += 1
+        report_step(run, first + steps, loss, plan, clock)
+    run.ledger.append(("train", "post_qat", clock.stop()))
+    run.log(f"post_qat: {steps} steps in {clock.total:.1f}s at MATRIX_LR {cfg.post_qat_lr:g}")
+    score_rounded(run, trainer.model, validation, "after")
+    return steps
+
+
+def score_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str) -> None:
+    """Log the score of the matrices rounded to the export grid; the model itself is left as it was."""
+    kept = {name: bank.detach().clone() for name, bank in model.banks.items()}
+    with run.timed(f"{when} post_qat", "untimed"), torch.no_grad():
+        for name, bank in model.banks.items():
+            grid = Grid(model.bits[name], run.cfg.clip_policy, model.clip_sigmas)
+            bank.copy_(fake_quantize(bank, grid))
+        score = evaluate(run, model, validation, run.cfg.eval_len)
+        for name, bank in model.banks.items():
+            bank.copy_(kept[name])
+    log_score(run, f"DIAGNOSTIC {when}_post_qat rounded", score)
 
 
 def graphs_compiled() -> int:
@@ -2065,12 +2135,13 @@ class Coded(NamedTuple):
 
 
 def quant_jobs(model: GPT, matrix_bits: Mapping[int, int] | None = None) -> list[QuantJob]:
-    """All coded tensors of the model in artifact order; `matrix_bits` overrides MATRIX_BITS for single layers."""
+    """All coded tensors of the model in artifact order; `matrix_bits` limits the bits of single layers."""
     cfg, jobs, home = model.cfg, [], exact_device(model.clip_sigmas.device)
     for spec in model.specs:
         bank = model.banks[spec.name].detach().to(home)
-        per_layer = [(matrix_bits or {}).get(layer, cfg.matrix_bits) for layer in range(len(bank))]
-        bits = torch.tensor(per_layer, device=bank.device)[:, None, None].expand(-1, spec.rows, 1)
+        bits = model.bits[spec.name].to(bank.device, copy=True)
+        for layer, lower in (matrix_bits or {}).items():
+            bits[layer] = bits[layer].clamp_max(lower)
         jobs.append(QuantJob(spec.name, bank, [f"{spec.name}.{i}" for i in range(len(bank))], bits, 0.0))
     head = "tok_emb" if cfg.tie_embeddings else "lm_head"
     for spec in model.rest_specs:
@@ -2465,7 +2536,7 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
     cfg, model = run.cfg, trainer.model
     raw = copy.deepcopy(model.state_dict())
     model.load(trained.average)
-    names = [n for n in ("ema", "swa", "lawa") if n in trained.active]
+    names = [n for n in ("ema", "swa", "lawa", "post_qat") if n in trained.active]
     run.log(f"{'+'.join(names) or 'raw'}:applying {'+'.join(names).upper() or 'the last'} weights")
     if not cfg.export_only:
         save_weights(run, {"raw": raw, "average": model.state_dict()}, trained.steps)
@@ -2483,7 +2554,8 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
         log_sizes(run, read_header(blob, cfg.artifact_file)[0])
     with run.timed("averaged weights", "untimed"):
         score = evaluate(run, model, validation, cfg.eval_len)
-    log_score(run, "DIAGNOSTIC post_ema" if "ema" in names else "DIAGNOSTIC pre_quantization", score)
+    last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
+    log_score(run, f"DIAGNOSTIC {last}", score)
 
 
 def log_sizes(run: Runtime, header: dict[str, Any]) -> None:
@@ -2635,6 +2707,7 @@ def report_inactive(run: Runtime, active: set[str]) -> None:
         "swa": (cfg.swa_enabled, f"SWA_START_FRAC={cfg.swa_start_frac} SWA_EVERY={cfg.swa_every}"),
         "lawa": (cfg.lawa_enabled, f"LAWA_FREQ={cfg.lawa_freq}"),
         "late_qat": ("late_qat" in phases(cfg), f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold} MIN_LR={cfg.min_lr}"),
+        "post_qat": (bool(cfg.post_qat_seconds), f"POST_QAT_SECONDS={cfg.post_qat_seconds}"),
         "warmdown": (bool(cfg.warmdown_iters or cfg.warmdown_frac), f"WARMDOWN_ITERS={cfg.warmdown_iters}"),
     }
     missing = [f"{name} ({setting})" for name, (on, setting) in wanted.items() if on and name not in active]
