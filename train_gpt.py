@@ -117,6 +117,10 @@ class Config:
     mlp_activation: str = opt("leaky_relu2", "MLP nonlinearity", choices="relu2 leaky_relu2 asqu")
     negative_slope: float = opt(0.5, "slope of leaky_relu2 below zero, before squaring")
     asqu_beta_init: float = opt(0.25, "initial negative-side factor of ASQU, per channel")
+    num_loops: int = opt(0, "extra passes over layers LOOP_START to LOOP_END (0: none)", low=0)
+    loop_start: int = opt(3, "first looped layer, counted from 0", low=0)
+    loop_end: int = opt(5, "last looped layer", low=0)
+    enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0)
     logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
@@ -398,7 +402,9 @@ def validate(cfg: Config) -> None:
     above = {n.upper(): v for n in ("matrix_bits", "embed_bits", "lowbit_bits") if (v := vars(cfg)[n]) > 8}
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
-    fractions = "warmdown_frac min_lr muon_momentum muon_momentum_warmup_start ema_decay beta1 beta2".split()
+    fractions = (
+        "warmdown_frac enable_looping_at min_lr muon_momentum muon_momentum_warmup_start ema_decay beta1 beta2".split()
+    )
     above_one = {n.upper(): v for n in fractions if (v := vars(cfg)[n]) > 1}
     ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(cfg.num_layers))) != []
     rules = [
@@ -410,6 +416,8 @@ def validate(cfg: Config) -> None:
         (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
         (ve_fits or not cfg.ve_enabled,
          f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
+        (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers,
+         f"LOOP_START={cfg.loop_start} LOOP_END={cfg.loop_end}: not in order within NUM_LAYERS={cfg.num_layers}"),
         (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
         (not above, f"{above}: codes have 2 to 8 bits"),
         (cfg.lowbit_bits != 1, "LOWBIT_BITS=1: 2 to 8, or 0 for MATRIX_BITS"),
@@ -1354,6 +1362,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.bos_id, self.attend, self.feed_forward = cfg, bos_id, attend, feed_forward
         self.dtype, self.layers = compute_dtype(device), layer_specs(cfg)
+        self.order = final_order(cfg)  # of the model as it is scored; training may still be on its way there
         generator_state = torch.random.get_rng_state()
         torch.manual_seed(cfg.seed)
         self.specs, self.rest_specs = bank_specs(cfg), rest_specs(cfg)
@@ -1700,12 +1709,32 @@ class Phase(NamedTuple):
     fake_quant: bool
 
 
+def final_order(cfg: Config) -> tuple[int, ...]:
+    """Layers in the order in which the finished model runs them: LOOP_START..LOOP_END 1 + NUM_LOOPS times (PR #1394).
+
+    A stack of shared blocks (PR #38) is LOOP_START=0 LOOP_END=NUM_LAYERS-1 ENABLE_LOOPING_AT=0; its "number of loops"
+    counts all passes and so is 1 + NUM_LOOPS.
+    """
+    looped = tuple(range(cfg.loop_start, cfg.loop_end + 1)) * (1 + cfg.num_loops)
+    plain = tuple(range(cfg.num_layers))
+    return plain[: cfg.loop_start] + looped + plain[cfg.loop_end + 1 :] if cfg.num_loops else plain
+
+
 def phases(cfg: Config) -> dict[str, Phase]:
-    """Name -> phase, in the order in which the schedule will use them."""
-    order = tuple(range(cfg.num_layers))
-    late = {"late_qat": Phase(order, True)} if cfg.late_qat_threshold > 0 and not cfg.qat_enabled else {}
-    post = {"post_qat": Phase(order, True)} if cfg.post_qat_seconds else {}
-    return {"train": Phase(order, cfg.qat_enabled), **late, **post}
+    """Name -> phase, in the order in which the schedule will use them; loops begin at the latest with late QAT."""
+    order, plain = final_order(cfg), tuple(range(cfg.num_layers))
+    rows = [
+        (True, "train", Phase(plain if cfg.enable_looping_at else order, cfg.qat_enabled)),
+        (cfg.num_loops and cfg.enable_looping_at, "layer_loop", Phase(order, cfg.qat_enabled)),
+        (cfg.late_qat_threshold > 0 and not cfg.qat_enabled, "late_qat", Phase(order, True)),
+        (cfg.post_qat_seconds, "post_qat", Phase(order, True)),
+    ]
+    return {name: phase for present, name, phase in rows if present}
+
+
+def progress_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
+    """Part of the run that is over, by steps or by the clock, whichever is further."""
+    return max(step / cfg.iterations, seconds / budget)
 
 
 def lr_scale_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
@@ -1717,8 +1746,8 @@ def lr_scale_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
         by_clock = (budget - seconds) * step / seconds if step and seconds > 0 else math.inf
         scale = min(cfg.iterations - step, by_clock) / cfg.warmdown_iters
     else:
-        progress = max(step / cfg.iterations, seconds / budget)
-        scale = (1 - progress) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
+        rest = 1 - progress_at(cfg, step, seconds, budget)
+        scale = rest / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
     return max(min(scale, 1.0), cfg.min_lr, 0.0)
 
 
@@ -1739,8 +1768,12 @@ class StepPlan(NamedTuple):
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
     """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
     scale = lr_scale_at(cfg, step, seconds, budget)
-    late = "late_qat" in phases(cfg) and scale < cfg.late_qat_threshold
-    return StepPlan(scale, momentum_at(cfg, step), "late_qat" if late else "train")
+    begun = {
+        "layer_loop": progress_at(cfg, step, seconds, budget) >= cfg.enable_looping_at,
+        "late_qat": scale < cfg.late_qat_threshold,
+    }
+    phase = [name for name in phases(cfg) if begun.get(name, name == "train")][-1]
+    return StepPlan(scale, momentum_at(cfg, step), phase)
 
 
 class Grid(NamedTuple):
@@ -1931,6 +1964,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
     if budget <= 0:
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ and QAT take {kept:.1f}s")
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
+    model.order = phases(cfg)["train"].order
     averager, active, phase, graphs = Averager(cfg, model), set(), "train", 0
     clock, step, loss = Clock(run.ranks.device), 0, None
     clock.start()
@@ -2006,8 +2040,9 @@ def graphs_compiled() -> int:
 
 
 def enter_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: float) -> str:
-    """Announce the plan's phase; at the start of late QAT fix the grid that the export is expected to use."""
-    if run.cfg.fits_clip:
+    """Announce the plan's phase; where it rounds the weights, fix the grid that the export is expected to use."""
+    model.order, rounds = phases(run.cfg)[plan.phase]
+    if run.cfg.fits_clip and rounds:
         model.clip_sigmas.fill_(run.ranks.agree(fill_sigmas(run.cfg, quant_jobs(model), kept_tensors(model)))[0])
     run.log(f"{plan.phase}:enabled step:{step} scale:{plan.lr_scale:.4f} clip_sigmas:{model.clip_sigmas.item():.2f}")
     run.log.event("phase", step=step, name=f"{plan.phase}:enabled", train_time_ms=round(seconds * 1000))
@@ -2042,7 +2077,7 @@ def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int
 def finish_log(run: Runtime, model: GPT, validation: ValidationSet, step: int, clock: Clock) -> None:
     """Closing lines of training. The raw weights are on disk before anything else can fail."""
     cfg = run.cfg
-    save_weights(run, {"raw": model.state_dict()}, step)
+    save_weights(run, {"raw": model.state_dict()}, step, model.order)
     if step < cfg.iterations:
         run.log(f"stopping_early: wallclock_cap train_time:{1000 * clock.total:.0f}ms step:{step}/{cfg.iterations}")
     if run.ranks.device.type == "cuda":
@@ -2052,13 +2087,14 @@ def finish_log(run: Runtime, model: GPT, validation: ValidationSet, step: int, c
         validate_step(run, model, validation, step, clock.total)
 
 
-def save_weights(run: Runtime, states: dict[str, Any], steps: int) -> None:
+def save_weights(run: Runtime, states: dict[str, Any], steps: int, order: tuple[int, ...]) -> None:
     """Write fp32 weights to WEIGHTS_PATH through a temporary name: the file is whole or the older one."""
     if not run.ranks.is_main:
         return
     path = run.cfg.weights_file
     partial_path = path.with_name(path.name + ".partial")
-    torch.save({"architecture": run.cfg.architecture(), "steps": steps, **states}, partial_path)
+    about = {"architecture": run.cfg.architecture(), "steps": steps, "order": list(order)}
+    torch.save({**about, **states}, partial_path)
     partial_path.replace(path)
     run.log(f"weights: {path} ({', '.join(states)}) {path.stat().st_size} bytes")
 
@@ -2070,6 +2106,7 @@ def load_weights(run: Runtime, model: GPT) -> Trained:
         raise UserError(f"WEIGHTS_PATH={path}: no such file; a training run writes logs/<RUN_ID>.weights.pt")
     saved = torch.load(path, map_location=run.ranks.device, weights_only=True)
     refuse_other_architecture(run.cfg, saved["architecture"], f"WEIGHTS_PATH={path}")
+    model.order = tuple(saved["order"])
     return Trained(saved["steps"], saved.get("average", saved["raw"]), set())
 
 
@@ -2091,7 +2128,7 @@ def refuse_other_architecture(cfg: Config, saved: Mapping[str, Any], where: str)
 
 def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -> dict[str, Tensor]:
     """X^T X (cols, cols) summed over the inputs X of every matrix, over `batches` per rank from number `first` on."""
-    model, order, totals = trainer.model, phases(run.cfg)["train"].order, {}
+    model, order, totals = trainer.model, trainer.model.order, {}
     moments = compiled(run.cfg, partial(input_moments, model))
     with torch.no_grad():
         weights = model.fast_weights(False)
@@ -2396,7 +2433,7 @@ def encode_artifact(cfg: Config, coded: Mapping[str, Coded], kept: Mapping[str, 
     }
     header = {
         "architecture": cfg.architecture(),
-        "order": list(phases(cfg)["train"].order),
+        "order": list(final_order(cfg)),
         "matrix_bits": cfg.matrix_bits,
         "coded": [[name, list(c.codes.shape)] for name, c in coded.items()],
         "kept": [[name, list(t.shape)] for name, t in kept.items()],
@@ -2461,7 +2498,11 @@ class Exporter:
     def encode(self) -> int:
         """Encode the current codes; returns the artifact's size."""
         with self.run.timed("encode", "untimed"):
-            notes = {"clip_sigmas": round(self.sigmas, 4), "layer_bits": self.layer_bits}
+            notes = {
+                "clip_sigmas": round(self.sigmas, 4),
+                "layer_bits": self.layer_bits,
+                "order": list(self.model.order),
+            }
             self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes)
         return len(self.blob)
 
@@ -2539,7 +2580,7 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
     names = [n for n in ("ema", "swa", "lawa", "post_qat") if n in trained.active]
     run.log(f"{'+'.join(names) or 'raw'}:applying {'+'.join(names).upper() or 'the last'} weights")
     if not cfg.export_only:
-        save_weights(run, {"raw": raw, "average": model.state_dict()}, trained.steps)
+        save_weights(run, {"raw": raw, "average": model.state_dict()}, trained.steps, model.order)
     hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
     if batches:
         with run.timed("hessians", "train"):
@@ -2619,7 +2660,7 @@ def score_windows(run: Runtime, model: GPT, validation: ValidationSet, windows: 
     filler = np.repeat([[0, 0, 0]], -len(windows) % batch, axis=0).reshape(-1, 3)
     plan = torch.from_numpy(np.concatenate([windows, filler])).to(device)
     offsets = torch.arange(length + 1, device=device)
-    weights, order = model.fast_weights(False), phases(run.cfg)["train"].order
+    weights, order = model.fast_weights(False), model.order
     sums = torch.zeros(3, dtype=torch.float64, device=exact_device(device))
     for chunk in plan.split(batch):
         positions = chunk[:, :1] + offsets
@@ -2659,6 +2700,7 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, model: GPT | None
         header, parameters = decode_artifact(blob, cfg.artifact_file)
         model = model or build_model(run, cfg, validation.bos_id)
         model.load(parameters)
+        model.order = tuple(header["order"])
     kind = f"int{header['matrix_bits']}" + ("_zlib" if header["streams"][0][1] == "zlib" else "")
     with run.timed("roundtrip", "eval"):
         score = evaluate(run, model, validation, cfg.eval_len)
@@ -2706,6 +2748,7 @@ def report_inactive(run: Runtime, active: set[str]) -> None:
         "ema": (cfg.ema_enabled, "EMA_ENABLED=1"),
         "swa": (cfg.swa_enabled, f"SWA_START_FRAC={cfg.swa_start_frac} SWA_EVERY={cfg.swa_every}"),
         "lawa": (cfg.lawa_enabled, f"LAWA_FREQ={cfg.lawa_freq}"),
+        "layer_loop": ("layer_loop" in phases(cfg), f"ENABLE_LOOPING_AT={cfg.enable_looping_at}"),
         "late_qat": ("late_qat" in phases(cfg), f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold} MIN_LR={cfg.min_lr}"),
         "post_qat": (bool(cfg.post_qat_seconds), f"POST_QAT_SECONDS={cfg.post_qat_seconds}"),
         "warmdown": (bool(cfg.warmdown_iters or cfg.warmdown_frac), f"WARMDOWN_ITERS={cfg.warmdown_iters}"),

@@ -95,7 +95,7 @@ def fill_zeros(model: t.GPT) -> None:
 @torch.no_grad()
 def forward_floor(timings: Timings, model: t.GPT, pair: tuple[torch.Tensor, torch.Tensor], passes: int) -> float:
     """Seconds of `passes` plain forward passes over one batch (inputs, targets) that is on the device already."""
-    weights, order = model.fast_weights(False), t.phases(model.cfg)["train"].order
+    weights, order = model.fast_weights(False), model.order
 
     def forward(count: int) -> None:
         for _ in range(count):

@@ -176,7 +176,7 @@ def scoring_batch(subject: Subject) -> tuple[Tensor, Tensor, dict[str, Tensor], 
     """What the model's nll takes: inputs and targets (2, window), prepared weights, layer order."""
     length = subject.run.cfg.eval_len
     pairs = subject.validation.tokens[: 2 * length + 1].long()
-    order = subject.script.phases(subject.run.cfg)["train"].order
+    order = list(subject.script.phases(subject.run.cfg).values())[-1].order
     return pairs[:-1].view(2, -1), pairs[1:].view(2, -1), subject.model.weights(False), order
 
 

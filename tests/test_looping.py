@@ -1,0 +1,103 @@
+"""Layer looping: one layer order as data, from the schedule over training and export to the artifact's header."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_env, tiny_model
+
+import train_gpt as t
+
+ENVIRONMENT = dict(os.environ)
+LOOP = {"NUM_LOOPS": 2, "LOOP_START": 1, "LOOP_END": 2, "ENABLE_LOOPING_AT": 0.5}
+LOOPED = (0, 1, 2, 1, 2, 1, 2, 3)
+
+
+def test_orders_of_the_published_systems() -> None:
+    """PR #1493's 17 virtual layers of 11 and PR #38's three blocks run three times."""
+    record = t.Config(num_loops=2)
+    assert t.final_order(record) == (0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10)
+    shared = tiny_config(NUM_LAYERS=3, XSA_LAST_N=3, VE_LAYERS="2", NUM_LOOPS=2, LOOP_START=0, LOOP_END=2,
+                         ENABLE_LOOPING_AT=0)  # fmt: skip
+    assert t.final_order(shared) == (0, 1, 2) * 3
+    assert t.phases(shared)["train"].order == (0, 1, 2) * 3 and "layer_loop" not in t.phases(shared)
+    assert t.final_order(tiny_config()) == (0, 1, 2, 3) == t.phases(tiny_config())["train"].order
+
+
+@pytest.mark.parametrize(("step", "seconds", "phase"), [
+    (0, 0, "train"), (49, 0, "train"), (50, 0, "layer_loop"), (5, 50, "layer_loop"), (5, 49, "train"),
+    (90, 0, "layer_loop"), (95, 0, "late_qat"), (5, 95, "late_qat"),
+])  # fmt: skip
+def test_loops_begin_by_steps_or_clock(step: int, seconds: float, phase: str) -> None:
+    """At the set fraction of the run; late QAT keeps the loops."""
+    cfg = tiny_config(ITERATIONS=100, **LOOP)
+    plan = t.plan_step(cfg, step, seconds, 100)
+    assert plan.phase == phase
+    assert t.phases(cfg)[phase].order == ((0, 1, 2, 3) if phase == "train" else LOOPED)
+
+
+def test_every_pass_has_its_part() -> None:
+    """Another output with loops than without, and a skip weight for each pair of the longer order."""
+    ids = torch.randint(4, 512, (2, 16), generator=torch.Generator().manual_seed(2))
+    model = tiny_model(**LOOP)
+    assert model.order == LOOPED and model.rest["skip_weights"].shape[0] == 4
+    with torch.no_grad():
+        outputs = [
+            model.hidden(ids, model.weights(False), order) for order in (LOOPED, (0, 1, 2, 3), LOOPED[:4] + LOOPED[6:])
+        ]
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-2) and not torch.allclose(
+        outputs[0], outputs[2], atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("settings", [{"LOOP_END": 4}, {"LOOP_START": 3}, {"ENABLE_LOOPING_AT": 1.5}])
+def test_loops_outside_the_stack_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(t.UserError, match=next(iter(settings))):
+        tiny_config(**{**LOOP, **settings})
+
+
+def finished(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> str:
+    """The log of a whole tiny run in `folder`."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(t.os, "environ", {**ENVIRONMENT, **tiny_env(**settings)})
+    monkeypatch.setattr(t.sys, "argv", ["train_gpt.py"])
+    t.main()
+    kind = ".eval" if "EVAL_ONLY" in settings else ".export" if "EXPORT_ONLY" in settings else ""
+    return (folder / f"logs/{settings['RUN_ID']}{kind}.txt").read_text()
+
+
+def scores(text: str) -> list[str]:
+    return re.findall(r"^final_\S+_exact .*val_bpb:(\S+)", text, re.MULTILINE)
+
+
+def test_a_looped_run_from_the_schedule_to_a_fresh_process(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The switch is logged, the artifact carries the order, and reading it back gives the same digits."""
+    log = finished(tmp_path, monkeypatch, RUN_ID="looped", **LOOP, **corpus)
+    assert re.search(r"^layer_loop:enabled step:6 ", log, re.MULTILINE) and "never activated: none" in log
+    artifact = tmp_path / "logs/looped.pgolf"
+    assert t.read_header(artifact.read_bytes(), artifact)[0]["order"] == list(LOOPED)
+    again = finished(tmp_path, monkeypatch, RUN_ID="again", EVAL_ONLY=1, ARTIFACT_PATH=artifact, **corpus)
+    assert scores(again) == scores(log) != []
+
+
+def test_loops_that_never_began_are_reported_and_not_scored(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends before its loops begin is scored, here and in a fresh process, as the model that was trained."""
+    settings = {"ENABLE_LOOPING_AT": 1, "LATE_QAT_THRESHOLD": 0, **corpus}
+    log = finished(tmp_path, monkeypatch, RUN_ID="early", **{**LOOP, **settings})
+    assert re.search(r"^never activated: layer_loop \(ENABLE_LOOPING_AT=1.0\)$", log, re.MULTILINE)
+    artifact = tmp_path / "logs/early.pgolf"
+    assert t.read_header(artifact.read_bytes(), artifact)[0]["order"] == [0, 1, 2, 3]
+    again = finished(tmp_path, monkeypatch, RUN_ID="again", EVAL_ONLY=1, ARTIFACT_PATH=artifact, **corpus)
+    assert scores(again) == scores(log) != []
+    weights = tmp_path / "logs/early.weights.pt"
+    exported = finished(
+        tmp_path, monkeypatch, RUN_ID="third", EXPORT_ONLY=1, WEIGHTS_PATH=weights, **{**LOOP, **settings}
+    )
+    assert scores(exported) == scores(log)
