@@ -161,6 +161,7 @@ class Config:
 
     ema_enabled: bool = opt(True, "export an exponential moving average of the weights", group="Averaging and QAT")
     ema_decay: float = opt(0.997, "decay of the average per step", low=0)
+    late_ema_decay: float = opt(0.0, "the same once late QAT has begun (0: EMA_DECAY)", low=0)
     swa_enabled: bool = opt(False, "export the mean of snapshots (of the EMA where that is on)")
     swa_every: int = opt(50, "steps between SWA snapshots", low=1)
     swa_start_frac: float = opt(0.2, "SWA starts when the learning-rate scale falls below this", low=0)
@@ -402,9 +403,8 @@ def validate(cfg: Config) -> None:
     above = {n.upper(): v for n in ("matrix_bits", "embed_bits", "lowbit_bits") if (v := vars(cfg)[n]) > 8}
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
-    fractions = (
-        "warmdown_frac enable_looping_at min_lr muon_momentum muon_momentum_warmup_start ema_decay beta1 beta2".split()
-    )
+    fractions = "warmdown_frac enable_looping_at min_lr muon_momentum muon_momentum_warmup_start".split()
+    fractions += "ema_decay late_ema_decay beta1 beta2".split()
     above_one = {n.upper(): v for n in fractions if (v := vars(cfg)[n]) > 1}
     ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(cfg.num_layers))) != []
     rules = [
@@ -427,6 +427,8 @@ def validate(cfg: Config) -> None:
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
          f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
+        (not cfg.late_ema_decay or (cfg.ema_enabled and cfg.late_qat_threshold > 0 and not cfg.qat_enabled),
+         f"LATE_EMA_DECAY={cfg.late_ema_decay}: needs EMA_ENABLED=1 and late QAT (not QAT_ENABLED)"),
         (not above_one, f"{above_one}: at most 1"),
         (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
@@ -1821,15 +1823,17 @@ class Averager:
         self.snapshots: list[list[Tensor]] = []  # LAWA: the latest LAWA_K; SWA: one, the running mean
         self.count = 0
 
-    def update(self, step: int, lr_scale: float) -> None:
+    def update(self, step: int, lr_scale: float, late: bool = False) -> None:
         """Take in the parameters after `step` steps. EMA: e <- d e + (1 - d) w (PR #287).
 
         d starts low and reaches EMA_DECAY after some 10 / (1 - d) steps, so that short runs do not average in the
-        initial weights; runs of several thousand steps end with the same average as under a constant decay.
+        initial weights; runs of several thousand steps end with the same average as under a constant decay. A faster
+        decay once late QAT has begun (`late`) forgets weights that were not trained on the grid.
         """
         cfg = self.cfg
         if self.ema:
-            torch._foreach_lerp_(self.ema, self.live, 1 - min(cfg.ema_decay, (1 + step) / (10 + step)))
+            decay = cfg.late_ema_decay if late and cfg.late_ema_decay else cfg.ema_decay
+            torch._foreach_lerp_(self.ema, self.live, 1 - min(decay, (1 + step) / (10 + step)))
         if cfg.swa_enabled and lr_scale < cfg.swa_start_frac and step % cfg.swa_every == 0:
             self.count += 1
             self.snapshots = self.snapshots or [[torch.zeros_like(p) for p in self.live]]
@@ -1981,7 +1985,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
         if made := graphs_compiled() - before:
             graphs += made
             run.log(f"WARNING: step {step} compiled {made} graphs inside the clock; warm-up should have made them")
-        averager.update(step, plan.lr_scale)
+        averager.update(step, plan.lr_scale, phase == "late_qat")
         active |= {phase, "warmdown" if plan.lr_scale < 1 else phase}
         report_step(run, step, loss, plan, clock)
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
