@@ -103,14 +103,18 @@ def runtime(t: Any, cfg: train_gpt.Config) -> Iterator[train_gpt.Runtime]:
             os.chdir(home)
 
 
-def attention(t: Any, run: train_gpt.Runtime) -> CheckResult:
-    """Which attention the run would take, and why no better one."""
-    try:
-        t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
-    except t.UserError as error:
-        return CheckResult("attention", "fail", str(error))
-    lines = re.findall(r"^attn_backend:(.*)$", Path("logs", f"{run.cfg.run_id}.txt").read_text(), re.MULTILINE)
-    return CheckResult("attention", "pass", lines[-1])
+def back_ends(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
+    """Which attention and which feed-forward kernel the run would take, and why no better one."""
+    chains = {"attention": (t.ATTENTION_BACK_ENDS, run.cfg.attn_backend),
+              "feed-forward": (t.MLP_BACK_ENDS, run.cfg.mlp_backend)}  # fmt: skip
+    for name, (ends, asked) in chains.items():
+        try:
+            t.choose_back_end(run, ends, asked)
+        except t.UserError as error:
+            yield CheckResult(name, "fail", str(error))
+            continue
+        log = Path("logs", f"{run.cfg.run_id}.txt").read_text()
+        yield CheckResult(name, "pass", re.findall(rf"^{ends.variable.lower()}:(.*)$", log, re.MULTILINE)[-1])
 
 
 def data(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
@@ -242,7 +246,7 @@ def examine(args: argparse.Namespace) -> Iterator[CheckResult]:
         return
     yield from machine(cfg)
     with runtime(t, cfg) as run:
-        yield attention(t, run)
+        yield from back_ends(t, run)
         yield from data(t, run)
         yield from measured(t, run, args)
 
