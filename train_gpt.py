@@ -121,6 +121,7 @@ class Config:
     loop_start: int = opt(3, "first looped layer, counted from 0", low=0)
     loop_end: int = opt(5, "last looped layer", low=0)
     enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0)
+    lora_rank: int = opt(0, "rank of each pass's own addition to looped matrices, from the start (0: none)", low=0)
     logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
@@ -144,6 +145,7 @@ class Config:
     tied_embed_lr: float = opt(0.035, "Adam learning rate of embeddings when tied", low=0)
     embed_lr: float = opt(0.6, "Adam learning rate of embeddings when untied", low=0)
     head_lr: float = opt(0.008, "Adam learning rate of the untied head", low=0)
+    lora_lr: float = opt(0.01, "Adam learning rate of the additions of LORA_RANK", low=0)
     asqu_lr: float = opt(0.001, "Adam learning rate of the ASQU factors", low=0)
     muon_momentum: float = opt(0.99, "Muon momentum after warm-up", low=0)
     muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0)
@@ -418,6 +420,8 @@ def validate(cfg: Config) -> None:
          f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
         (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers,
          f"LOOP_START={cfg.loop_start} LOOP_END={cfg.loop_end}: not in order within NUM_LAYERS={cfg.num_layers}"),
+        (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
+         f"LORA_RANK={cfg.lora_rank}: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
         (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
         (not above, f"{above}: codes have 2 to 8 bits"),
         (cfg.lowbit_bits != 1, "LOWBIT_BITS=1: 2 to 8, or 0 for MATRIX_BITS"),
@@ -1303,6 +1307,10 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
         (cfg.gated_attn_enabled, RestSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
         (is_asqu, RestSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
     ]
+    rank, passes = cfg.lora_rank, len(final_order(cfg))
+    for bank in bank_specs(cfg):  # zero at the start, by the second factor (PR #38)
+        rows += [(rank, RestSpec(f"lora_{bank.name}_in", (passes, rank, bank.cols), ("normal", 0.02), "lora")),
+                 (rank, RestSpec(f"lora_{bank.name}_out", (passes, bank.rows, rank), 0.0, "lora"))]  # fmt: skip
     return [spec for present, spec in rows if present]
 
 
@@ -1345,7 +1353,8 @@ def layer_specs(cfg: Config) -> list[LayerSpec]:
 class Pass(NamedTuple):
     """What one forward pass hands to its layers."""
 
-    banks: dict[str, tuple[Tensor, ...]]  # bank -> the layers' matrices
+    order: tuple[int, ...]  # layers as they run
+    banks: dict[str, tuple[Tensor, ...]]  # bank -> the matrices of each position in the order
     vectors: dict[str, tuple[Tensor, ...]]  # per-layer parameter -> the layers' values
     rotary: tuple[Tensor, Tensor]
     value_embedding: Tensor | None  # (B, T, KV, D)
@@ -1387,10 +1396,19 @@ class GPT(nn.Module):
         if fake_quant:
             policy, sigmas = self.cfg.clip_policy, self.clip_sigmas
             banks = {n: fake_quantize(bank, Grid(self.bits[n], policy, sigmas)) for n, bank in banks.items()}
-        for name, scale in (("out", "attn_scale"), ("down", "mlp_scale")):
-            banks[name] = banks[name] * self.rest[scale].unsqueeze(-1)
+        scales = {"out": self.rest["attn_scale"], "down": self.rest["mlp_scale"]}
+        if self.cfg.lora_rank:  # from here on one matrix per pass, not per layer
+            banks = {
+                n: self.by_pass(b) + self.rest[f"lora_{n}_out"] @ self.rest[f"lora_{n}_in"] for n, b in banks.items()
+            }
+            scales = {name: self.by_pass(scale) for name, scale in scales.items()}
+        banks |= {name: banks[name] * scale.unsqueeze(-1) for name, scale in scales.items()}
         head = self.rest["tok_emb" if self.cfg.tie_embeddings else "lm_head"]
         return {name: tensor.to(self.dtype) for name, tensor in {**banks, "head": head}.items()}
+
+    def by_pass(self, layers: Tensor) -> Tensor:
+        """Slices of `layers` (layers, ...) in the order in which they run, (passes, ...)."""
+        return torch.stack([layers[layer] for layer in self.order])
 
     def project(self, table: str, ids: Tensor, matrix: str, observe: Observer | None) -> Tensor:
         """Rows `ids` of an embedding table times a small matrix; gathered in fp32 so that gradients sum in fp32."""
@@ -1406,10 +1424,12 @@ class GPT(nn.Module):
         x = rms_norm(x.to(self.dtype))
         return smear(x, ids, self.rest["smear_gate"], self.bos_id) if "smear_gate" in self.rest else x
 
-    def begin(self, ids: Tensor, weights: dict[str, Tensor], observe: Observer | None) -> Pass:
-        """Split banks and per-layer vectors by layer: one backward concatenation each instead of one per layer."""
+    def begin(self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None) -> Pass:
+        """Split banks and per-layer vectors: one backward concatenation each instead of one per layer."""
         vectors = {s.name: self.rest[s.name].to(self.dtype).unbind() for s in self.rest_specs if s.per_layer}
         banks = {spec.name: weights[spec.name].unbind() for spec in self.specs}
+        if not self.cfg.lora_rank:
+            banks = {name: tuple(matrices[layer] for layer in order) for name, matrices in banks.items()}
         value = None
         if "ve_table" in self.rest:
             value = self.project("ve_table", ids, "ve_proj", observe).unflatten(-1, (self.cfg.num_kv_heads, -1))
@@ -1418,12 +1438,13 @@ class GPT(nn.Module):
         slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
         fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
         beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
-        return Pass(banks, vectors, rotary, value, beta, observe)
+        return Pass(order, banks, vectors, rotary, value, beta, observe)
 
-    def attention(self, x: Tensor, layer: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
+    def attention(self, x: Tensor, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
         """Attention of normalized x (B, T, C); also returns this layer's own values (B, T, KV, D)."""
-        cfg, spec, vectors = self.cfg, self.layers[layer], p.vectors
-        qkv = linear(x, p.banks["qkv"][layer], f"qkv.{layer}", p.observe).unflatten(-1, (-1, cfg.head_dim))
+        cfg, layer, vectors = self.cfg, p.order[position], p.vectors
+        spec = self.layers[layer]
+        qkv = linear(x, p.banks["qkv"][position], f"qkv.{layer}", p.observe).unflatten(-1, (-1, cfg.head_dim))
         q, k, v = qkv.split([cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=2)
         # One gain per head, expanded to one per token: its gradient becomes a sum over the head, which fuses with the
         # backward pass of the norm, and then one over tokens. Summed in one go it reads q and dq again (1.1 ms a step).
@@ -1441,11 +1462,12 @@ class GPT(nn.Module):
             y = exclusive(y, v)
         if "gate_weight" in vectors:
             y = y * torch.sigmoid(F.linear(x, vectors["gate_weight"][layer], vectors["gate_bias"][layer])).unsqueeze(-1)
-        return linear(y.flatten(2), p.banks["out"][layer], f"out.{layer}", p.observe), own
+        return linear(y.flatten(2), p.banks["out"][position], f"out.{layer}", p.observe), own
 
-    def mlp(self, x: Tensor, layer: int, p: Pass) -> Tensor:
+    def mlp(self, x: Tensor, position: int, p: Pass) -> Tensor:
         """Feed-forward part of a layer, (B, T, C) to (B, T, C)."""
-        y, act = self.feed_forward(x, p.banks["up"][layer], p.banks["down"][layer], p.beta[layer])
+        layer = p.order[position]
+        y, act = self.feed_forward(x, p.banks["up"][position], p.banks["down"][position], p.beta[layer])
         if p.observe is not None:
             p.observe(f"up.{layer}", x)
             p.observe(f"down.{layer}", act)
@@ -1459,7 +1481,7 @@ class GPT(nn.Module):
         The first half of the order pushes its outputs, the second half pops them (U-Net skips); every layer mixes
         the embedding x0 back in.
         """
-        p = self.begin(ids, weights, observe)
+        p = self.begin(ids, weights, order, observe)
         x = x0 = self.embed(ids, observe)
         half, skips, first_v = len(order) // 2, [], None
         skip_weights = self.rest["skip_weights"].to(self.dtype).unbind() if "skip_weights" in self.rest else ()
@@ -1468,10 +1490,10 @@ class GPT(nn.Module):
                 x = x + skip_weights[position - half] * skips.pop()
             mix, scale = p.vectors["resid_mix"][layer], self.layers[layer].norm_scale
             x = mix[0] * x + mix[1] * x0
-            y, own_v = self.attention(rms_norm(x) * scale, layer, first_v, p)
+            y, own_v = self.attention(rms_norm(x) * scale, position, first_v, p)
             first_v = own_v if first_v is None else first_v
             x = x + y
-            x = x + self.mlp(rms_norm(x) * scale, layer, p)
+            x = x + self.mlp(rms_norm(x) * scale, position, p)
             if position < half:
                 skips.append(x)
         return rms_norm(x)
@@ -1634,6 +1656,7 @@ def adam_groups(cfg: Config) -> dict[str, tuple[float, float]]:
         "head": (cfg.head_lr, cfg.adam_wd),
         "scalar": (cfg.scalar_lr, cfg.adam_wd),
         "asqu": (cfg.asqu_lr, 0.0),
+        "lora": (cfg.lora_lr, 0.0),
     }
 
 

@@ -101,3 +101,47 @@ def test_loops_that_never_began_are_reported_and_not_scored(
         tmp_path, monkeypatch, RUN_ID="third", EXPORT_ONLY=1, WEIGHTS_PATH=weights, **{**LOOP, **settings}
     )
     assert scores(exported) == scores(log)
+
+
+SHARED = {"NUM_LAYERS": 3, "XSA_LAST_N": 3, "VE_LAYERS": "2", "NUM_LOOPS": 2, "LOOP_START": 0, "LOOP_END": 2,
+          "ENABLE_LOOPING_AT": 0}  # fmt: skip
+
+
+def test_lora_gives_every_pass_its_own_matrices() -> None:
+    """At the start it adds nothing; afterwards pass p runs W[layer] + B_p A_p, scaled as the layer's output is."""
+    ids = torch.randint(4, 512, (2, 16), generator=torch.Generator().manual_seed(2))
+    plain, model = tiny_model(**SHARED), tiny_model(**SHARED, LORA_RANK=3)
+    shared = {n: v for n, v in plain.state_dict().items() if n != "clip_sigmas"}
+    zeros = {n: torch.zeros_like(v) for n, v in model.state_dict().items() if n.endswith("_out") and "lora" in n}
+    model.load(model.state_dict() | shared | zeros)
+    with torch.no_grad():
+        same = [m.hidden(ids, m.weights(False), m.order) for m in (plain, model)]
+        torch.testing.assert_close(same[0], same[1], rtol=1e-4, atol=1e-5)
+        model.rest["lora_down_out"][4].normal_()
+        down, changed = model.weights(False)["down"], model.hidden(ids, model.weights(False), model.order)
+    assert down.shape[0] == 9 and not torch.allclose(changed, same[0], atol=1e-3)
+    own = model.banks["down"][1] + model.rest["lora_down_out"][4] @ model.rest["lora_down_in"][4]
+    torch.testing.assert_close(down[4], own * model.rest["mlp_scale"][1][:, None])
+    torch.testing.assert_close(down[1], model.banks["down"][1] * model.rest["mlp_scale"][1][:, None])
+
+
+def test_lora_trains_at_its_own_rate_and_is_exported(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both factors move, LORA_LR=0 keeps them; a fresh process scores the artifact to the same digits."""
+    log = finished(tmp_path, monkeypatch, RUN_ID="lora", **SHARED, LORA_RANK=2, EMA_ENABLED=0, **corpus)
+    still = finished(tmp_path, monkeypatch, RUN_ID="still", **SHARED, LORA_RANK=2, LORA_LR=0, EMA_ENABLED=0, **corpus)
+    moved, kept = (torch.load(tmp_path / f"logs/{n}.weights.pt", weights_only=True)["raw"] for n in ("lora", "still"))
+    assert moved["rest.lora_up_out"].abs().sum() > 0 == kept["rest.lora_up_out"].abs().sum()
+    assert scores(log) != scores(still)
+    model = {**SHARED, "LORA_RANK": 2, **corpus}
+    again = finished(
+        tmp_path, monkeypatch, RUN_ID="again", EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "logs/lora.pgolf", **model
+    )
+    assert scores(again) == scores(log)
+
+
+@pytest.mark.parametrize("settings", [{"NUM_LOOPS": 0}, {"ENABLE_LOOPING_AT": 0.5}])
+def test_lora_needs_loops_from_the_start(settings: dict[str, Any]) -> None:
+    with pytest.raises(t.UserError, match="LORA_RANK=2"):
+        tiny_config(**{**SHARED, "LORA_RANK": 2, **settings})

@@ -294,7 +294,7 @@ def test_attention_with_every_feature_equals_its_definition() -> None:
     generator = torch.Generator().manual_seed(8)
     x = t.rms_norm(torch.randn(1, LENGTH, 32, generator=generator))
     first_v = torch.randn(1, LENGTH, 2, 8, generator=generator)
-    got, _ = model.attention(x, 3, first_v, model.begin(ids, model.weights(False), None))
+    got, _ = model.attention(x, 3, first_v, model.begin(ids, model.weights(False), order_of(model), None))
     expected = textbook_attention(model, x[0], ids[0], 3, first_v[0])
     torch.testing.assert_close(got[0], expected, rtol=1e-3, atol=1e-4)
 
