@@ -1031,13 +1031,13 @@ def feed_forward_kernel() -> Callable[..., list[Tensor]]:
     def launch(a: Tensor, b: Tensor, pre: Tensor, beta: Tensor, backward: bool, beta_grad: bool) -> list[Tensor]:
         """Run `tiles` over pre (tokens, hidden): the activations or the gradient of pre, and the gradient of beta."""
         (tokens, hidden), out = pre.shape, torch.empty_like(pre)
-        sums = pre.new_zeros((triton.cdiv(tokens, rows) if beta_grad else 0, hidden), dtype=torch.float32)
+        sums = pre.new_empty((triton.cdiv(tokens, rows) if beta_grad else 1, hidden), dtype=torch.float32)
         programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 1
         factors = descriptor(a, [rows, inner]), descriptor(b, [cols, inner])
         results = descriptor(pre, [rows, cols // 2]), descriptor(out, [rows, cols // 2])
         tiles[(programs,)](*factors, *results, beta, sums, tokens, hidden, a.shape[1], backward, beta_grad,
                            finish, rows, cols, inner, num_warps=8, num_stages=3)  # fmt: skip
-        return [out, sums.sum(0)]
+        return [out, sums.sum(0) if beta_grad else sums[0]]
 
     return launch
 
@@ -2600,8 +2600,8 @@ class Exporter:
         return self.blob
 
 
-def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: ValidationSet) -> None:
-    """Average, calibrate, quantize and write ARTIFACT_PATH; diagnostics of the averaged weights on the way."""
+def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: ValidationSet) -> "Score":
+    """Average, calibrate, quantize and write ARTIFACT_PATH; returns the score of the averaged weights."""
     cfg, model = run.cfg, trainer.model
     raw = copy.deepcopy(model.state_dict())
     model.load(trained.average)
@@ -2625,6 +2625,7 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
         score = evaluate(run, model, validation, cfg.eval_len)
     last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
     log_score(run, f"DIAGNOSTIC {last}", score)
+    return score
 
 
 def log_sizes(run: Runtime, header: dict[str, Any]) -> None:
@@ -2720,19 +2721,42 @@ def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
     run.log.event("score", name=name, val_loss=score.loss, val_bpb=score.bpb, eval_time_ms=round(1000 * score.seconds))
 
 
-def evaluate_artifact(run: Runtime, validation: ValidationSet, model: GPT | None) -> None:
-    """Read ARTIFACT_PATH back from disk and score it, last by the sliding window; `model` lends its compiled graphs."""
+class Produced(NamedTuple):
+    """What making an artifact leaves behind; nothing where it was only read."""
+
+    model: GPT | None = None  # lends its compiled graphs
+    before: Score | None = None  # of the weights that were quantized
+    active: set[str] = frozenset()
+
+
+DEGRADATION_LIMIT = 0.01  # bpb that quantization may cost; the published systems lose 0.002 to 0.008
+
+
+def log_degradation(run: Runtime, before: Score, after: Score) -> None:
+    """What quantization cost, and a warning where that is more than any published system accepts."""
+    lost = after.bpb - before.bpb
+    advice = (
+        f" WARNING: above {DEGRADATION_LIMIT}; raise MATRIX_BITS or TARGET_BYTES" if lost > DEGRADATION_LIMIT else ""
+    )
+    run.log(f"quantization_degradation bpb:{lost:+.8f}{advice}")
+    run.log.event("degradation", bpb=lost)
+
+
+def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produced) -> None:
+    """Read ARTIFACT_PATH back from disk and score it, last by the sliding window."""
     cfg = run.cfg
     with run.timed("read artifact", "eval"):
         blob = run.ranks.broadcast_bytes(cfg.artifact_file.read_bytes() if run.ranks.is_main else b"")
         header, parameters = decode_artifact(blob, cfg.artifact_file)
-        model = model or build_model(run, cfg, validation.bos_id)
+        model = produced.model or build_model(run, cfg, validation.bos_id)
         model.load(parameters)
         model.order = tuple(header["order"])
     kind = f"int{header['matrix_bits']}" + ("_zlib" if header["streams"][0][1] == "zlib" else "")
     with run.timed("roundtrip", "eval"):
         score = evaluate(run, model, validation, cfg.eval_len)
     log_score(run, f"final_{kind}_roundtrip", score)
+    if produced.before:
+        log_degradation(run, produced.before, score)
     if cfg.eval_stride:
         with run.timed("sliding window", "eval"):
             score = evaluate(run, model, validation, cfg.eval_stride)
@@ -2757,16 +2781,16 @@ def adopt_architecture(cfg: Config) -> Config:
     return replace(cfg, **saved)
 
 
-def produce_artifact(run: Runtime, validation: ValidationSet) -> tuple[GPT | None, set[str]]:
-    """Train (or load weights) and export; returns the model and the features that were active."""
+def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
+    """Train (or load weights) and export."""
     cfg = run.cfg
     if cfg.eval_only:
-        return None, set()
+        return Produced()
     model = build_model(run, cfg, validation.bos_id)
     trainer = Trainer(run, model)
     trained = load_weights(run, model) if cfg.export_only else train(run, trainer, validation)
-    export_model(run, trainer, trained, validation)
-    return model, trained.active
+    before = export_model(run, trainer, trained, validation)
+    return Produced(model, before, trained.active)
 
 
 def report_inactive(run: Runtime, active: set[str]) -> None:
@@ -2794,9 +2818,9 @@ def main() -> None:
     cfg = adopt_architecture(Config.from_env(os.environ))
     with Runtime.start(cfg, os.environ) as run:
         validation = load_validation(run)
-        model, active = produce_artifact(run, validation)
-        evaluate_artifact(run, validation, model)
-        report_inactive(run, active)
+        produced = produce_artifact(run, validation)
+        evaluate_artifact(run, validation, produced)
+        report_inactive(run, produced.active)
         log_ledger(run)
 
 

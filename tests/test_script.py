@@ -83,6 +83,7 @@ CANONICAL = [
     r"^Serialized model int6\S*: \d+ bytes", r"^Code size: \d+ bytes", r"^Total submission size int6\S*: \d+ bytes",
     r"^DIAGNOSTIC post_ema val_loss:\S+ val_bpb:\S+", r"^final_int6_roundtrip val_loss:\S+ val_bpb:\S+ eval_time:\d+ms",
     r"^final_int6_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+    r"^quantization_degradation bpb:[+-]\d\.\d{8}$",
     r"^final_int6_sliding_window val_loss:\S+ val_bpb:\S+ stride:16 eval_time:\d+ms",
     r"^final_int6_sliding_window_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}", r"^never activated: ",
     r"^budget train: ", r"^budget eval: ", r"^budget untimed: ",
@@ -94,6 +95,15 @@ def test_canonical_lines_come_once_and_in_order(full: Path) -> None:
     text = (full / "logs/full.txt").read_text()
     places = [text.index(one_line(pattern + ".*$", text)) for pattern in CANONICAL]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize(("lost", "warns"), [(0.0123456789, True), (0.002, False), (-0.001, False)])
+def test_degradation_is_exact_and_warns_above_a_hundredth(run: t.Runtime, lost: float, warns: bool) -> None:
+    """Eight decimals with a sign."""
+    nats = math.log(2) * 1000
+    t.log_degradation(run, t.Score(nats, 10, 1000, 0.0), t.Score(nats * (1 + lost), 10, 1000, 0.0))
+    line = one_line(r"^quantization_degradation .*$", Path(f"logs/{run.cfg.run_id}.txt").read_text())
+    assert f"bpb:{lost:+.8f}" in line and ("WARNING" in line) == warns
 
 
 def test_the_last_score_is_the_sliding_window(full: Path) -> None:
