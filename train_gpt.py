@@ -200,6 +200,16 @@ class Config:
     val_batch_size: int = opt(524_288, "tokens per evaluation batch over all ranks", low=1)
     max_eval_seconds: float = opt(600.0, "evaluation budget that the ledger reports against, seconds", low=0)
 
+    ttt_enabled: bool = opt(False, "score also with score-first test-time training", group="Test-time training")
+    ttt_chunk_tokens: int = opt(32_768, "tokens that are scored, then trained on, at a time", low=1)
+    ttt_lr: float = opt(0.002, "learning rate on the first chunk; cosine to 0 over the chunks", low=0)
+    ttt_epochs: int = opt(3, "passes over each scored chunk", low=0)
+    ttt_optimizer: str = opt("sgd", "optimizer of test-time training", choices="sgd adamw")
+    ttt_momentum: float = opt(0.9, "momentum of sgd", low=0)
+    ttt_batch_seqs: int = opt(16, "sequences per step over all ranks", low=1)
+    ttt_freeze_blocks: int = opt(0, "first layers that stay as they are", low=0)
+    ttt_grad_clip: float = opt(1.0, "global gradient norm limit (0: none)", low=0)
+
     # Where each value came from: field name -> "default", "recipe" or "environment". Not a variable.
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -444,6 +454,10 @@ def validate(cfg: Config) -> None:
         (cfg.eval_stride <= cfg.eval_len, f"EVAL_STRIDE={cfg.eval_stride} exceeds the window of {cfg.eval_len} tokens"),
         (cfg.compressor_level <= CODECS.get(cfg.compressor, ("", "", -1))[2],
          f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
+        (not cfg.ttt_enabled or cfg.eval_stride > 0, "TTT_ENABLED=1 needs EVAL_STRIDE above 0"),
+        (cfg.ttt_chunk_tokens > cfg.eval_len or not cfg.ttt_enabled,
+         f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no whole window of {cfg.eval_len} tokens and its target"),
+        (cfg.ttt_freeze_blocks <= cfg.num_layers, f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks} exceeds NUM_LAYERS"),
         (cfg.vocab_size <= 65_536, f"VOCAB_SIZE={cfg.vocab_size}: shards hold 16-bit tokens"),
     ]  # fmt: skip
     for holds, message in rules:
@@ -2714,6 +2728,78 @@ def evaluate(run: Runtime, model: GPT, validation: ValidationSet, stride: int) -
     return Score(nats, int(targets), int(counted), clock.stop())
 
 
+class TestTimeTrainer:
+    """Trains the model on text that has been scored (PR #461); `score` is the only way in, and restores the weights."""
+
+    def __init__(self, run: Runtime, model: GPT, validation: ValidationSet) -> None:
+        """UserError where TTT_BATCH_SEQS does not divide over the ranks."""
+        cfg, world = run.cfg, run.ranks.world
+        if cfg.ttt_batch_seqs % world:
+            raise UserError(f"TTT_BATCH_SEQS={cfg.ttt_batch_seqs} is no multiple of the {world} ranks")
+        self.run, self.cfg, self.model, self.validation = run, cfg, model, validation
+        self.parameters = list(model.parameters())
+        layered = [*model.banks.values(), *(model.rest[s.name] for s in model.rest_specs if s.per_layer)]
+        self.layered = {id(parameter) for parameter in layered}
+        sgd = partial(torch.optim.SGD, momentum=cfg.ttt_momentum)
+        maker = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, weight_decay=0.0)}[cfg.ttt_optimizer]
+        self.optimizer = maker(self.parameters, lr=cfg.ttt_lr)
+
+    def score(self) -> Score:
+        """Sliding windows chunk by chunk: score a chunk, then train on it; the last chunk is never trained on."""
+        cfg, ranks, clock = self.cfg, self.run.ranks, Clock(self.run.ranks.device)
+        clock.start()
+        kept = {name: value.clone() for name, value in self.model.state_dict().items()}
+        windows = plan_windows(self.validation.targets, cfg.eval_len, cfg.eval_stride)
+        chunk_of = (windows[:, 2] - 1) // cfg.ttt_chunk_tokens  # where its last target lies
+        chunks = np.split(windows, np.flatnonzero(np.diff(chunk_of)) + 1)
+        total, trained = torch.zeros(3, dtype=torch.float64, device=exact_device(ranks.device)), 0
+        for number, chunk in enumerate(chunks):
+            share = ranks.share(len(chunk))
+            total += ranks.sum_(score_windows(self.run, self.model, self.validation, chunk[share.start : share.stop]))
+            if number < len(chunks) - 1:
+                rate = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * number / (len(chunks) - 1)))
+                trained = self.adapt(trained, int(chunk[-1, 2]), rate)
+        self.model.load(kept)
+        nats, targets, counted = total.tolist()
+        return Score(nats, int(targets), int(counted), clock.stop())
+
+    def adapt(self, begin: int, scored: int, rate: float) -> int:
+        """Train on the whole windows between target `begin` and the end of what is scored; where the next begin."""
+        cfg, length = self.cfg, self.cfg.eval_len
+        starts = np.arange(begin, scored - length + 1, length)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for _ in range(cfg.ttt_epochs):
+            for first in range(0, len(starts), cfg.ttt_batch_seqs):
+                self.step(starts[first : first + cfg.ttt_batch_seqs])
+        return begin + len(starts) * length
+
+    def step(self, starts: np.ndarray) -> None:
+        """One step on the windows at `starts`; short batches are filled up with windows of weight 0."""
+        cfg, ranks = self.cfg, self.run.ranks
+        weight = torch.zeros(cfg.ttt_batch_seqs, device=ranks.device)
+        weight[: len(starts)] = 1 / len(starts)
+        share = ranks.share(cfg.ttt_batch_seqs)
+        filled = np.resize(starts, cfg.ttt_batch_seqs)[share.start : share.stop]
+        positions = torch.from_numpy(filled).to(ranks.device)[:, None] + torch.arange(
+            cfg.eval_len + 1, device=ranks.device
+        )
+        tokens = self.validation.tokens[positions].long()
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.optimizer.zero_grad()
+        nll = self.model.fast_nll(inputs, targets, self.model.fast_weights(False), self.model.order)
+        (nll.mean(1) * weight[share.start : share.stop]).sum().backward()
+        grads = [parameter.grad for parameter in self.parameters]
+        bucket = ranks.sum_(torch.cat([grad.flatten() for grad in grads]))
+        torch._foreach_copy_(grads, [b.view_as(g) for g, b in zip(grads, bucket.split([g.numel() for g in grads]))])
+        for parameter in self.parameters:
+            if id(parameter) in self.layered:
+                parameter.grad[: cfg.ttt_freeze_blocks] = 0
+        if cfg.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
+        self.optimizer.step()
+
+
 def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
     """A score under its canonical name, rounded and exact."""
     run.log(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}{extra} eval_time:{1000 * score.seconds:.0f}ms")
@@ -2761,6 +2847,10 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produce
         with run.timed("sliding window", "eval"):
             score = evaluate(run, model, validation, cfg.eval_stride)
         log_score(run, f"final_{kind}_sliding_window", score, f" stride:{cfg.eval_stride}")
+    if cfg.ttt_enabled:
+        with run.timed("test-time training", "eval"):
+            score = TestTimeTrainer(run, model, validation).score()
+        log_score(run, "legal_ttt", score, f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens} lr:{cfg.ttt_lr:g}")
 
 
 # ----------------------------------------------------------------------------------------------
