@@ -207,7 +207,8 @@ def compliance(submission: Submission) -> dict[str, bool]:
         "artifact_under_16mb": all(run.total_bytes <= 16_000_000 for run in runs),
         "three_seeds": len(runs) >= 3, "one_configuration": True, "every_default_baked_in": not submission.changed,
         "no_ngram_cache": not any("ngram" in name and value for name, value in values.items()),
-        "no_pre_quant_ttt": not any("ttt" in name and value for name, value in values.items()), "no_slot": True,
+        "no_pre_quant_ttt": not any(re.match(r"pre_?quant_?ttt", name) and value for name, value in values.items()),
+        "no_slot": True,
     }
 
 

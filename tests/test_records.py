@@ -145,6 +145,8 @@ def test_new_folder(submission: Path, workplace: Path) -> None:
     assert folder_checks.command_variables(page) == ["DATA_PATH", "TOKENIZER_PATH", "SEED"]
     assert re.search(r"\| `NUM_LAYERS` \| `11` \| `4` \|", page), "what changed against the repository's defaults"
     assert f"torch=={run.facts['torch'].split('+')[0]}" in (submission / "requirements.txt").read_text()
+    told = data["compliance"]
+    assert told["no_pre_quant_ttt"] and told["no_ngram_cache"] and told["artifact_under_16mb"] and not told["three_seeds"]
 
 
 def test_new_folder_passes(submission: Path, capsys: pytest.CaptureFixture[str]) -> None:
