@@ -152,6 +152,7 @@ class Config:
     muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
     muon_row_normalize: bool = opt(False, "normalize update rows before orthogonalizing (MuonEq-R)")
+    muon_rank_frac: float = opt(1.0, "part of Muon's singular directions left at the end, by cosine (NuMuon)", low=0.01)
     polar_express: bool = opt(False, "Polar Express coefficients instead of the fixed quintic")
     muon_wd: float = opt(0.04, "decoupled weight decay of the banks", low=0)
     adam_wd: float = opt(0.04, "decoupled weight decay of vectors and small matrices", low=0)
@@ -201,7 +202,7 @@ class Config:
     max_eval_seconds: float = opt(600.0, "evaluation budget that the ledger reports against, seconds", low=0)
 
     ttt_enabled: bool = opt(False, "score also with score-first test-time training", group="Test-time training")
-    ttt_chunk_tokens: int = opt(32_768, "tokens that are scored, then trained on, at a time", low=1)
+    ttt_chunk_tokens: int = opt(32_768, "tokens that are scored, then learned from, at a time", low=1)
     ttt_lr: float = opt(0.002, "learning rate on the first chunk; cosine to 0 over the chunks", low=0)
     ttt_epochs: int = opt(3, "passes over each scored chunk", low=0)
     ttt_optimizer: str = opt("sgd", "optimizer of test-time training", choices="sgd adamw")
@@ -209,6 +210,13 @@ class Config:
     ttt_batch_seqs: int = opt(16, "sequences per step over all ranks", low=1)
     ttt_freeze_blocks: int = opt(0, "first layers that stay as they are", low=0)
     ttt_grad_clip: float = opt(1.0, "global gradient norm limit (0: none)", low=0)
+
+    ngram_enabled: bool = opt(False, "score also with n-grams counted so far mixed in", group="N-gram mixer")
+    ngram_min_order: int = opt(2, "shortest n-gram: one token of context", low=2)
+    ngram_max_order: int = opt(7, "longest n-gram; the longest known context decides", low=2)
+    ngram_alpha_low: float = opt(0.05, "weight of the n-grams where the model is certain", low=0)
+    ngram_alpha_high: float = opt(0.6, "the same where it is uncertain", low=0)
+    ngram_entropy: float = opt(4.0, "entropy of the model, in nats, at which the weight is half way", low=0)
 
     # Where each value came from: field name -> "default", "recipe" or "environment". Not a variable.
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -416,7 +424,7 @@ def validate(cfg: Config) -> None:
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
     fractions = "warmdown_frac enable_looping_at min_lr muon_momentum muon_momentum_warmup_start".split()
-    fractions += "ema_decay late_ema_decay beta1 beta2".split()
+    fractions += "ema_decay late_ema_decay beta1 beta2 muon_rank_frac".split()
     above_one = {n.upper(): v for n in fractions if (v := vars(cfg)[n]) > 1}
     ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(cfg.num_layers))) != []
     rules = [
@@ -457,6 +465,11 @@ def validate(cfg: Config) -> None:
         (not cfg.ttt_enabled or cfg.eval_stride > 0, "TTT_ENABLED=1 needs EVAL_STRIDE above 0"),
         (cfg.ttt_chunk_tokens > cfg.eval_len or not cfg.ttt_enabled,
          f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no whole window of {cfg.eval_len} tokens and its target"),
+        (not cfg.ngram_enabled or cfg.eval_stride > 0, "NGRAM_ENABLED=1 needs EVAL_STRIDE above 0"),
+        (cfg.ngram_min_order <= cfg.ngram_max_order,
+         f"NGRAM_MIN_ORDER={cfg.ngram_min_order} exceeds NGRAM_MAX_ORDER={cfg.ngram_max_order}"),
+        (cfg.ngram_alpha_low <= cfg.ngram_alpha_high < 1,
+         f"NGRAM_ALPHA_LOW={cfg.ngram_alpha_low:g} NGRAM_ALPHA_HIGH={cfg.ngram_alpha_high:g}: in order and below 1"),
         (cfg.ttt_freeze_blocks <= cfg.num_layers, f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks} exceeds NUM_LAYERS"),
         (cfg.vocab_size <= 65_536, f"VOCAB_SIZE={cfg.vocab_size}: shards hold 16-bit tokens"),
     ]  # fmt: skip
@@ -1399,6 +1412,7 @@ class GPT(nn.Module):
         self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
         self.rotary = {n: rotary_table(n, cfg, device) for n in {cfg.train_seq_len, cfg.eval_len}}
         self.fast_weights, self.fast_nll = compiled(cfg, self.weights), compiled(cfg, self.nll)
+        self.fast_nll_and_entropy = compiled(cfg, self.nll_and_entropy)
 
     def weights(self, fake_quant: bool) -> dict[str, Tensor]:
         """Banks and head in the compute type; `fake_quant` puts the banks on the export grid, straight-through.
@@ -1522,6 +1536,13 @@ class GPT(nn.Module):
         logits = self.logits(self.hidden(ids, weights, order), weights)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
+    def nll_and_entropy(
+        self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """`nll`, and the entropy in nats of each prediction, (B, T) float32."""
+        log_p = self.logits(self.hidden(ids, weights, order), weights).log_softmax(-1)
+        return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace all parameters in place: compiled graphs stay valid. Names must match exactly."""
         self.load_state_dict(dict(tensors))
@@ -1579,6 +1600,22 @@ def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
+def leading_directions(matrices: Tensor, share: float, coefficients: list[tuple[float, float, float]]) -> Tensor:
+    """`orthogonalize` of the best approximation of rank `share` x the smaller side (NuMuon, arXiv 2603.03597).
+
+    Two rounds of block power iteration, with the same iteration as the final step for the basis: products only.
+    """
+    rank = math.ceil(share * min(matrices.shape[1:]) / 8) * 8  # products want multiples of 8
+    if rank >= min(matrices.shape[1:]):
+        return orthogonalize(matrices, coefficients)
+    generator = torch.Generator(matrices.device).manual_seed(0)  # any number of ranks starts from the same directions
+    block = torch.randn(matrices.shape[2], rank, generator=generator, device=matrices.device).to(matrices.dtype)
+    for _ in range(2):
+        basis = orthogonalize(matrices @ block, coefficients)
+        block = matrices.mT @ basis
+    return basis @ orthogonalize(block.mT, coefficients)
+
+
 class ParallelMuon:
     """Muon over banks of (layers, rows, cols), sharded by layers (PR #399).
 
@@ -1597,11 +1634,14 @@ class ParallelMuon:
         }  # momentum of the owned layers
         self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
 
-    def direction(self, spec: BankSpec, buffer: Tensor, grad: Tensor, momentum: Tensor, clip: Tensor) -> Tensor:
+    def direction(
+        self, spec: BankSpec, buffer: Tensor, grad: Tensor, momentum: Tensor, clip: Tensor, share: float = 1.0
+    ) -> Tensor:
         """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the momentum `buffer`.
 
         Nesterov momentum, optional row normalization (of the update, never of the buffer: PR #1418), then every
-        matrix of the bank orthogonalized by itself and scaled by sqrt(max(1, rows/cols)).
+        matrix of the bank orthogonalized by itself (the leading `share` of its singular directions) and scaled by
+        sqrt(max(1, rows/cols)).
         """
         grad = grad.float() * clip
         buffer.mul_(momentum).add_(grad)
@@ -1610,7 +1650,7 @@ class ParallelMuon:
             update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
         update = update.to(self.dtype)
         parts = [(update[:, a:b], max(1.0, (b - a) / spec.cols) ** 0.5) for _, a, b in spec.spans()]
-        return torch.cat([orthogonalize(part, self.coefficients) * scale for part, scale in parts], dim=1)
+        return torch.cat([leading_directions(p, share, self.coefficients) * scale for p, scale in parts], dim=1)
 
     def apply(self, bank: Tensor, update: Tensor, lr: Tensor) -> None:
         """Decoupled weight decay, then the step, in place on all layers."""
@@ -1630,13 +1670,17 @@ class ParallelMuon:
         return launched
 
     @torch.no_grad()
-    def finish(self, gradients: dict[str, Tensor], lr: float, momentum: float, clip: Tensor) -> None:
-        """Update the owned layers from their gradients, gather all ranks' updates and apply them."""
+    def finish(self, gradients: dict[str, Tensor], lr: float, momentum: float, clip: Tensor, share: float) -> None:
+        """Update the owned layers from their gradients, gather all ranks' updates and apply them.
+
+        A `share` below 1 changes shapes as training goes on, so it runs uncompiled.
+        """
         as_tensor = partial(torch.full, (), dtype=torch.float32, device=self.ranks.device)  # numbers would recompile
         pending = []
         for spec in self.specs:
             buffer = self.state[spec.name]
-            update = self.fast_direction(spec, buffer, gradients[spec.name], as_tensor(momentum), clip)
+            direction = self.fast_direction if share == 1 else partial(self.direction, share=share)
+            update = direction(spec, buffer, gradients[spec.name], as_tensor(momentum), clip)
             pending.append((self.banks[spec.name], *all_gather(self.ranks, update)))
         for bank, update, handle in pending:
             if handle is not None:
@@ -1708,7 +1752,7 @@ class Optimizers:
         return (self.cfg.grad_clip_norm / (total.sqrt() + 1e-6)).clamp_max(1.0)
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float) -> None:
+    def step(self, lr_scale: float, momentum: float, share: float = 1.0) -> None:
         """One step of everything. 1: bank gradients start travelling. 2: small ones, the norm, Adam. 3: Muon."""
         launched = self.muon.launch()
         small = self.average_small()
@@ -1721,7 +1765,7 @@ class Optimizers:
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        self.muon.finish(gradients, self.cfg.matrix_lr * lr_scale, momentum, clip)
+        self.muon.finish(gradients, self.cfg.matrix_lr * lr_scale, momentum, clip, share)
 
     def state_dict(self) -> dict[str, Any]:
         """All optimizer state; a restore from it is bitwise."""
@@ -1796,12 +1840,18 @@ def momentum_at(cfg: Config, step: int) -> float:
     return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
 
 
+def muon_share_at(cfg: Config, progress: float) -> float:
+    """Part of the singular directions in Muon's update: all at the start, MUON_RANK_FRAC at the end, by cosine."""
+    return cfg.muon_rank_frac + (1 - cfg.muon_rank_frac) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
 class StepPlan(NamedTuple):
-    """Learning-rate scale, Muon momentum and phase of one step."""
+    """Learning-rate scale, Muon momentum, phase, and part of Muon's directions of one step."""
 
     lr_scale: float
     momentum: float
     phase: str
+    muon_share: float
 
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
@@ -1812,7 +1862,8 @@ def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan
         "late_qat": scale < cfg.late_qat_threshold,
     }
     phase = [name for name in phases(cfg) if begun.get(name, name == "train")][-1]
-    return StepPlan(scale, momentum_at(cfg, step), phase)
+    share = muon_share_at(cfg, progress_at(cfg, step, seconds, budget))
+    return StepPlan(scale, momentum_at(cfg, step), phase, share)
 
 
 class Grid(NamedTuple):
@@ -1915,7 +1966,7 @@ class Trainer:
         run.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")  # fmt: skip
 
-    def step(self, number: int, phase: Phase, lr_scale: float, momentum: float) -> Tensor:
+    def step(self, number: int, phase: Phase, lr_scale: float, momentum: float, muon_share: float = 1.0) -> Tensor:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
         accum, total = self.loader.shape.accum, 0.0
         for parameter in self.model.parameters():
@@ -1926,7 +1977,7 @@ class Trainer:
             loss = self.model.fast_nll(inputs, targets, weights, phase.order).mean() / accum
             loss.backward()
             total = total + loss.detach()
-        self.optimizers.step(lr_scale, momentum)
+        self.optimizers.step(lr_scale, momentum, muon_share)
         return total
 
     def state(self) -> dict[str, Any]:
@@ -2017,7 +2068,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
         if plan.phase != phase:
             phase = enter_phase(run, model, plan, step, seconds)
         before = graphs_compiled()
-        loss = trainer.step(step, phases(cfg)[phase], plan.lr_scale, plan.momentum)
+        loss = trainer.step(step, phases(cfg)[phase], plan.lr_scale, plan.momentum, plan.muon_share)
         step += 1
         if made := graphs_compiled() - before:
             graphs += made
@@ -2045,7 +2096,7 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
     What it is good for is logged: the score of the weights rounded to that grid, before and after.
     """
     cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
-    plan = StepPlan(cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_momentum, "post_qat")
+    plan = StepPlan(cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac)
     enter_phase(run, trainer.model, plan, first, run.spent("train"))
     score_rounded(run, trainer.model, validation, "before")
     clock.start()
@@ -2053,7 +2104,7 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
         (seconds,) = run.ranks.agree(clock.seconds())
         if steps and seconds * (1 + 1 / steps) >= cfg.post_qat_seconds:
             break
-        loss = trainer.step(first + steps, phases(cfg)[plan.phase], plan.lr_scale, plan.momentum)
+        loss = trainer.step(first + steps, phases(cfg)[plan.phase], plan.lr_scale, plan.momentum, plan.muon_share)
         steps += 1
         report_step(run, first + steps, loss, plan, clock)
     run.ledger.append(("train", "post_qat", clock.stop()))
@@ -2691,9 +2742,67 @@ class Score(NamedTuple):
         return self.nats / math.log(2) / self.bytes
 
 
+class NgramMixer:
+    """Mixes what n-grams of the text scored so far predict into the model's prediction (successor of PR #638).
+
+    p(v) = (1 - a) p_model(v) + a count(context, v) / count(context). The context is the longest one of up to
+    NGRAM_MAX_ORDER - 1 tokens, all of the same document, that has been counted; without one a is 0. Otherwise
+    a = low + (high - low) sigmoid(2 (H - NGRAM_ENTROPY)) with H the model's entropy: it cannot depend on the target, so
+    p sums to 1. The published mixer hashed the target into its key; its "probabilities" summed to several hundred.
+
+    Contexts are exact: every distinct run of n tokens has a number. Numbering reads the whole text, but numbers are
+    only names; what is predicted comes from `learn`, which is called with targets that have been scored.
+    """
+
+    def __init__(self, run: Runtime, validation: ValidationSet) -> None:
+        self.cfg, self.orders = run.cfg, range(run.cfg.ngram_min_order, run.cfg.ngram_max_order + 1)
+        tokens = validation.tokens.to(exact_device(run.ranks.device)).long()
+        place = torch.arange(len(tokens), device=tokens.device)
+        self.age = place - torch.where(tokens == validation.bos_id, place, 0).cummax(0).values  # tokens since BOS
+        self.labels = {1: tokens}  # n -> number of the run of n tokens that ends here
+        for n in range(2, self.orders[-1] + 1):
+            longer = F.pad(self.labels[n - 1], (1, -1)).long() * run.cfg.vocab_size + tokens
+            self.labels[n] = longer.unique(return_inverse=True)[1].int()
+        self.follows = {n: self.zeros(n) for n in self.orders}  # times that the last token of a run of n was scored
+        self.contexts = {n: self.zeros(n - 1) for n in self.orders}  # times that any token was, after a run of n - 1
+
+    def zeros(self, n: int) -> Tensor:
+        """A counter for every run of n tokens."""
+        return torch.zeros(int(self.labels[n].max()) + 1, dtype=torch.int32, device=self.age.device)
+
+    def known(self, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether order n reaches back to no other document at `positions`, and the number of its context there."""
+        return self.age[positions - 1] >= n - 2, self.labels[n - 1][positions - 1]
+
+    def learn(self, windows: np.ndarray) -> None:
+        """Count the targets of `windows`, which have been scored; every rank counts all, so that all know the same."""
+        targets = torch.arange(int(windows[0, 1]), int(windows[-1, 2]), device=self.age.device) + 1
+        for n in self.orders:
+            within, context = self.known(n, targets)
+            once = within.int()
+            self.contexts[n].index_add_(0, context, once)
+            self.follows[n].index_add_(0, self.labels[n][targets], once)
+
+    def mix(self, positions: Tensor, nll: Tensor, entropy: Tensor) -> Tensor:
+        """Negative log-likelihood (n,) of the tokens at `positions` in the mixture; nll and entropy are the model's."""
+        cfg, share = self.cfg, torch.zeros(len(positions), dtype=torch.float64, device=positions.device)
+        found = torch.zeros_like(share, dtype=torch.bool)
+        for n in reversed(self.orders):
+            within, context = self.known(n, positions)
+            times = self.contexts[n][context]
+            decides = within & (times > 0) & ~found
+            share = torch.where(decides, self.follows[n][self.labels[n][positions]].double() / times, share)
+            found |= decides
+        rise = torch.sigmoid(2 * (entropy.double() - cfg.ngram_entropy))
+        alpha = torch.where(found, cfg.ngram_alpha_low + (cfg.ngram_alpha_high - cfg.ngram_alpha_low) * rise, 0.0)
+        return -torch.log((1 - alpha) * torch.exp(-nll.double()) + alpha * share)
+
+
 @torch.no_grad()
-def score_windows(run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray) -> Tensor:
-    """[nats, targets, bytes] over the scored targets of `windows`, this rank's part, (3,) float64.
+def score_windows(
+    run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray, mixer: NgramMixer | None = None
+) -> Tensor:
+    """[nats, targets, bytes] over the scored targets of `windows`, this rank's part, float64; a mixer adds its nats.
 
     The only place that runs the model for a score. All batches have one shape: the last is filled with windows that
     score nothing.
@@ -2704,32 +2813,43 @@ def score_windows(run: Runtime, model: GPT, validation: ValidationSet, windows: 
     plan = torch.from_numpy(np.concatenate([windows, filler])).to(device)
     offsets = torch.arange(length + 1, device=device)
     weights, order = model.fast_weights(False), model.order
-    sums = torch.zeros(3, dtype=torch.float64, device=exact_device(device))
+    exact = exact_device(device)
+    sums = torch.zeros(3 if mixer is None else 4, dtype=torch.float64, device=exact)
     for chunk in plan.split(batch):
         positions = chunk[:, :1] + offsets
         tokens = validation.tokens[positions].long()
-        nll = model.fast_nll(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, order)
         scored = (positions[:, :-1] >= chunk[:, 1:2]) & (positions[:, :-1] < chunk[:, 2:])
         counted = validation.token_bytes[positions[:, 1:]] * scored
-        sums += torch.stack([t.to(sums.device).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)])
+        pair = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        if mixer is None:
+            nll, mixed = model.fast_nll(*pair, weights, order), []
+        else:
+            nll, entropy = model.fast_nll_and_entropy(*pair, weights, order)
+            mixed = [mixer.mix(*(t[scored].to(exact) for t in (positions[:, 1:], nll, entropy))).sum()]
+        sums += torch.stack([*(t.to(exact).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)), *mixed])
     return sums
 
 
+def scores(validation: ValidationSet, sums: Tensor, seconds: float) -> list[Score]:
+    """The Score of each column of nats in `sums` over the whole validation set; asserts that it was covered exactly."""
+    nats, targets, counted, *mixed = sums.tolist()
+    expected = validation.targets, int(validation.token_bytes[1:].sum())
+    assert (int(targets), int(counted)) == expected, f"scored {targets, counted} targets and bytes of {expected}"
+    return [Score(total, int(targets), int(counted), seconds) for total in (nats, *mixed)]
+
+
 def evaluate(run: Runtime, model: GPT, validation: ValidationSet, stride: int) -> Score:
-    """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`; asserts exact coverage."""
+    """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`."""
     clock = Clock(run.ranks.device)
     clock.start()
     windows = plan_windows(validation.targets, run.cfg.eval_len, stride)
     share = run.ranks.share(len(windows))
     sums = run.ranks.sum_(score_windows(run, model, validation, windows[share.start : share.stop]))
-    nats, targets, counted = sums.tolist()
-    expected = validation.targets, int(validation.token_bytes[1:].sum())
-    assert (int(targets), int(counted)) == expected, f"scored {targets, counted} targets and bytes of {expected}"
-    return Score(nats, int(targets), int(counted), clock.stop())
+    return scores(validation, sums, clock.stop())[0]
 
 
 class TestTimeTrainer:
-    """Trains the model on text that has been scored (PR #461); `score` is the only way in, and restores the weights."""
+    """Trains the model on text that has been scored (PR #461)."""
 
     def __init__(self, run: Runtime, model: GPT, validation: ValidationSet) -> None:
         """UserError where TTT_BATCH_SEQS does not divide over the ranks."""
@@ -2737,42 +2857,23 @@ class TestTimeTrainer:
         if cfg.ttt_batch_seqs % world:
             raise UserError(f"TTT_BATCH_SEQS={cfg.ttt_batch_seqs} is no multiple of the {world} ranks")
         self.run, self.cfg, self.model, self.validation = run, cfg, model, validation
-        self.parameters = list(model.parameters())
+        self.parameters, self.trained = list(model.parameters()), 0
         layered = [*model.banks.values(), *(model.rest[s.name] for s in model.rest_specs if s.per_layer)]
         self.layered = {id(parameter) for parameter in layered}
         sgd = partial(torch.optim.SGD, momentum=cfg.ttt_momentum)
         maker = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, weight_decay=0.0)}[cfg.ttt_optimizer]
         self.optimizer = maker(self.parameters, lr=cfg.ttt_lr)
 
-    def score(self) -> Score:
-        """Sliding windows chunk by chunk: score a chunk, then train on it; the last chunk is never trained on."""
-        cfg, ranks, clock = self.cfg, self.run.ranks, Clock(self.run.ranks.device)
-        clock.start()
-        kept = {name: value.clone() for name, value in self.model.state_dict().items()}
-        windows = plan_windows(self.validation.targets, cfg.eval_len, cfg.eval_stride)
-        chunk_of = (windows[:, 2] - 1) // cfg.ttt_chunk_tokens  # where its last target lies
-        chunks = np.split(windows, np.flatnonzero(np.diff(chunk_of)) + 1)
-        total, trained = torch.zeros(3, dtype=torch.float64, device=exact_device(ranks.device)), 0
-        for number, chunk in enumerate(chunks):
-            share = ranks.share(len(chunk))
-            total += ranks.sum_(score_windows(self.run, self.model, self.validation, chunk[share.start : share.stop]))
-            if number < len(chunks) - 1:
-                rate = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * number / (len(chunks) - 1)))
-                trained = self.adapt(trained, int(chunk[-1, 2]), rate)
-        self.model.load(kept)
-        nats, targets, counted = total.tolist()
-        return Score(nats, int(targets), int(counted), clock.stop())
-
-    def adapt(self, begin: int, scored: int, rate: float) -> int:
-        """Train on the whole windows between target `begin` and the end of what is scored; where the next begin."""
+    def learn(self, scored: int, progress: float) -> None:
+        """Train on the whole windows up to target `scored` that were not trained on yet; the rate falls as a cosine."""
         cfg, length = self.cfg, self.cfg.eval_len
-        starts = np.arange(begin, scored - length + 1, length)
+        starts = np.arange(self.trained, scored - length + 1, length)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))
         for _ in range(cfg.ttt_epochs):
             for first in range(0, len(starts), cfg.ttt_batch_seqs):
                 self.step(starts[first : first + cfg.ttt_batch_seqs])
-        return begin + len(starts) * length
+        self.trained += len(starts) * length
 
     def step(self, starts: np.ndarray) -> None:
         """One step on the windows at `starts`; short batches are filled up with windows of weight 0."""
@@ -2798,6 +2899,30 @@ class TestTimeTrainer:
         if cfg.ttt_grad_clip:
             nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
         self.optimizer.step()
+
+
+def evaluate_online(
+    run: Runtime, model: GPT, validation: ValidationSet, trainer: TestTimeTrainer | None, mixer: NgramMixer | None
+) -> list[Score]:
+    """Sliding windows chunk by chunk: score a chunk, then let weights and counts learn from it, but for the last one.
+
+    Returns the score, and with a mixer a second one with its predictions mixed in. The weights are restored.
+    """
+    ranks, clock, total = run.ranks, Clock(run.ranks.device), 0.0
+    clock.start()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    windows = plan_windows(validation.targets, run.cfg.eval_len, run.cfg.eval_stride)
+    chunk_of = (windows[:, 2] - 1) // run.cfg.ttt_chunk_tokens  # where its last target lies
+    chunks = np.split(windows, np.flatnonzero(np.diff(chunk_of)) + 1)
+    for number, chunk in enumerate(chunks, 1):
+        share = ranks.share(len(chunk))
+        total += ranks.sum_(score_windows(run, model, validation, chunk[share.start : share.stop], mixer))
+        if trainer and number < len(chunks):
+            trainer.learn(int(chunk[-1, 2]), (number - 1) / (len(chunks) - 1))
+        if mixer and number < len(chunks):
+            mixer.learn(chunk)
+    model.load(kept)
+    return scores(validation, total, clock.stop())
 
 
 def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
@@ -2847,10 +2972,24 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produce
         with run.timed("sliding window", "eval"):
             score = evaluate(run, model, validation, cfg.eval_stride)
         log_score(run, f"final_{kind}_sliding_window", score, f" stride:{cfg.eval_stride}")
-    if cfg.ttt_enabled:
-        with run.timed("test-time training", "eval"):
-            score = TestTimeTrainer(run, model, validation).score()
-        log_score(run, "legal_ttt", score, f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens} lr:{cfg.ttt_lr:g}")
+    if cfg.ttt_enabled or cfg.ngram_enabled:
+        log_online(run, model, validation)
+
+
+def log_online(run: Runtime, model: GPT, validation: ValidationSet) -> None:
+    """The scores of evaluation that learns from what it has scored: test-time training, n-grams, and both."""
+    cfg = run.cfg
+    with run.timed("+".join(n for n, on in (("ttt", cfg.ttt_enabled), ("ngram", cfg.ngram_enabled)) if on), "eval"):
+        trainer = TestTimeTrainer(run, model, validation) if cfg.ttt_enabled else None
+        mixer = NgramMixer(run, validation) if cfg.ngram_enabled else None
+        results = evaluate_online(run, model, validation, trainer, mixer)
+    about = f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens}"
+    if trainer:
+        about += f" lr:{cfg.ttt_lr:g}"
+        log_score(run, "legal_ttt", results[0], about)
+    if mixer:
+        about += f" orders:{cfg.ngram_min_order}-{cfg.ngram_max_order}"
+        log_score(run, "legal_ttt_ngram" if trainer else "ngram_mix", results[1], about)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -57,6 +57,38 @@ def test_orthogonalize_keeps_the_zero_matrix_of_a_padded_layer_finite() -> None:
     assert torch.equal(t.orthogonalize(torch.zeros(2, 4, 8), [t.QUINTIC] * 5), torch.zeros(2, 4, 8))
 
 
+@pytest.mark.parametrize("shape", [(2, 24, 64), (3, 64, 32)])
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_leading_directions_keep_the_largest_singular_pairs(shape: tuple[int, int, int], share: float) -> None:
+    """NuMuon: the result has their number of singular values near 1 and none besides, along the input's own vectors."""
+    generator = torch.Generator().manual_seed(2)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    small = min(shape[1:])
+    kept = -(-int(share * small) // 8) * 8
+    values = torch.cat([torch.linspace(5, 3, kept), torch.linspace(0.3, 0.1, small - kept)])
+    result = t.leading_directions(u * values @ vh, share, t.newton_schulz_coefficients(tiny_config(POLAR_EXPRESS=1)))
+    found = torch.linalg.svdvals(result)
+    assert 0.7 < found[:, :kept].min() and found[:, :kept].max() < 1.3 and found[:, kept:].max() < 0.02
+    along = (u.mT @ result @ vh.mT).diagonal(dim1=1, dim2=2)
+    assert along[:, :kept].min() > 0.7 and along[:, kept:].abs().max() < 0.02
+
+
+def test_all_directions_are_plain_muon() -> None:
+    matrices = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(t.leading_directions(matrices, 1.0, [t.QUINTIC] * 5), t.orthogonalize(matrices, [t.QUINTIC] * 5))
+
+
+def test_muon_updates_have_the_rank_of_the_schedule() -> None:
+    """The step of a bank at a share of 0.25 has a quarter of the directions; weight decay aside."""
+    model = tiny_model(MUON_WD=0)
+    optimizers, start = t.Optimizers(model.cfg, ONE, model), snapshot(model)
+    random_gradients(model, 0)
+    optimizers.step(1.0, 0.9, 0.25)
+    step = model.banks["up"].detach() - start["banks.up"]
+    values = torch.linalg.svdvals(step)
+    assert (values[:, 7] > 20 * values[:, 8]).all() and model.cfg.model_dim == 32
+
+
 # One bank update against an independent reference, matrix by matrix
 
 
