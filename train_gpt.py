@@ -69,9 +69,12 @@ class UserError(ValueError):
 # of 44 published READMEs 4 set variables that their script never read.
 
 
-def opt(default: Any, text: str, group: str = "", low: float | None = None, choices: str = "") -> Any:
-    """A Config field: default, help with unit, the --help group it starts, least number, allowed words."""
-    return field(default=default, metadata={"text": text, "group": group, "low": low, "choices": choices.split()})
+def opt(
+    default: Any, text: str, group: str = "", low: float = -math.inf, high: float = math.inf, choices: str = ""
+) -> Any:
+    """A Config field: default, help with unit, the --help group it starts, least and greatest number, allowed words."""
+    limits = {"low": low, "high": high, "choices": choices.split()}
+    return field(default=default, metadata={"text": text, "group": group, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ class Config:
     seed: int = opt(1337, "seed of initial weights and data order", low=0)
     device: str = opt("auto", "where to run (auto: cuda, else mps, else cpu)", choices="auto cuda mps cpu")
     compile: bool = opt(True, "torch.compile the model and the optimizer; 0 runs eagerly")
-    attn_backend: str = opt("auto", "attention (auto: first that works)", choices="auto fa3 fa4 cudnn fa2 flash math")
+    attn_backend: str = opt("auto", "attention (auto: the best here)", choices="auto fa3 fa4 cudnn fa2 flash flex math")
     mlp_backend: str = opt("auto", "feed-forward layer (auto: first that works)", choices="auto triton plain")
     eval_only: bool = opt(False, "score the artifact at ARTIFACT_PATH; needs no training data")
     export_only: bool = opt(False, "quantize and score the weights at WEIGHTS_PATH; no training")
@@ -93,7 +96,7 @@ class Config:
     data_dir: str = opt("./data/", "folder that holds datasets/ and tokenizers/", group="Data")
     data_path: str = opt("", "shard folder (empty: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>)")
     tokenizer_path: str = opt("", "SentencePiece model (empty: <DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model)")
-    vocab_size: int = opt(1024, "pieces of the tokenizer", low=4)
+    vocab_size: int = opt(1024, "pieces of the tokenizer", low=4, high=65_536)
     loader: str = opt("shuffled", "windows in random order, or the official order", choices="shuffled sequential")
 
     iterations: int = opt(20_000, "optimizer steps at most", group="Training length", low=1)
@@ -103,8 +106,8 @@ class Config:
     grad_accum_steps: int = opt(0, "micro-steps per step (0: fewest with at most 98,304 tokens each)", low=0)
     warmup_steps: int = opt(20, "untimed steps per phase before the clock starts, undone afterwards", low=0)
     warmdown_iters: int = opt(0, "last steps over which the learning rate falls to 0 (0: WARMDOWN_FRAC)", low=0)
-    warmdown_frac: float = opt(0.6, "the same as a fraction of the run, by steps or clock", low=0)
-    min_lr: float = opt(0.0, "floor of the learning-rate scale during warmdown", low=0)
+    warmdown_frac: float = opt(0.6, "the same as a fraction of the run, by steps or clock", low=0, high=1)
+    min_lr: float = opt(0.0, "floor of the learning-rate scale during warmdown", low=0, high=1)
     train_log_every: int = opt(200, "steps between training log lines (0: steps 1-10 only)", low=0)
     val_loss_every: int = opt(4000, "steps between validations (0: only after the last step)", low=0)
 
@@ -120,12 +123,13 @@ class Config:
     num_loops: int = opt(0, "extra passes over layers LOOP_START to LOOP_END (0: none)", low=0)
     loop_start: int = opt(3, "first looped layer, counted from 0", low=0)
     loop_end: int = opt(5, "last looped layer", low=0)
-    enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0)
+    enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0, high=1)
     lora_rank: int = opt(0, "rank of each pass's own addition to looped matrices, from the start (0: none)", low=0)
     logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
     qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0)
+    doc_attention: bool = opt(False, "attention that does not cross documents (back ends flex and math)")
     xsa_last_n: int = opt(11, "last layers with exclusive self-attention", low=0)
     ln_scale: bool = opt(True, "scale normalized inputs of layer i by 1/sqrt(i+1)")
     tie_embeddings: bool = opt(True, "use the token embedding as the output head")
@@ -147,24 +151,24 @@ class Config:
     head_lr: float = opt(0.008, "Adam learning rate of the untied head", low=0)
     lora_lr: float = opt(0.01, "Adam learning rate of the additions of LORA_RANK", low=0)
     asqu_lr: float = opt(0.001, "Adam learning rate of the ASQU factors", low=0)
-    muon_momentum: float = opt(0.99, "Muon momentum after warm-up", low=0)
-    muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0)
+    muon_momentum: float = opt(0.99, "Muon momentum after warm-up", low=0, high=1)
+    muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
     muon_row_normalize: bool = opt(False, "normalize update rows before orthogonalizing (MuonEq-R)")
-    muon_rank_frac: float = opt(1.0, "part of Muon's singular directions left at the end, by cosine (NuMuon)", low=0.01)
+    muon_rank_frac: float = opt(1.0, "part of Muon's directions left at the end, by cosine (NuMuon)", low=0.01, high=1)
     polar_express: bool = opt(False, "Polar Express coefficients instead of the fixed quintic")
     muon_wd: float = opt(0.04, "decoupled weight decay of the banks", low=0)
     adam_wd: float = opt(0.04, "decoupled weight decay of vectors and small matrices", low=0)
     embed_wd: float = opt(0.04, "decoupled weight decay of embeddings", low=0)
-    beta1: float = opt(0.9, "Adam beta1", low=0)
-    beta2: float = opt(0.95, "Adam beta2", low=0)
+    beta1: float = opt(0.9, "Adam beta1", low=0, high=1)
+    beta2: float = opt(0.95, "Adam beta2", low=0, high=1)
     adam_eps: float = opt(1e-8, "Adam epsilon", low=0)
     grad_clip_norm: float = opt(0.3, "global gradient norm limit (0: none)", low=0)
 
     ema_enabled: bool = opt(True, "export an exponential moving average of the weights", group="Averaging and QAT")
-    ema_decay: float = opt(0.997, "decay of the average per step", low=0)
-    late_ema_decay: float = opt(0.0, "the same once late QAT has begun (0: EMA_DECAY)", low=0)
+    ema_decay: float = opt(0.997, "decay of the average per step", low=0, high=1)
+    late_ema_decay: float = opt(0.0, "the same once late QAT has begun (0: EMA_DECAY)", low=0, high=1)
     swa_enabled: bool = opt(False, "export the mean of snapshots (of the EMA where that is on)")
     swa_every: int = opt(50, "steps between SWA snapshots", low=1)
     swa_start_frac: float = opt(0.2, "SWA starts when the learning-rate scale falls below this", low=0)
@@ -172,7 +176,7 @@ class Config:
     lawa_k: int = opt(10, "snapshots in the LAWA window", low=1)
     lawa_freq: int = opt(100, "steps between LAWA snapshots", low=1)
     qat_enabled: bool = opt(False, "train on the export grid (straight-through) during the whole run")
-    late_qat_threshold: float = opt(0.15, "the same once the learning-rate scale is below this (0: never)", low=0)
+    late_qat_threshold: float = opt(0.15, "the same once the rate's scale is below this (0: never)", low=0, high=1)
 
     post_qat_seconds: float = opt(0.0, "seconds of the clock for QAT after the main training (0: none)", low=0)
     post_qat_lr: float = opt(0.001, "Muon learning rate of that time; the others keep their ratio to it", low=0)
@@ -183,10 +187,10 @@ class Config:
     gptq_block_size: int = opt(128, "columns per lazy GPTQ update", low=1)
     gptq_damp: float = opt(0.01, "damping over the mean diagonal of the Hessian", low=0)
     gptq_act_order: bool = opt(True, "quantize the columns of largest Hessian diagonal first")
-    matrix_bits: int = opt(6, "bits of the code of a matrix entry (2 to 8)", low=2)
-    lowbit_bits: int = opt(0, "bits of the matrices in LOWBIT_NAME_PATTERNS (0: MATRIX_BITS)", low=0)
+    matrix_bits: int = opt(6, "bits of the code of a matrix entry (2 to 8)", low=2, high=8)
+    lowbit_bits: int = opt(0, "bits of the matrices in LOWBIT_NAME_PATTERNS (0: MATRIX_BITS)", low=0, high=8)
     lowbit_name_patterns: tuple[str, ...] = opt((), "parts of names blocks.<i>.<matrix>., as .mlp.,.attn.proj.")
-    embed_bits: int = opt(8, "bits of the code of an embedding entry (2 to 8)", low=2)
+    embed_bits: int = opt(8, "bits of the code of an embedding entry (2 to 8)", low=2, high=8)
     clip_policy: str = opt("sigma", "row clip: k x std, amax, or percentile search", choices="sigma amax search")
     matrix_clip_sigmas: float = opt(0.0, "k of clip policy sigma (0: what fills TARGET_BYTES)", low=0)
     embed_clip_sigmas: float = opt(20.0, "k of the embeddings under clip policy sigma", low=0.1)
@@ -398,7 +402,7 @@ def parse_number(name: str, text: str, kind: type) -> Any:
 
 def parse_value(name: str, text: str, spec: Field) -> Any:
     """The text of a variable as its field's type; UserError names variable, value and what is allowed."""
-    low, choices = spec.metadata["low"], spec.metadata["choices"]
+    low, high, choices = (spec.metadata[key] for key in ("low", "high", "choices"))
     kind = next((k for k in get_args(spec.type) if k in (int, float, str)), spec.type)  # float | None, tuple[int, ...]
     if kind is bool:
         words = ("0", "false", "no", "off", "1", "true", "yes", "on")
@@ -412,27 +416,27 @@ def parse_value(name: str, text: str, spec: Field) -> Any:
             raise UserError(f"{name}={text!r}: expected one of {', '.join(choices)}")
         return text
     value = parse_number(name, text, kind)
-    if not math.isfinite(value) or (low is not None and value < low):
-        raise UserError(f"{name}={text}: expected a finite number" + ("" if low is None else f" of at least {low:g}"))
+    if not math.isfinite(value) or not low <= value <= high:
+        limits = [f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
+        raise UserError(f"{name}={text}: expected a finite number{' of ' * bool(limits)}{' and '.join(limits)}")
     return value
 
 
-def validate(cfg: Config) -> None:
-    """Check what involves several variables; messages name them with their values."""
+Rules = list[tuple[Any, str]]  # what must hold, and what the error says otherwise
+
+
+def model_rules(cfg: Config) -> Rules:
+    """What must hold between variables of the model."""
     model_dim, heads, kv_heads, head_dim = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    above = {n.upper(): v for n in ("matrix_bits", "embed_bits", "lowbit_bits") if (v := vars(cfg)[n]) > 8}
-    names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
-    idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
-    fractions = "warmdown_frac enable_looping_at min_lr muon_momentum muon_momentum_warmup_start".split()
-    fractions += "ema_decay late_ema_decay beta1 beta2 muon_rank_frac".split()
-    above_one = {n.upper(): v for n in fractions if (v := vars(cfg)[n]) > 1}
     ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(cfg.num_layers))) != []
-    rules = [
+    return [
         (model_dim % heads == 0, f"MODEL_DIM={model_dim} is not divisible by NUM_HEADS={heads}"),
         (heads % kv_heads == 0, f"NUM_HEADS={heads} is not divisible by NUM_KV_HEADS={kv_heads}"),
         (head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={head_dim} is odd: rotary embedding needs pairs"),
         (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"ROPE_DIMS={cfg.rope_dims}: even, at most {head_dim}"),
         (cfg.hidden_dim > 0, f"MLP_HIDDEN={cfg.mlp_hidden} and MLP_MULT={cfg.mlp_mult} give an MLP of width 0"),
+        (cfg.attn_backend in ("auto", "math", *(("flex",) if cfg.doc_attention else set(ATTENTION))),
+         f"ATTN_BACKEND={cfg.attn_backend} DOC_ATTENTION={cfg.doc_attention:d}: flex and DOC_ATTENTION=1 go together"),
         (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
         (ve_fits or not cfg.ve_enabled,
          f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
@@ -441,7 +445,14 @@ def validate(cfg: Config) -> None:
         (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
          f"LORA_RANK={cfg.lora_rank}: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
         (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
-        (not above, f"{above}: codes have 2 to 8 bits"),
+    ]  # fmt: skip
+
+
+def training_rules(cfg: Config) -> Rules:
+    """The same for training and export."""
+    names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
+    idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
+    return [
         (cfg.lowbit_bits != 1, "LOWBIT_BITS=1: 2 to 8, or 0 for MATRIX_BITS"),
         (not idle, f"LOWBIT_NAME_PATTERNS={','.join(idle)}: not in {' '.join(names[:: cfg.num_layers])}"),
         (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
@@ -451,17 +462,21 @@ def validate(cfg: Config) -> None:
          f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
         (not cfg.late_ema_decay or (cfg.ema_enabled and cfg.late_qat_threshold > 0 and not cfg.qat_enabled),
          f"LATE_EMA_DECAY={cfg.late_ema_decay}: needs EMA_ENABLED=1 and late QAT (not QAT_ENABLED)"),
-        (not above_one, f"{above_one}: at most 1"),
         (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
-        (cfg.late_qat_threshold <= 1, f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold}: a learning-rate scale, at most 1"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
+        (cfg.compressor_level <= CODECS.get(cfg.compressor, ("", "", -1))[2],
+         f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
+    ]  # fmt: skip
+
+
+def evaluation_rules(cfg: Config) -> Rules:
+    """The same for evaluation and re-entry."""
+    return [
         (not (cfg.eval_only and cfg.export_only), "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"),
         (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
         (not cfg.export_only or cfg.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH=<file>"),
         (cfg.eval_stride <= cfg.eval_len, f"EVAL_STRIDE={cfg.eval_stride} exceeds the window of {cfg.eval_len} tokens"),
-        (cfg.compressor_level <= CODECS.get(cfg.compressor, ("", "", -1))[2],
-         f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
         (not cfg.ttt_enabled or cfg.eval_stride > 0, "TTT_ENABLED=1 needs EVAL_STRIDE above 0"),
         (cfg.ttt_chunk_tokens > cfg.eval_len or not cfg.ttt_enabled,
          f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no whole window of {cfg.eval_len} tokens and its target"),
@@ -471,9 +486,12 @@ def validate(cfg: Config) -> None:
         (cfg.ngram_alpha_low <= cfg.ngram_alpha_high < 1,
          f"NGRAM_ALPHA_LOW={cfg.ngram_alpha_low:g} NGRAM_ALPHA_HIGH={cfg.ngram_alpha_high:g}: in order and below 1"),
         (cfg.ttt_freeze_blocks <= cfg.num_layers, f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks} exceeds NUM_LAYERS"),
-        (cfg.vocab_size <= 65_536, f"VOCAB_SIZE={cfg.vocab_size}: shards hold 16-bit tokens"),
     ]  # fmt: skip
-    for holds, message in rules:
+
+
+def validate(cfg: Config) -> None:
+    """Check what involves several variables; messages name them with their values."""
+    for holds, message in itertools.chain(*(rules(cfg) for rules in (model_rules, training_rules, evaluation_rules))):
         if not holds:
             raise UserError(message)
 
@@ -940,7 +958,7 @@ def load_validation(run: Runtime) -> ValidationSet:
 # forward pass: training, Hessians and evaluation differ only in the weights, the layer order and
 # the observer that they hand in. Shapes: B sequences, T tokens, H heads, D head size.
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,D), k and v (B,T,KV,D) -> y (B,T,H,D), causal
+Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTENTION a mask -> y (B,T,H,D), causal
 Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 FeedForward = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # as plain_feed_forward
 
@@ -998,6 +1016,50 @@ ATTENTION: dict[str, Callable[[], Attend]] = {  # in order of preference on Hopp
     "flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
     "math": lambda: sdpa(SDPBackend.MATH),
 }
+
+
+class DocumentAttention(NamedTuple):
+    """Attention that sees only earlier tokens of the same document; one mask per pass serves every layer."""
+
+    mask: Callable[[Tensor], Any]  # documents (B, T), equal numbers for tokens of one document
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), mask -> y (B,T,H,D)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        return self.attend(q, k, v, mask)
+
+
+def math_documents() -> DocumentAttention:
+    """The plain definition, with a mask of T x T booleans."""
+
+    def mask(documents: Tensor) -> Tensor:
+        return (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return DocumentAttention(mask, attend)
+
+
+def flex_documents() -> DocumentAttention:
+    """PyTorch's flex attention, which leaves out the blocks of the mask in which nothing is visible."""
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+
+    def mask(documents: Tensor) -> Any:
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & (documents[b, i] == documents[b, j])
+
+        count, length = documents.shape
+        return flex.create_block_mask(visible, count, None, length, length, device=documents.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        return flex.flex_attention(*heads_first, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return DocumentAttention(mask, attend)
+
+
+DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {"flex": flex_documents, "math": math_documents}
 
 
 def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
@@ -1142,6 +1204,14 @@ def probe_attention(attend: Attend, cfg: Config, device: torch.device) -> float:
     return probe(attend, sdpa(SDPBackend.MATH), shapes, device)
 
 
+def probe_document_attention(attention: DocumentAttention, cfg: Config, device: torch.device) -> float:
+    """The same with three documents in a row of tokens."""
+    shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+    documents = torch.arange(128).div(50, rounding_mode="floor").expand(2, 128)
+    ends = (lambda q, k, v, f=f: f(q, k, v, f.mask(documents.to(q.device))) for f in (attention, math_documents()))
+    return probe(*ends, shapes, device)
+
+
 def probe_feed_forward(feed_forward: FeedForward, cfg: Config, device: torch.device) -> float:
     """`probe` of a feed-forward back end against the plain definition, every input's gradient included."""
     shapes = [(2, 160, cfg.model_dim), (cfg.hidden_dim, cfg.model_dim), (cfg.model_dim, cfg.hidden_dim)]
@@ -1159,6 +1229,7 @@ class BackEnds(NamedTuple):
 
 
 ATTENTION_BACK_ENDS = BackEnds("ATTN_BACKEND", ATTENTION, ("flash", "math"), probe_attention)
+DOCUMENT_BACK_ENDS = BackEnds("ATTN_BACKEND", DOCUMENT_ATTENTION, ("math",), probe_document_attention)
 MLP_BACK_ENDS = BackEnds("MLP_BACKEND", FEED_FORWARD, ("plain",), probe_feed_forward)
 
 
@@ -1385,6 +1456,7 @@ class Pass(NamedTuple):
     vectors: dict[str, tuple[Tensor, ...]]  # per-layer parameter -> the layers' values
     rotary: tuple[Tensor, Tensor]
     value_embedding: Tensor | None  # (B, T, KV, D)
+    mask: tuple[Any, ...]  # with DOC_ATTENTION the mask of the document attention
     beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_unit below zero
     observe: Observer | None
 
@@ -1466,7 +1538,8 @@ class GPT(nn.Module):
         slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
         fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
         beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
-        return Pass(order, banks, vectors, rotary, value, beta, observe)
+        mask = (self.attend.mask((ids == self.bos_id).cumsum(1)),) if self.cfg.doc_attention else ()
+        return Pass(order, banks, vectors, rotary, value, mask, beta, observe)
 
     def attention(self, x: Tensor, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
         """Attention of normalized x (B, T, C); also returns this layer's own values (B, T, KV, D)."""
@@ -1485,7 +1558,7 @@ class GPT(nn.Module):
         if "value_mix" in vectors:
             mix = vectors["value_mix"][layer]
             v = mix[0] * (own if first_v is None else first_v) + mix[1] * own
-        y = self.attend(q, k, v)
+        y = self.attend(q, k, v, *p.mask)
         if spec.xsa:
             y = exclusive(y, v)
         if "gate_weight" in vectors:
@@ -1555,7 +1628,7 @@ def compiled(cfg: Config, function: Callable) -> Callable:
 
 def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
     """The model of `cfg` on this rank's device, with its parameter count in the log."""
-    attend = choose_back_end(run, ATTENTION_BACK_ENDS, cfg.attn_backend)
+    attend = choose_back_end(run, DOCUMENT_BACK_ENDS if cfg.doc_attention else ATTENTION_BACK_ENDS, cfg.attn_backend)
     feed_forward = choose_back_end(run, MLP_BACK_ENDS, cfg.mlp_backend)
     model = GPT(cfg, bos_id, attend, run.ranks.device, feed_forward)
     count = sum(p.numel() for p in model.parameters())
