@@ -1631,8 +1631,10 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
     attend = choose_back_end(run, DOCUMENT_BACK_ENDS if cfg.doc_attention else ATTENTION_BACK_ENDS, cfg.attn_backend)
     feed_forward = choose_back_end(run, MLP_BACK_ENDS, cfg.mlp_backend)
     model = GPT(cfg, bos_id, attend, run.ranks.device, feed_forward)
-    count = sum(p.numel() for p in model.parameters())
-    run.log(f"model_params:{count}")
+    parts = {name.split(".")[1]: p.numel() for name, p in model.named_parameters()}
+    count = sum(parts.values())
+    run.log(f"model_params:{count} ({' '.join(f'{n}:{c}' for n, c in parts.items() if c > 0.002 * count)}) "
+            f"passes:{len(final_order(cfg))} over {cfg.num_layers} layers")  # fmt: skip
     run.log.event("model", parameters=count, mlp_hidden=cfg.hidden_dim)
     run.log(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} xsa_last_n:{cfg.xsa_last_n} "
             f"mlp_activation:{cfg.mlp_activation} hidden:{cfg.hidden_dim}")  # fmt: skip

@@ -87,6 +87,8 @@ def test_a_system_runs_end_to_end(
     assert re.findall(r"^(legal_ttt\w*)_exact", log, re.MULTILINE) == (
         ["legal_ttt", "legal_ttt_ngram"] if name == "ttt_ngram" else [])  # fmt: skip
     assert (tmp_path / f"logs/{name}.pgolf").stat().st_size > 0
+    passes = {"depth_recurrent": "passes:9 over 3 layers", "int6_mlp1488": "passes:9 over 9 layers"}
+    assert re.search(rf"^model_params:\d+ \(.*up:\d+ .*\) {passes.get(name, 'passes:')}", log, re.MULTILINE)
     source = re.search(r"^  matrix_lr: \S+ \((\w+)\)$", log, re.MULTILINE)[1]
     assert source == "recipe"
 
