@@ -10,7 +10,7 @@
     --ranks N           GPUs of a run, through torchrun (1); a rank takes 98,304 tokens of a step
     --written-for S     clock that recipes are written for (600): their lengths in steps shrink by seconds / S
     --limit-s S         start no run that would not end within S seconds of the beginning (0: no limit)
-    --precompile N      first compile all variants, N processes at a time; only then the timed runs
+    --precompile N      compile the next N variants side by side before they run one after the other (0: do not)
     --out FILE          rows as JSON lines; runs that are finished there are not repeated
     --dry-run           show what would run
 
@@ -50,7 +50,6 @@ import json
 import math
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -132,7 +131,7 @@ def joined_lists(words: Sequence[str]) -> list[str]:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Options and, in `variants`, the named groups of settings; UsageError where they mean nothing."""
-    parser = argparse.ArgumentParser(prog="benchmarks.compare", usage=__doc__.split("\n\n", 1)[1].split("\n\nData")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.compare", usage="see --help", add_help=False)
     parser.add_argument("--seconds")
     parser.add_argument("--seeds", type=str.split, default=["1337"])
     parser.add_argument("--shared", type=str.splitlines, default=[])
@@ -210,7 +209,8 @@ def job_of(given: argparse.Namespace, base: Mapping[str, str], variant: Variant,
     except t.UserError as problem:
         return Job(variant, seed, env, "", f"error: {problem}")
     script = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
-    key = hashlib.sha256(f"{variant.name} {seed} {given.ranks} {script} {config_hash(values)}".encode()).hexdigest()[:16]
+    identity = f"{variant.name} {seed} {given.ranks} {script} {config_hash(values)}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     env["RUN_ID"] = f"compare_{re.sub(r'[^A-Za-z0-9.]+', '_', variant.name)[:60]}_{key[:8]}_seed{seed}"
     return Job(variant, seed, env, key)
 
@@ -230,7 +230,7 @@ def described(jobs: Iterable[Job]) -> str:
     for job in jobs:
         lengths = {name.upper(): job.env[name.upper()] for name in LENGTHS if name.upper() in job.env}
         words = " ".join(f"{key}={value}" for key, value in {**lengths, **job.variant.settings}.items())
-        lines.setdefault(job.variant.name, f"  {job.variant.name}: {words}" + (f"  {job.problem}" if job.problem else ""))
+        lines.setdefault(job.variant.name, f"  {job.variant.name}: {words} {job.problem}".rstrip())
     return "\n".join(lines.values())
 
 
@@ -335,7 +335,7 @@ def spread_rows(columns: Sequence[Column], rows: Sequence[Row]) -> list[list[str
 
 
 def differences(given: argparse.Namespace, rows: Sequence[Row]) -> list[Column]:
-    """For ablations: the last score over the full configuration's mean, and that over the noise of such a difference."""
+    """For ablations: the last score less the full configuration's mean, and that over the noise of a difference."""
     full = given.variants[0].name
     scores = [final(row) for row in rows if row["name"] == full and not row["status"] and row["scores"]]
     if not given.remove or not scores:
@@ -366,7 +366,7 @@ def table(given: argparse.Namespace, rows: Sequence[Row]) -> str:
         lines += spread_rows(columns, finished) if len(finished) > 1 else []
     devices = dict.fromkeys(f"{row['device']}, torch {row['torch']}" for row in rows if "device" in row)
     warning = " (timings of different machines do not compare)" if len(devices) > 1 else ""
-    note = ("\nover noise: the difference over sd x sqrt(1 + 1/n) of the n full runs" if given.remove else "")  # fmt: skip
+    note = "\nover noise: the difference over sd x sqrt(1 + 1/n) of the n full runs" if given.remove else ""
     head = ["variant", "seed", *(column.title for column in columns), "never activated", "status"]
     return f"{'; '.join(devices)}{warning}; scores in bits per byte\n{markdown(head, lines)}{note}"
 
@@ -376,39 +376,46 @@ def table(given: argparse.Namespace, rows: Sequence[Row]) -> str:
 # ---------------------------------------------------------------------------------------
 
 
-def precompile(given: argparse.Namespace, jobs: Sequence[Job]) -> None:
-    """Fill the compile cache with every variant's graphs, `--precompile` processes at a time; scores do not count."""
-    waiting = list({job.variant.name: job for job in jobs}.values())
-    running: list[tuple[Job, subprocess.Popen, str, float]] = []
-    while waiting or running:
-        while waiting and len(running) < given.precompile:
-            job = waiting.pop(0)
-            run_id = f"{job.env['RUN_ID']}_compile"
-            process = start({**job.env, **COMPILE_ONLY, "RUN_ID": run_id}, given.ranks)
-            running.append((job, process, run_id, time.perf_counter()))
-        job, process, run_id, begin = running.pop(0)
-        ended = finish(process, run_id, begin)
+def precompile(given: argparse.Namespace, waiting: Sequence[Job], compiled: set[str]) -> None:
+    """Fill the compile cache for the next `--precompile` variants, side by side; scores do not count."""
+    fresh, running = {}, []
+    for job in waiting:
+        if not job.problem and job.variant.name not in compiled:
+            fresh.setdefault(job.variant.name, job)
+    for job in list(fresh.values())[: given.precompile]:
+        run_id = f"{job.env['RUN_ID']}_compile"
+        begin = time.perf_counter()
+        running.append((job, start({**job.env, **COMPILE_ONLY, "RUN_ID": run_id}, given.ranks), run_id, begin))
+    for job, *started in running:
+        compiled.add(job.variant.name)
+        ended = finish(*started)
         print(f"compiled {job.variant.name}: {ended.seconds:.0f} s {ended.error}", flush=True)
+
+
+def run_one(given: argparse.Namespace, job: Job) -> Row:
+    """Run a job, or take its problem for its result; the row is in --out before anything else can happen."""
+    print(f"running {job.variant.name}, seed {job.seed}", flush=True)
+    row = row_of(job, Finished(1, 0.0, job.problem) if job.problem else train(job.env, given.ranks))
+    if given.out:
+        with given.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    return row
 
 
 def run_all(given: argparse.Namespace, jobs: Sequence[Job]) -> list[Row]:
     """Run what is not done yet while the time allows, with a table after every run; returns the rows."""
-    done, begin = read_done(given.out), time.perf_counter()
+    done, begin, compiled = read_done(given.out), time.perf_counter(), set()
     rows = [done[job.key] for job in jobs if job.key in done]
     waiting = [job for job in jobs if job.key not in done]
-    if given.precompile:
-        precompile(given, [job for job in waiting if not job.problem])
+    print(f"{len(rows)} runs finished before, {len(waiting)} to do", flush=True)
     while waiting:
         longest = max((row["wall_s"] for row in rows), default=0.0)
         if given.limit_s and time.perf_counter() - begin + longest > given.limit_s:
             break
-        job = waiting.pop(0)
-        print(f"running {job.variant.name}, seed {job.seed}; {len(waiting)} more", flush=True)
-        row = row_of(job, Finished(1, 0.0, job.problem) if job.problem else train(job.env, given.ranks))
-        rows.append(row)
-        if given.out:
-            with given.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        if given.precompile and not (waiting[0].problem or waiting[0].variant.name in compiled):
+            precompile(given, waiting, compiled)
+            continue  # that took time
+        rows.append(run_one(given, waiting.pop(0)))
         if waiting:
             print(table(given, rows), flush=True)
     print(f"\nvariants:\n{described(jobs)}")
@@ -420,8 +427,12 @@ def run_all(given: argparse.Namespace, jobs: Sequence[Job]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if every run that was started came to its end."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     try:
-        given = parse(sys.argv[1:] if arguments is None else arguments)
+        given = parse(arguments)
         jobs = jobs_of(given)
     except (UsageError, t.UserError) as problem:
         print(f"error: {problem}", file=sys.stderr)

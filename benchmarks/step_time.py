@@ -1,7 +1,7 @@
 """Median time of a full training step, and where it goes, for several configurations in one process.
 
     python -m benchmarks.step_time [--steps 100] [--profile] [KEY=value ...] [-- KEY=value ...] ...
-    python -m benchmarks.step_time --sweep [--lengths 1024 2048 ...] [--widths 384 512 ...] [--limit-s S] [KEY=value ...]
+    python -m benchmarks.step_time --sweep [--lengths N ...] [--widths N ...] [--limit-s S] [-- KEY=value ...]
     python -m benchmarks.step_time --curve 300 [KEY=value ...] -- KEY=value ...
 
 Each group of KEY=value pairs between `--` is one variant on top of the environment; 98,304 tokens a step unless
@@ -374,10 +374,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     groups = [given.settings, *others]
     if min(given.steps, given.curve or 1) < 1:
         raise UsageError("--steps, --curve: at least 1")
-    if given.sweep and others:
-        raise UsageError("--sweep takes one configuration")
     variants = [Variant(" ".join(words) or "default", settings_of(words)) for words in groups]
-    given.variants = sweep(variants[0].settings, given.lengths, given.widths) if given.sweep else variants
+    if given.sweep and len([variant for variant in variants if variant.settings]) > 1:
+        raise UsageError("--sweep takes one configuration")
+    given.variants = sweep(variants[-1].settings, given.lengths, given.widths) if given.sweep else variants
     return given
 
 
