@@ -22,26 +22,15 @@ after `--recipes` that bear a recipe's name add settings to it. MAX_WALLCLOCK_SE
 equal ITERATIONS) takes the lengths as they are. The whole table is printed after every run; numbers come from
 logs/<RUN_ID>.jsonl, and what a run printed lies in logs/<RUN_ID>.console.txt.
 
-One session on the device machine; .bench holds copies of shared/minitrack, shared/corpus and shared/tokenizers and is
-carried, and so is .rows, where the rows of the call before are put back (cp <files_at>/rows.jsonl .rows/):
+On the device machine, after what benchmarks/README.md says of carrying data there; the same line in the next call
+continues a series that the 10 minutes of a call cut off:
 
-    mkdir -p .bench .rows && cp -r ../shared/minitrack ../shared/corpus ../shared/tokenizers .bench/
-    printf '/.bench/\\n/.rows/\\n' >> "$(git rev-parse --git-common-dir)/info/exclude"
-
-    # every call, carry [".bench", ".rows"], timeout_s 600; shards and the compile cache stay while the machine is warm
-    export MINITRACK_CACHE=/tmp/minitrack TORCHINDUCTOR_CACHE_DIR=/tmp/inductor PYTHONUNBUFFERED=1
-    : > /tmp/none.py; bash .bench/minitrack/run.sh /tmp/none.py
-    export DATA_PATH=/tmp/minitrack/datasets/fineweb10B_sp1024
-    export TOKENIZER_PATH=/tmp/minitrack/tokenizers/fineweb_1024_bpe.model
-    cp .rows/rows.jsonl $OUT/ 2>/dev/null
-    go() { python3 -m benchmarks.compare --out $OUT/rows.jsonl --limit-s $((585 - SECONDS)) "$@"; }
-
-    # then one of these lines; the same line again in the next call continues the series
-    go --recipes -- xsa_gptq GPTQ_RESERVE_SECONDS=7 -- default
-    go --shared MAX_WALLCLOCK_SECONDS=0 EVAL_STRIDE=64 -- mar22_control RECIPE=records/recipes/mar22_control.env \\
-       -- mar22_asqu RECIPE=records/recipes/mar22_asqu.env
-    go --seeds 1337 42 0 --remove XSA_LAST_N=0 --remove VE_ENABLED=0 --remove BIGRAM_VOCAB_SIZE=0 \\
-       --remove SMEAR_GATE_ENABLED=0 --remove EMA_ENABLED=0 --remove LATE_QAT_THRESHOLD=0 --remove GPTQ_ENABLED=0 full
+    bash benchmarks/session.sh compare --precompile 3 --recipes -- xsa_gptq GPTQ_RESERVE_SECONDS=7 -- default
+    bash benchmarks/session.sh compare --shared MAX_WALLCLOCK_SECONDS=0 EVAL_STRIDE=64 \\
+        -- control RECIPE=records/recipes/mar22_control.env -- asqu RECIPE=records/recipes/mar22_asqu.env
+    bash benchmarks/session.sh compare --precompile 3 --seeds 1337 42 0 --remove XSA_LAST_N=0 --remove VE_ENABLED=0 \\
+        --remove BIGRAM_VOCAB_SIZE=0 --remove SMEAR_GATE_ENABLED=0 --remove MLP_ACTIVATION=relu2 --remove LN_SCALE=0 \\
+        --remove EMA_ENABLED=0 --remove LATE_QAT_THRESHOLD=0 --remove GPTQ_ENABLED=0 default
 """
 
 import argparse

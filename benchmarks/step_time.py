@@ -20,11 +20,11 @@ the same data (phase `train`, learning rate falling as over a run of N steps) an
 yardstick `rounding` is the first variant again with every initial weight off by a relative 2^-9, bfloat16's rounding:
 two correct implementations may drift apart as far as that.
 
-One H100, from the working directory of the device tool with shards as in benchmarks/compare.py:
+On the device machine, as benchmarks/README.md says:
 
-    python3 -m benchmarks.step_time --profile ATTN_BACKEND=cudnn -- ATTN_BACKEND=cudnn MLP_BACKEND=plain
-    python3 -m benchmarks.step_time --curve 300 MLP_BACKEND=plain -- MLP_BACKEND=triton
-    python3 -m benchmarks.step_time --sweep --steps 30 --limit-s $((585 - SECONDS))
+    bash benchmarks/session.sh step_time --steps 60 --profile ATTN_BACKEND=cudnn -- ATTN_BACKEND=cudnn MLP_BACKEND=plain
+    bash benchmarks/session.sh step_time --curve 300 MLP_BACKEND=plain -- MLP_BACKEND=triton
+    bash benchmarks/session.sh step_time --steps 30 --sweep
 """
 
 import argparse

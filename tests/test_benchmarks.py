@@ -22,8 +22,11 @@ PHASES = ["Hessians, 3 batches", "choosing the clip", "GPTQ of all matrices", "e
 BENCHMARKS = sorted((test_style.ROOT / "benchmarks").glob("*.py"))
 
 
-@pytest.mark.parametrize("check", [*test_style.TOOL_CHECKS, test_style.annotations, test_style.docstrings,
-                                   test_style.nesting, test_style.unused_imports], ids=lambda c: c.__name__)  # fmt: skip
+RULES = [*test_style.TOOL_CHECKS, test_style.annotations, test_style.docstrings, test_style.nesting,
+         test_style.unused_imports]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", RULES, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
 def test_benchmarks_keep_the_style(path: Path, check: test_style.Finder) -> None:
     """Short functions and lines, annotations, docstrings, no dead import."""

@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import re
 import shlex
+import shutil
 import statistics
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 from conftest import tiny_env
 
 import train_gpt as t
-from benchmarks import common, compare, start_time
+from benchmarks import common, compare, start_time, step_time
 
 Command = Callable[..., int]
 NEVER_SET = ("RUN_ID", "MAX_WALLCLOCK_SECONDS")
@@ -75,7 +78,8 @@ def test_recipes_are_variants_and_take_more_settings() -> None:
     assert {name for name, _ in jobs} == every | {"default"} and not any(job.problem for job in jobs.values())
     assert jobs["xsa_gptq", 1337].env["GPTQ_RESERVE_SECONDS"] == "7"
     assert jobs["xsa_gptq", 1337].env["RECIPE"].endswith("xsa_gptq.env") and "RECIPE" not in jobs["default", 1337].env
-    assert {name for name, _ in planned("--recipes", "mar22_asqu", "naive_baseline")} == {"mar22_asqu", "naive_baseline"}
+    named = ["mar22_asqu", "naive_baseline"]
+    assert [name for name, _ in planned("--recipes", *named)] == named
 
 
 def test_lengths_of_recipes_shrink_with_the_clock() -> None:
@@ -104,7 +108,8 @@ def test_ablations_take_the_full_configuration_and_its_seeds() -> None:
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ([], "no variant"), (["A=1"], "expected the name"), (["a", "B"], "expected KEY=value"), (["a", "--", "a"], "two variants"),
+    ([], "no variant"), (["A=1"], "expected the name"), (["a", "B"], "expected KEY=value"),
+    (["a", "--", "a"], "two variants"),
     (["a", "--", "b", "--seeds", "3"], "expected KEY=value"), (["--seeds", "1", "1", "a"], "each once"),
     (["--remove", "A=1", "a", "--", "b"], "one full configuration"),
 ])  # fmt: skip
@@ -121,19 +126,49 @@ def test_identity_is_configuration_seed_and_script() -> None:
     assert len(set(keys)) == 4 and keys[0] == keys[4]
 
 
-def documented(module: Any) -> list[list[str]]:
-    """The `go ...` command lines in a module's head, as words."""
-    text = module.__doc__.replace("\\\n", " ")
-    return [shlex.split(line)[1:] for line in text.splitlines() if line.strip().startswith("go --")]
+def documented(name: str) -> list[list[str]]:
+    """The arguments of every documented `bash benchmarks/session.sh NAME ...`."""
+    texts = [compare.__doc__, step_time.__doc__, Path(compare.__file__).with_name("README.md").read_text()]
+    lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    commands = [line for line in lines if line.startswith(f"bash benchmarks/session.sh {name}")]
+    assert all(len(line) < 2000 for line in commands), "longer than the device tool takes"
+    return [shlex.split(line.split("  #")[0])[3:] for line in commands]
 
 
 def test_documented_command_lines_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every line for the device plans runs that train_gpt.py accepts."""
-    lines = documented(compare)
-    assert len(lines) >= 3
+    """Every line for the device asks for runs that train_gpt.py accepts."""
+    lines = documented("compare")
+    assert len(lines) >= 3 and len(documented("step_time")) >= 3
     for words in lines:
         assert compare.main(["--dry-run", *words]) == 0, words
-    assert "mar22_asqu: " in capsys.readouterr().out
+    assert re.search(r"^  asqu: RECIPE=\S+mar22_asqu.env$", capsys.readouterr().out, re.MULTILINE), "nothing shortened"
+    for words in documented("step_time"):
+        assert all(t.Config.from_env(variant.settings) for variant in step_time.parse(words).variants)
+
+
+def test_session_prepares_data_and_continues(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, corpus: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The script of the device session: shards by run.sh, paths by the cache, rows from .rows to $OUT, time left."""
+    repo, cache, out = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("out")
+    shutil.copytree(compare.ROOT / "benchmarks", repo / "benchmarks")
+    for folder in (".bench/minitrack", ".rows", "bin"):
+        (repo / folder).mkdir(parents=True)
+    (repo / ".bench/minitrack/run.sh").write_text('[[ ! -s $1 ]] && echo "built $2 in $MINITRACK_CACHE"\n')
+    (repo / ".rows/rows.jsonl").write_text("a row\n")
+    (repo / "bin/python3").write_text('#!/bin/sh\necho "$DATA_PATH $TOKENIZER_PATH: $*"; exit 3\n')
+    (repo / "bin/python3").chmod(0o755)
+    env = {**os.environ, "PATH": f"{repo}/bin:{os.environ['PATH']}", "MINITRACK_CACHE": str(cache), "OUT": str(out)}
+    env["VOCAB_SIZE"] = "2048"
+    command = ["bash", str(repo / "benchmarks/session.sh"), "compare", "--recipes"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    built, ran = done.stdout.splitlines()
+    assert done.returncode == 3, "the benchmark's own status"
+    assert built == f"built VOCAB_SIZE=2048 in {cache}"
+    paths, arguments = ran.split(": ")
+    assert paths == f"{cache}/datasets/fineweb10B_sp2048 {cache}/tokenizers/fineweb_2048_bpe.model"
+    assert re.fullmatch(rf"-m benchmarks.compare --out {out}/rows.jsonl --limit-s 58\d --recipes", arguments)
+    assert (out / "rows.jsonl").read_text() == "a row\n" and (out / "compare.txt").read_text() == ran + "\n"
 
 
 # ---------------------------------------------------------------------------------------
@@ -145,7 +180,7 @@ EVENTS = [
     {"event": "model", "parameters": 1234567, "mlp_hidden": 9},
     {"event": "train", "step": 1, "train_loss": 6.0, "train_time_ms": 90, "step_avg_ms": 90.0, "lr_scale": 1.0},
     {"event": "val", "step": 600, "val_loss": 2.0, "val_bpb": 1.5, "train_time_ms": 48000},
-    {"event": "score", "name": "DIAGNOSTIC before_post_qat rounded", "val_loss": 9.0, "val_bpb": 9.0, "eval_time_ms": 1},
+    {"event": "score", "name": "DIAGNOSTIC before_post_qat rounded", "val_loss": 9, "val_bpb": 9, "eval_time_ms": 1},
     {"event": "train", "step": 650, "train_loss": 2.0, "train_time_ms": 3000, "step_avg_ms": 4.6, "lr_scale": 0.1},
     {"event": "score", "name": "DIAGNOSTIC after_post_qat rounded", "val_loss": 8.0, "val_bpb": 8.0, "eval_time_ms": 1},
     {"event": "size", "artifact_bytes": 15000000, "code_bytes": 160000, "limit": 16000000, "kind": "int6+ans"},
@@ -194,7 +229,8 @@ def test_spread_and_ablations() -> None:
     rows += [failed, row_at("A=0", 0, 1.5), row_at("B=0", 0, 1.4)]
     text = compare.table(compare.parse(["--remove", "A=0", "--remove", "B=0", "full"]), rows)
     mean, sd = statistics.fmean(full), statistics.stdev(full)
-    assert column(text, "sliding") == ["1.40000", "1.41000", "1.45000", "", f"{mean:.5f}", f"{sd:.5f}", "1.50000", "1.40000"]
+    expected = [*full, None, mean, sd, 1.5, 1.4]
+    assert column(text, "sliding") == [common.shown(value, ".5f") for value in expected]
     assert column(text, "seed")[4:6] == ["mean of 3", "sd"]
     assert column(text, "minus full")[-2:] == [f"{1.5 - mean:+.5f}", f"{1.4 - mean:+.5f}"]
     noise = sd * math.sqrt(1 + 1 / 3)
@@ -230,11 +266,13 @@ def test_runs_end_to_end_and_are_not_repeated(
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
     log = [json.loads(line) for line in next(Path("logs").glob("compare_good_*.jsonl")).read_text().splitlines()]
     scores = [event["val_bpb"] for event in log if event["event"] == "score"]
-    assert [rows[0]["before"], *rows[0]["scores"].values()] == scores and list(rows[0]["scores"]) == ["round trip", "sliding"]
+    assert [rows[0]["before"], *rows[0]["scores"].values()] == scores
+    assert list(rows[0]["scores"]) == ["round trip", "sliding"]
     assert rows[0]["train_limit_s"] == 60 and rows[0]["steps"] == 12 and rows[0]["wall_s"] > rows[0]["train_s"]
 
     tried = []
-    monkeypatch.setattr(compare, "train", lambda env, ranks: tried.append(env["RUN_ID"]) or common.Finished(3, 1.0, "x"))
+    failed = common.Finished(3, 1.0, "x")
+    monkeypatch.setattr(compare, "train", lambda env, ranks: tried.append(env["RUN_ID"]) or failed)
     assert compare.main(words) == 1
     again = capsys.readouterr().out
     assert [run_id.split("_")[1] for run_id in tried] == ["diverges"] and "1 runs finished before, 2 to do" in again
@@ -277,7 +315,8 @@ def test_compiling_ahead_is_for_the_next_variants(
     order: list[str] = []
     monkeypatch.setattr(compare, "train", fake_train(order, 1.0))
     monkeypatch.setattr(compare, "start", lambda env, ranks: order.append(env["RUN_ID"]) or env)
-    monkeypatch.setattr(compare, "finish", lambda env, run_id, begin: common.Finished(int(env["ITERATIONS"]), 0.0, "late"))
+    late = common.Finished(0, 0.0, "late")
+    monkeypatch.setattr(compare, "finish", lambda env, run_id, begin: late if env["ITERATIONS"] == "1" else None)
     words = ["--precompile", "2", "--seeds", "1", "2", "a", "--", "bad", "MODEL_DIM=7", "--", "b", "--", "c"]
     assert compare.main(words) == 1
     short = [re.sub(r"compare_(\w+?)_\w{8}_seed(\d)", r"\1\2", run_id) for run_id in order]
@@ -301,7 +340,8 @@ def test_launch_is_torchrun_for_several_ranks(toy: Path) -> None:
 
 
 @pytest.mark.parametrize(("log", "console", "error"), [
-    ("error: UserError: no", "error: other\n", "error: UserError: no"), ("", "warning\nerror: bad value\n", "error: bad value"),
+    ("error: UserError: no", "error: other\n", "error: UserError: no"),
+    ("", "warning\nerror: bad value\n", "error: bad value"),
     ("step:1", "Traceback\n  x\ntorch.OutOfMemoryError: CUDA out\n=====\n", "torch.OutOfMemoryError: CUDA out"),
     ("", "Killed\n", "Killed"), ("", "", "it printed nothing"),
 ])  # fmt: skip
@@ -318,8 +358,12 @@ def test_start_is_timed_to_its_first_step(
 ) -> None:
     """Two real starts with one set of caches; the parts of the time to the first step add up."""
     folders = []
-    real = start_time.start
-    monkeypatch.setattr(start_time, "start", lambda env, ranks: folders.append(env["TRITON_CACHE_DIR"]) or real(env, ranks))
+
+    def recorded(env: dict[str, str], ranks: int) -> Any:
+        folders.append(env["TRITON_CACHE_DIR"])
+        return common.start(env, ranks)
+
+    monkeypatch.setattr(start_time, "start", recorded)
     assert start_time.main(["ITERATIONS=1", "EVAL_STRIDE=0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[-2:]]
