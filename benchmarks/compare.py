@@ -2,7 +2,8 @@
 
     python -m benchmarks.compare [options] NAME [KEY=value ...] [-- NAME [KEY=value ...]] ...   # named variants
     python -m benchmarks.compare [options] --recipes [NAME ...]                                 # recipes (none: all)
-    python -m benchmarks.compare [options] --remove KEY=value [...] [--remove ...] NAME [...]   # ablations of NAME
+    python -m benchmarks.compare [options] --remove KEY=value [...] [--remove ...] NAME [...]   # ablations of NAME,
+                                                             # one run for each --remove (--without is the same word)
 
     --seconds S         MAX_WALLCLOCK_SECONDS of every run (60)
     --seeds N ...       every variant with each seed (1337); with --remove only the full configuration, for the noise
@@ -100,6 +101,7 @@ LISTS: dict[str, Callable[[str], Any]] = {  # option that takes several words ->
     "--seeds": str.isdigit,
     "--shared": lambda word: "=" in word,
     "--remove": lambda word: "=" in word,
+    "--without": lambda word: "=" in word,
     "--recipes": lambda word: (RECIPES / f"{word}.env").is_file(),
 }
 
@@ -124,7 +126,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds")
     parser.add_argument("--seeds", type=str.split, default=["1337"])
     parser.add_argument("--shared", type=str.splitlines, default=[])
-    parser.add_argument("--remove", type=str.splitlines, action="append", default=[])
+    parser.add_argument("--remove", "--without", type=str.splitlines, action="append", default=[])
     parser.add_argument("--recipes", type=str.split)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--written-for", type=float, default=600.0)

@@ -12,13 +12,13 @@ Model FLOPs per token: 6 x matrix parameters that a pass multiplies by (banks an
 attention (forward and backward, half of T x T). Utilization is that rate over 989 TFLOP/s, the dense bf16 datasheet
 rate of an H100 SXM.
 
---profile adds device time per step by kind of kernel, from the profiler's trace: what the optimizer launches counts
-there whatever it is, `gaps` is the median step less the time in which the device was busy, and the 30 largest kernels
-are listed before the table. --sweep varies sequence length and width (at the head size and the ratio of key/value
-heads of the configuration) at constant tokens a step. --curve trains each variant for N steps from the same weights on
-the same data (phase `train`, learning rate falling as over a run of N steps) and prints their losses side by side. Its
-yardstick `rounding` is the first variant again with every initial weight off by a relative 2^-9, bfloat16's rounding:
-two correct implementations may drift apart as far as that.
+--profile adds device time per step by kind of kernel, from the profiler's trace, and lists the 30 largest kernels. What
+Muon, Adam, clipping and EMA launch is `optimizer` whatever it is; `gaps` is the median step less the time in which the
+device was busy. --sweep varies sequence length and width (at the head size and the ratio of key/value heads of the
+configuration) at constant tokens a step. --curve trains each variant for N steps from the same weights on the same data
+(phase `train`, learning rate falling as over a run of N steps) and prints their losses side by side. Its yardstick
+`rounding` is the first variant again with every initial weight off by a relative 2^-9, bfloat16's rounding: two correct
+implementations may drift apart as far as that. The same variant given twice shows the noise of either measurement.
 
 On the device machine, as benchmarks/README.md says:
 
@@ -110,7 +110,8 @@ def one_step(trainer: t.Trainer, averager: t.Averager, number: int, lr_scale: fl
     phase = t.phases(cfg)["train"]
     trainer.model.order = phase.order
     loss = trainer.step(number, phase, lr_scale, t.momentum_at(cfg, number))
-    averager.update(number + 1, lr_scale)
+    with torch.profiler.record_function("optimizer"):
+        averager.update(number + 1, lr_scale)
     return loss
 
 
@@ -120,12 +121,12 @@ class Mark:
     def __init__(self, device: torch.device) -> None:
         self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         self.moment = time.perf_counter()
-        if self.event:
+        if self.event is not None:
             self.event.record()
 
     def ms_until(self, later: "Mark") -> float:
         """Milliseconds; the device must have passed both."""
-        return self.event.elapsed_time(later.event) if self.event else 1000 * (later.moment - self.moment)
+        return 1000 * (later.moment - self.moment) if self.event is None else self.event.elapsed_time(later.event)
 
 
 def mark_optimizer(trainer: t.Trainer) -> list[Mark]:
@@ -281,12 +282,12 @@ def curves_table(curves: dict[str, list[float]]) -> str:
 
 def compare_curves(variants: Sequence[Variant], steps: int) -> str:
     """The table of all variants' curves and of the yardstick."""
+    wanted = [(variant.name, variant, False) for variant in variants]
+    wanted.insert(1, ("rounding", variants[0], True))
     curves = {}
-    for number, variant in enumerate(variants):
-        if losses := with_runtime(variant, lambda run: curve(run, steps)):
-            curves[variant.name] = losses
-        if not number and losses:
-            curves["rounding"] = with_runtime(variant, lambda run: curve(run, steps, perturbed=True))
+    for name, variant, perturbed in wanted:
+        losses = with_runtime(variant, partial(curve, steps=steps, perturbed=perturbed))
+        curves |= {name: losses} if losses else {}
     return curves_table(curves) if curves else "no variant ran"
 
 
@@ -374,7 +375,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     groups = [given.settings, *others]
     if min(given.steps, given.curve or 1) < 1:
         raise UsageError("--steps, --curve: at least 1")
-    variants = [Variant(" ".join(words) or "default", settings_of(words)) for words in groups]
+    names = [" ".join(words) or "default" for words in groups]
+    again = [f" ({count})" if (count := names[:i].count(name) + 1) > 1 else "" for i, name in enumerate(names)]
+    variants = [Variant(n + a, settings_of(words)) for n, a, words in zip(names, again, groups, strict=True)]
     if given.sweep and len([variant for variant in variants if variant.settings]) > 1:
         raise UsageError("--sweep takes one configuration")
     given.variants = sweep(variants[-1].settings, given.lengths, given.widths) if given.sweep else variants

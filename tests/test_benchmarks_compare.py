@@ -100,7 +100,7 @@ def test_lengths_of_recipes_shrink_with_the_clock() -> None:
 
 def test_ablations_take_the_full_configuration_and_its_seeds() -> None:
     """Each removal alone, with the first seed; the full one with all, first."""
-    jobs = planned("--seeds", "5", "6", "--remove", "XSA_LAST_N=0", "--remove", "VE_ENABLED=0", "EMA_ENABLED=0", "full",
+    jobs = planned("--seeds", "5", "6", "--remove", "XSA_LAST_N=0", "--without", "VE_ENABLED=0", "EMA_ENABLED=0", "full",
                    "MIN_LR=0.1")  # fmt: skip
     assert list(jobs) == [("full", 5), ("full", 6), ("XSA_LAST_N=0", 5), ("VE_ENABLED=0 EMA_ENABLED=0", 5)]
     cfg = t.Config.from_env(jobs["VE_ENABLED=0 EMA_ENABLED=0", 5].env)

@@ -61,6 +61,13 @@ def test_sweep_is_every_length_with_every_width(toy: Path, capsys: pytest.Captur
     assert names == ["width 16, length 16", "width 16, length 64", "width 48, length 16", "width 48, length 64"]
 
 
+def test_the_same_variant_twice_has_two_names() -> None:
+    """The difference between them is the noise of the measurement."""
+    variants = step_time.parse(["A=1", "--", "B=1", "--", "A=1"]).variants
+    assert [variant.name for variant in variants] == ["A=1", "B=1", "A=1 (2)"]
+    assert variants[0].settings == variants[2].settings == {"A": "1"}
+
+
 def test_default_sweep_is_the_one_that_users_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,024 to 8,192 tokens, widths 384 to 768, 98,304 tokens a step: each divides into whole sequences."""
     variants = step_time.parse(["--sweep"]).variants
@@ -144,12 +151,12 @@ def test_breakdown_of_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_optimizer_has_its_name_in_a_trace(run: t.Runtime) -> None:
-    """Once per profiled step, on the host's side, as the breakdown looks for it."""
+    """For the step and for the average, on the host's side, as the breakdown looks for it."""
     trainer, averager = step_time.build(run)
     marks = step_time.mark_optimizer(trainer)
     trace = step_time.profile(trainer, averager)
     spans = [e for e in trace if (e.get("cat"), e.get("name")) == ("user_annotation", "optimizer")]
-    assert len(spans) == len(marks) == step_time.PROFILED_STEPS and all(span["dur"] > 0 for span in spans)
+    assert len(spans) == 2 * len(marks) == 2 * step_time.PROFILED_STEPS and all(span["dur"] > 0 for span in spans)
     assert step_time.kernels_of(trace) == [], "nothing ran on a device"
 
 
