@@ -100,8 +100,8 @@ def test_lengths_of_recipes_shrink_with_the_clock() -> None:
 
 def test_ablations_take_the_full_configuration_and_its_seeds() -> None:
     """Each removal alone, with the first seed; the full one with all, first."""
-    jobs = planned("--seeds", "5", "6", "--remove", "XSA_LAST_N=0", "--without", "VE_ENABLED=0", "EMA_ENABLED=0", "full",
-                   "MIN_LR=0.1")  # fmt: skip
+    jobs = planned("--seeds", "5", "6", "--remove", "XSA_LAST_N=0", "--without", "VE_ENABLED=0", "EMA_ENABLED=0",
+                   "full", "MIN_LR=0.1")  # fmt: skip
     assert list(jobs) == [("full", 5), ("full", 6), ("XSA_LAST_N=0", 5), ("VE_ENABLED=0 EMA_ENABLED=0", 5)]
     cfg = t.Config.from_env(jobs["VE_ENABLED=0 EMA_ENABLED=0", 5].env)
     assert (cfg.ve_enabled, cfg.ema_enabled, cfg.min_lr, cfg.xsa_last_n) == (False, False, 0.1, 11)
@@ -353,24 +353,34 @@ def test_last_error(log: str, console: str, error: str, in_tmp: Path) -> None:
     assert common.last_error("r") == error
 
 
-def test_start_is_timed_to_its_first_step(
+def test_start_is_timed_to_its_first_step(toy: Path) -> None:
+    """A real start: its first step lies between the warm-up that the ledger has and the end of the run."""
+    env = {**common.plain_environment(), "RUN_ID": "start_cold", "ITERATIONS": "1", "EVAL_STRIDE": "0"}
+    cold = start_time.timed_start("cold", env)
+    assert 0 < cold.warmup < cold.first_step < cold.finished.seconds and cold.finished.status == 0
+    ledgers = [event for event in common.events("start_cold") if event["event"] == "ledger"]
+    assert cold.warmup == ledgers[-1]["phases"]["warmup"]
+
+
+def test_starts_share_caches_that_begin_empty(
     toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two real starts with one set of caches; the parts of the time to the first step add up."""
-    folders = []
+    """A cold and a warm start, judged by their own targets."""
+    seen = []
 
-    def recorded(env: dict[str, str], ranks: int) -> Any:
-        folders.append(env["TRITON_CACHE_DIR"])
-        return common.start(env, ranks)
+    def timed(name: str, env: dict[str, str]) -> start_time.Start:
+        folder = Path(env["TORCHINDUCTOR_CACHE_DIR"]).parent
+        seen.append((name, folder, sorted(path.name for path in folder.iterdir()), env["TRAIN_BATCH_TOKENS"]))
+        (folder / name).touch()
+        return start_time.Start(name, 100.0, 70.0, common.Finished(0, 130.0, ""))
 
-    monkeypatch.setattr(start_time, "start", recorded)
-    assert start_time.main(["ITERATIONS=1", "EVAL_STRIDE=0"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[-2:]]
-    assert [row[0] for row in rows] == ["cold", "warm"] and len(set(folders)) == 1 and not Path(folders[0]).exists()
-    for _, first, target, judged, before, warmup, whole in rows:
-        assert float(before) + float(warmup) == pytest.approx(float(first), abs=0.11) and judged == "met"
-        assert 0 < float(first) < float(whole) and float(target) >= 60
+    monkeypatch.setattr(start_time, "timed_start", timed)
+    assert start_time.main(["EVAL_STRIDE=0"]) == 0
+    assert [row[0] for row in seen] == ["cold", "warm"] and [row[2] for row in seen] == [[], ["cold"]]
+    assert seen[0][1] == seen[1][1] and not seen[0][1].exists() and seen[0][3] == "256"
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert rows == [["cold", "100.0", "150", "met", "30.0", "70.0", "130.0"],
+                    ["warm", "100.0", "60", "**missed**", "30.0", "70.0", "130.0"]]  # fmt: skip
 
 
 def test_a_start_that_fails_says_why(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
