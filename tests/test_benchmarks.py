@@ -1,5 +1,9 @@
-"""benchmarks/export_time.py: every phase is in the table, and a floor runs what its phase cannot avoid."""
+"""benchmarks/export_time.py: every phase is in the table, and a floor runs what its phase cannot avoid.
 
+Also what holds for every benchmark: the rules of style that the tools keep.
+"""
+
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,11 +13,24 @@ import pytest
 import torch
 from conftest import tiny_env, tiny_model
 
+import test_style
 import train_gpt as t
 from benchmarks import export_time
 
-PHASES = ["Hessians, 3 batches", "choosing the clip", "GPTQ of all matrices", "encoding the artifact",
-          "reading it back", "plain evaluation, stride 32", "sliding evaluation, stride 16"]  # fmt: skip
+PHASES = ["Hessians, 3 batches", "choosing the clip", "GPTQ of all matrices", "encoding the artifact, 2 cores",
+          "reading it back, 2 cores", "plain evaluation, stride 32", "sliding evaluation, stride 16"]  # fmt: skip
+BENCHMARKS = sorted((test_style.ROOT / "benchmarks").glob("*.py"))
+
+
+RULES = [*test_style.TOOL_CHECKS, test_style.annotations, test_style.docstrings, test_style.nesting,
+         test_style.unused_imports]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", RULES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
+def test_benchmarks_keep_the_style(path: Path, check: test_style.Finder) -> None:
+    """Short functions and lines, annotations, docstrings, no dead import."""
+    test_style.assert_clean(path, check)
 
 
 def output_of(arguments: list[str], corpus: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> list[str]:
@@ -40,8 +57,11 @@ def test_table_has_every_phase(
     lines = output_of(["--batches", "3", *limit, "SEED=7"], corpus, monkeypatch, capsys)
     rows = table_of(lines)
     tails = ["", "", "", "", "", *(f", {count} windows" for count in counts)]
-    assert [row[0] for row in rows] == [name + tail for name, tail in zip(PHASES, tails, strict=True)]
-    for _, cold, warm, floor, what, ratio in rows:
+    names = [name + tail for name, tail in zip(PHASES, tails, strict=True)]
+    assert [row[0] for row in rows] == [*names, "Hessians and GPTQ together"]
+    assert [row[6] for row in rows] == ["", "", "", "20 s", "5 s", "", "1.3 x floor", ""]
+    for _, cold, warm, floor, what, ratio, target, judged in rows:
+        assert judged in (("met", "**missed**") if target else ("",))
         assert min(map(float, (cold, warm, floor, ratio))) > 0 and what
         assert float(ratio) == pytest.approx(float(warm) / float(floor), rel=0.02, abs=0.01)
     size = next(line for line in lines if line.startswith("artifact: "))
@@ -124,3 +144,41 @@ def test_without_gptq_there_is_nothing_to_collect(run: t.Runtime) -> None:
     off = t.Runtime(t.replace(run.cfg, gptq_enabled=False), run.ranks, run.log, [])
     with pytest.raises(SystemExit, match="GPTQ_ENABLED=0"):
         export_time.time_all(off, None)
+
+
+def row(name: str, warm: float, floor: float, target: export_time.Target | None = None) -> export_time.Row:
+    return export_time.Row(name, 2 * warm, warm, floor, "work", target)
+
+
+def test_targets_are_limits_on_seconds_or_on_the_ratio() -> None:
+    """A target that is reached exactly is met; the cell beside it says so."""
+    seconds, ratio = export_time.Target(5), export_time.Target(1.3, of_floor=True)
+    assert row("a", 5.0, 1.0, seconds).cells()[-2:] == ["5 s", "met"]
+    assert row("a", 5.1, 1.0, seconds).cells()[-2:] == ["5 s", "**missed**"]
+    assert row("a", 13.0, 10.0, ratio).cells()[-2:] == ["1.3 x floor", "met"]
+    assert row("a", 14.0, 10.0, ratio).cells()[-3:] == ["1.40", "1.3 x floor", "**missed**"]
+    assert row("a", 14.0, 10.0).cells()[-2:] == ["", ""]
+
+
+@pytest.mark.parametrize(("batches", "seconds", "judged"), [(64, 3.5, ["6 s", "met"]), (64, 5.0, ["6 s", "**missed**"]),
+                                                            (8, 3.5, ["", ""])])  # fmt: skip
+def test_hessians_and_gptq_share_a_target(batches: int, seconds: float, judged: list[str]) -> None:
+    """Their sum is judged, at the number of batches that the target is for."""
+    rows = [row(f"Hessians, {batches} batches", seconds, 3.0), row("choosing the clip", 9.0, 1.0),
+            row("GPTQ of all matrices", 2.0, 0.5)]  # fmt: skip
+    both = export_time.together(rows)
+    assert (both.cold, both.warm, both.floor) == (2 * seconds + 4.0, seconds + 2.0, 3.5)
+    assert both.cells()[-2:] == judged
+
+
+def test_coding_gets_two_cores_and_gives_them_back() -> None:
+    """Fewer while it runs, as many as before when it has ended, by an error too."""
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ZeroDivisionError), export_time.few_cores(1):
+            assert torch.get_num_threads() == 1 and len(os.sched_getaffinity(0)) == 1
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == 3 and os.sched_getaffinity(0) == cores
+    finally:
+        torch.set_num_threads(threads)
