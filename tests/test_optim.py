@@ -191,7 +191,7 @@ def test_clip_factor_is_that_of_clip_grad_norm(size: float) -> None:
     optimizers = t.Optimizers(model.cfg, ONE, model)
     grads = random_gradients(model, 3, size)
     shards = [shard for shard, _ in optimizers.muon.launch().values()]
-    factor = optimizers.clip_factor(optimizers.average_small(), shards)
+    factor = optimizers.clip_factor(optimizers.launch_small()[0], shards)
     torch.nn.utils.clip_grad_norm_(list(model.parameters()), 0.3)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(grads[name] * factor, parameter.grad, rtol=1e-5, atol=0)
@@ -201,7 +201,7 @@ def test_no_clipping_at_zero() -> None:
     model = tiny_model(GRAD_CLIP_NORM=0)
     random_gradients(model, 0, 100.0)
     optimizers = t.Optimizers(model.cfg, ONE, model)
-    assert optimizers.clip_factor(optimizers.average_small(), [p.grad for p in model.banks.values()]) == 1.0
+    assert optimizers.clip_factor(optimizers.launch_small()[0], [p.grad for p in model.banks.values()]) == 1.0
 
 
 # Restoring
@@ -316,12 +316,9 @@ def restores_bitwise(trainer: t.Trainer, phase: t.Phase) -> bool:
 def clip_of_rank_gradients(run: t.Runtime, trainer: t.Trainer) -> float:
     """Clip factor when every rank brings other gradients (those of seed `rank`)."""
     random_gradients(trainer.model, run.ranks.rank)
-    launched = trainer.optimizers.muon.launch()
-    small = trainer.optimizers.average_small()
-    for _, handle in launched.values():
-        if handle is not None:
-            handle.wait()
-    return trainer.optimizers.clip_factor(small, [shard for shard, _ in launched.values()]).item()
+    launched, small = trainer.optimizers.muon.launch(), trainer.optimizers.launch_small()
+    shards = [t.arrived(pair) for pair in launched.values()]
+    return trainer.optimizers.clip_factor(t.arrived(small), shards).item()
 
 
 def free_port() -> int:
