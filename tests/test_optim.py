@@ -1,5 +1,6 @@
 """Section 5: Muon and Adam do what their formulas say, on one rank and on several, and their state restores bitwise."""
 
+import math
 import multiprocessing
 import os
 import socket
@@ -16,7 +17,7 @@ from torch import Tensor
 import train_gpt as t
 
 ONE = t.Ranks(0, 1, torch.device("cpu"))
-STEPS = 8
+STEPS = 50
 FIVE_LAYERS = {"NUM_LAYERS": 5, "XSA_LAST_N": 5}  # no world of 2 or 3 ranks divides them
 
 
@@ -289,8 +290,27 @@ def train_and_score(run: t.Runtime) -> dict[str, Any]:
     validation = t.load_validation(run)
     scores = [t.evaluate(run, model, validation, stride)[:3] for stride in (32, 12)]
     return {"losses": losses, "parameters": parameters, "hessians": hessians, "scores": scores,
+            "ttt": adapted_score(run, model, validation), "codes": shared_codes(run),
             "exported": export_hessians(run), "restored": restores_bitwise(trainer, plain),
             "clip": clip_of_rank_gradients(run, trainer)}  # fmt: skip
+
+
+def adapted_score(run: t.Runtime, model: t.GPT, validation: t.ValidationSet) -> float:
+    """bpb of score-first test-time training; six sequences a step, so that 1, 2 and 3 ranks divide them."""
+    settings = {"ttt_chunk_tokens": 1000, "ttt_epochs": 1, "ttt_batch_seqs": 6, "ttt_lr": 0.01, "eval_stride": 12}
+    run = replace(run, cfg=replace(run.cfg, **settings))
+    return t.TestTimeTrainer(run, model, validation).score().bpb
+
+
+def shared_codes(run: t.Runtime) -> dict[str, t.Coded]:
+    """Codes by GPTQ of a fixed model with fixed Hessians."""
+    model, generator = tiny_model(**FIVE_LAYERS), torch.Generator().manual_seed(5)
+    jobs, hessians = t.quant_jobs(model), {}
+    for job in jobs:
+        for name in job.hessians:
+            inputs = torch.randn(99, job.tensor.shape[2], generator=generator)
+            hessians[name] = inputs.T @ inputs
+    return {name: tuple(coded) for name, coded in t.quantize_shared(run, jobs, hessians, 4.0).items()}
 
 
 def export_hessians(run: t.Runtime) -> dict[str, Tensor]:
@@ -379,6 +399,26 @@ def test_ranks_score_as_one(worlds: dict[int, list[dict[str, Any]]], world: int)
         for (nats, *counts), (nats_one, *counts_one) in zip(result["scores"], one["scores"], strict=True):
             assert counts == counts_one
             assert nats == pytest.approx(nats_one, rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_adapt_as_one(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+    """Test-time training scores the same on any number of ranks, and better than not adapting."""
+    (one,) = worlds[1]
+    assert [result["ttt"] for result in worlds[world]] == pytest.approx([one["ttt"]] * world, abs=1e-5)
+    nats, _, counted = one["scores"][1]
+    assert one["ttt"] < nats / math.log(2) / counted - 0.001
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_gptq_and_get_the_same_codes(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+    """Bitwise those of one rank, on every rank: codes and scales."""
+    (one,) = worlds[1]
+    for result in worlds[world]:
+        assert result["codes"].keys() == one["codes"].keys()
+        for name, pair in one["codes"].items():
+            assert all(torch.equal(a, b) for a, b in zip(result["codes"][name], pair, strict=True)), name
+    assert all(codes.any() and scale.all() for codes, scale in one["codes"].values())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
