@@ -549,8 +549,8 @@ def is_first_to_fail(env: Mapping[str, str]) -> bool:
     if int(env.get("WORLD_SIZE", "1")) == 1:
         return True
     try:
-        place, patience = (env["MASTER_ADDR"], int(env["MASTER_PORT"])), timedelta(seconds=5)
-        store = dist.TCPStore(*place, is_master=False, timeout=patience)
+        patience = timedelta(seconds=5)
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=patience)
         return store.add(f"failed/{env.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
     except (RuntimeError, KeyError):  # no torchrun: rank 0 kept the store and has gone, or there is none
         return True
@@ -2234,14 +2234,14 @@ def save_weights(run: Runtime, averager: Averager, steps: int) -> None:
         about = {"architecture": run.cfg.architecture(), "steps": steps, "order": list(averager.model.order)}
         torch.save({**about, "raw": raw, "average": average}, buffer)
         try:
-            write_whole(path, buffer.getvalue(), "WEIGHTS_PATH")
+            write_whole(path, buffer.getbuffer(), "WEIGHTS_PATH")
             run.log(f"weights: {path} (raw, average) {path.stat().st_size} bytes")
         except UserError as problem:
             run.log(f"WARNING: weights of step {steps} not saved: {problem}")
     run.ranks.agree(0)
 
 
-def write_whole(path: Path, blob: bytes, variable: str) -> None:
+def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
     """Write a file through a temporary name: it is whole or the older one. UserError where that fails."""
     partial_path = path.with_name(path.name + ".partial")
     try:
@@ -2844,7 +2844,7 @@ def score_windows(run: Runtime, model: GPT, validation: ValidationSet, windows: 
     offsets = torch.arange(length + 1, device=device)
     weights, order = model.fast_weights(False), model.order
     sums = torch.zeros(3, dtype=torch.float64, device=exact_device(device))
-    for chunk in plan.split(batch):
+    for chunk in plan.split(batch) if len(plan) else ():  # a rank may have no share of a short chunk
         positions = chunk[:, :1] + offsets
         tokens = validation.tokens[positions].long()
         nll = model.fast_nll(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, order)

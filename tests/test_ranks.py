@@ -215,6 +215,14 @@ def test_spoilt_weights_never_replace_good_ones(run: t.Runtime, last: int) -> No
     assert torch.load(run.cfg.weights_file, weights_only=True)["steps"] == last
 
 
+def test_a_rank_without_windows_runs_no_model(run: t.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk may have fewer windows than there are ranks; an empty batch would be a graph of its own."""
+    model, validation = tiny_model(), t.load_validation(run)
+    monkeypatch.setattr(model, "fast_nll", lambda *_: pytest.fail("the model ran"))
+    windows = t.plan_windows(validation.targets, run.cfg.eval_len, 16)[:0]
+    assert t.score_windows(run, model, validation, windows).tolist() == [0, 0, 0]
+
+
 # Two nodes
 
 
