@@ -674,8 +674,7 @@ class Runtime:
             log_header(run)
             yield run
         finally:
-            problem = sys.exc_info()[1]
-            if problem:
+            if problem := sys.exc_info()[1]:
                 log(describe(problem), console=False)
             log.close()
             ranks.close(problem, env)
@@ -1625,9 +1624,8 @@ def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float
 class ParallelMuon:
     """Muon over banks of (layers, rows, cols), sharded by layers (PR #399).
 
-    Phases: `launch` starts the reduction of every gradient, largest first; `gather` computes this rank's layers'
-    updates and starts gathering all; the caller does other work; `finish` applies them. Not for embeddings, heads or
-    vectors.
+    Phases: `launch` starts the reduction of every gradient, largest first; `gather` updates this rank's layers and
+    starts gathering all; the caller does other work; `finish` applies them. Not for embeddings, heads or vectors.
     """
 
     def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
@@ -2066,8 +2064,8 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
             seconds, terminated = run.ranks.agree(clock.seconds(), len(noted))
             if terminated:
                 save_weights(run, averager, step)
-                hint = f"EXPORT_ONLY=1 WEIGHTS_PATH={cfg.weights_file} makes an artifact of it"
-                raise UserError(f"SIGTERM: stopped after step {step}; {hint}")
+                remedy = f"EXPORT_ONLY=1 WEIGHTS_PATH={cfg.weights_file} makes an artifact of it"
+                raise UserError(f"SIGTERM: stopped after step {step}; {remedy}")
             if step >= cfg.iterations or seconds * (1 + 1 / max(step, 1)) >= budget:  # the next would end too late
                 break
             plan = plan_step(cfg, step, seconds, budget)
@@ -2100,8 +2098,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
 
 @contextlib.contextmanager
 def sigterm_noted() -> Iterator[list[int]]:
-    """Inside, SIGTERM goes to the list instead of ending the process: from torchrun, from a cluster that takes back
-    the machine; 30 s are usual until SIGKILL."""
+    """Inside, SIGTERM (30 s before SIGKILL, as a rule) goes to the list instead of ending the process."""
     noted: list[int] = []
     usual = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
     try:
@@ -2249,11 +2246,8 @@ def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
         partial_path.replace(path)
     except OSError as problem:
         partial_path.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        raise UserError(
-            f"{variable}={path}: {problem.strerror}, {len(blob)} bytes to write, {free} free; make room or set "
-            f"{variable} to another disk"
-        ) from None
+        room = f"{len(blob)} bytes to write, {shutil.disk_usage(path.parent).free} free"
+        raise UserError(f"{variable}={path}: {problem.strerror}, {room}; make room or take another disk") from None
 
 
 def load_weights(run: Runtime, model: GPT) -> Trained:
@@ -2428,9 +2422,7 @@ def quantize_jobs(cfg: Config, jobs: list[QuantJob], hessians: Mapping[str, Tens
     return coded
 
 
-def quantize_shared(
-    run: Runtime, jobs: list[QuantJob], hessians: Mapping[str, Tensor], sigmas: float
-) -> dict[str, Coded]:  # fmt: skip
+def quantize_shared(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tensor], sigmas: float) -> dict[str, Coded]:
     """`quantize_jobs` with the layers of all jobs shared over the ranks; every rank gets all codes.
 
     GPTQ is a loop over columns, so each rank takes layers that have the same number of columns in all. Sums over
