@@ -30,14 +30,18 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import platform
+import shutil
+import signal
 import struct
 import sys
 import time
+import traceback
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -91,7 +95,8 @@ class Config:
     eval_only: bool = opt(False, "score the artifact at ARTIFACT_PATH; needs no training data")
     export_only: bool = opt(False, "quantize and score the weights at WEIGHTS_PATH; no training")
     artifact_path: str = opt("", "the compressed model (empty: logs/<RUN_ID>.pgolf)")
-    weights_path: str = opt("", "fp32 weights saved when training ends (empty: logs/<RUN_ID>.weights.pt)")
+    weights_path: str = opt("", "fp32 weights, saved in and after training (empty: logs/<RUN_ID>.weights.pt)")
+    checkpoint_every: int = opt(500, "steps between saving the weights, clock stopped (0: only at the end)", low=0)
 
     data_dir: str = opt("./data/", "folder that holds datasets/ and tokenizers/", group="Data")
     data_path: str = opt("", "shard folder (empty: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>)")
@@ -535,11 +540,10 @@ class Ranks:
         return tensor
 
     def agree(self, *values: float) -> list[float]:
-        """Rank 0's values on every rank: clocks and decisions must not differ between ranks."""
-        if self.world == 1:
-            return list(values)
+        """The largest of the ranks' values, on every rank: clocks and decisions must not differ between ranks."""
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(tensor, 0, group=self.control)
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
     def broadcast_bytes(self, blob: bytes) -> bytes:
@@ -557,9 +561,40 @@ class Ranks:
         """This rank's contiguous part of `count` pieces of work; sizes differ by one at most."""
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
-    def close(self) -> None:
-        if self.world > 1:
+    def close(self, problem: BaseException | None, env: Mapping[str, str]) -> None:
+        """Leave the group; after a problem at once, since peers may never answer. The first rank that has one tells it.
+
+        The others have the same one, or have lost a peer: they end silently, or torchrun ends them (SIGTERM as soon
+        as a rank has failed, SIGKILL 30 s later).
+        """
+        if self.world > 1 and problem is None:
             dist.destroy_process_group()
+        elif self.world > 1:
+            if is_first_to_fail(env):
+                print(describe(problem), file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def is_first_to_fail(env: Mapping[str, str]) -> bool:
+    """Whether no other rank has asked this yet; torchrun keeps the store that counts, so it outlives every rank."""
+    if int(env.get("WORLD_SIZE", "1")) == 1:
+        return True
+    try:
+        patience = timedelta(seconds=5)
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=patience)
+        return store.add(f"failed/{env.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except (RuntimeError, KeyError):  # no torchrun: rank 0 kept the store and has gone, or there is none
+        return True
+
+
+def describe(problem: BaseException) -> str:
+    """One line for what can happen to a sound script; the traceback for anything else."""
+    if isinstance(problem, UserError):
+        return f"error: {problem}"
+    if isinstance(problem, RuntimeError) and "/gloo/" in str(problem):
+        what = str(problem).split("] ", 1)[-1].split(". ")[0]
+        return f"error: another rank has ended or does not answer: {what}; the launcher's report names it"
+    return "".join(traceback.format_exception(problem)).rstrip()
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -615,29 +650,36 @@ class Log:
     """
 
     def __init__(self, cfg: Config, enabled: bool) -> None:
-        self.files, self.stream = [], None
+        self.enabled, self.files, self.streams = enabled, [], []
         if not enabled:
             return
         Path("logs").mkdir(exist_ok=True)
         names = [f"logs/{cfg.log_name}.txt"]
         if cfg.log_name == cfg.run_id:
             names += [f"train_seed{cfg.seed}.log"] + ["train.log"] * (cfg.seed == 1337)
-        self.files = [open(name, "w", buffering=1, encoding="utf-8") for name in names]
-        self.stream = open(f"logs/{cfg.log_name}.jsonl", "w", buffering=1, encoding="utf-8")
+        self.files = [open(name, "wb", buffering=0) for name in names]
+        self.streams = [open(f"logs/{cfg.log_name}.jsonl", "wb", buffering=0)]
 
     def __call__(self, text: str, console: bool = True) -> None:
-        for file in self.files:
-            file.write(text + "\n")
-        if self.files and console:
+        if self.enabled and console:
             print(text, flush=True)
+        self.write(self.files, text)
 
     def event(self, event: str, /, **values: Any) -> None:
         """One JSON object for tools; the text line beside it is for people."""
-        if self.stream:
-            self.stream.write(json.dumps({"event": event, **values}) + "\n")
+        self.write(self.streams, json.dumps({"event": event, **values}))
+
+    def write(self, files: list[io.FileIO], line: str) -> None:
+        """Append a line; a file that cannot be written (disk full) is given up, which must not end a paid run."""
+        for file in [*files]:
+            try:
+                file.write(line.encode() + b"\n")
+            except OSError as problem:
+                files.remove(file)
+                print(f"WARNING: {file.name}: {problem.strerror}; its lines are on the console only", flush=True)
 
     def close(self) -> None:
-        for file in [*self.files, *([self.stream] if self.stream else [])]:
+        for file in [*self.files, *self.streams]:
             file.close()
 
 
@@ -655,8 +697,8 @@ class Runtime:
     def start(cls, cfg: Config, env: Mapping[str, str]) -> Iterator["Runtime"]:
         """Start ranks and log, write the header, and close both whatever happens."""
         ranks = Ranks.start(cfg, env)
-        for path in (cfg.artifact_file, cfg.weights_file):  # a missing folder must not cost a finished run
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for path in (cfg.artifact_file, cfg.weights_file) if ranks.is_main else ():
+            path.parent.mkdir(parents=True, exist_ok=True)  # a missing folder must not cost a finished run
         log = Log(cfg, enabled=ranks.is_main)
         run = cls(cfg, ranks, log, [])
         try:
@@ -664,9 +706,9 @@ class Runtime:
             yield run
         finally:
             if problem := sys.exc_info()[1]:
-                log(f"error: {type(problem).__name__}: {problem}", console=False)
+                log(describe(problem), console=False)
             log.close()
-            ranks.close()
+            ranks.close(problem, env)
 
     @contextlib.contextmanager
     def timed(self, phase: str, budget: str) -> Iterator[None]:
@@ -1645,8 +1687,8 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
 # 5. Optimizers
 # ----------------------------------------------------------------------------------------------
 # Muon trains the banks, Adam the rest. With several ranks each bank's gradient is reduce-scattered
-# by layers, orthogonalized on the rank that owns the layer, and the updates are all-gathered; Adam
-# works on the small gradients meanwhile. All state is in `state_dict`.
+# by layers, orthogonalized on the rank that owns the layer, and the updates are all-gathered; the
+# next bank and then Adam compute meanwhile. All state is in `state_dict`.
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of Muon (K. Jordan)
 POLAR_EXPRESS = (  # per-iteration coefficients of Polar Express (arXiv 2505.16932), as in PR #1344
@@ -1694,8 +1736,8 @@ def leading_directions(matrices: Tensor, share: float, coefficients: list[tuple[
 class ParallelMuon:
     """Muon over banks of (layers, rows, cols), sharded by layers (PR #399).
 
-    Phases: `launch` starts the reduction of every gradient, largest first; the caller does other work; `finish`
-    waits for each, updates this rank's layers and gathers all updates. Not for embeddings, heads or vectors.
+    Phases: `launch` starts the reduction of every gradient, largest first; `gather` updates this rank's layers and
+    starts gathering all; the caller does other work; `finish` applies them. Not for embeddings, heads or vectors.
     """
 
     def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
@@ -1744,23 +1786,31 @@ class ParallelMuon:
             launched[spec.name] = reduce_scatter(self.ranks, padded)
         return launched
 
-    @torch.no_grad()
-    def finish(self, gradients: dict[str, Tensor], lr: float, momentum: float, clip: Tensor, share: float) -> None:
-        """Update the owned layers from their gradients, gather all ranks' updates and apply them.
+    def gather(
+        self, gradients: dict[str, Tensor], momentum: Tensor, clip: Tensor, share: float
+    ) -> dict[str, tuple[Tensor, Any]]:
+        """Updates of the owned layers from their gradients; bank -> (all ranks' updates, handle to wait for).
 
         A `share` below 1 changes shapes as training goes on, so it runs uncompiled.
         """
-        as_tensor = partial(torch.full, (), dtype=torch.float32, device=self.ranks.device)  # numbers would recompile
-        pending = []
+        direction = self.fast_direction if share == 1 else partial(self.direction, share=share)
+        gathered = {}
         for spec in self.specs:
-            buffer = self.state[spec.name]
-            direction = self.fast_direction if share == 1 else partial(self.direction, share=share)
-            update = direction(spec, buffer, gradients[spec.name], as_tensor(momentum), clip)
-            pending.append((self.banks[spec.name], *all_gather(self.ranks, update)))
-        for bank, update, handle in pending:
-            if handle is not None:
-                handle.wait()
-            self.fast_apply(bank, update, as_tensor(lr))
+            update = direction(spec, self.state[spec.name], gradients[spec.name], momentum, clip)
+            gathered[spec.name] = all_gather(self.ranks, update)
+        return gathered
+
+    def finish(self, gathered: dict[str, tuple[Tensor, Any]], lr: Tensor) -> None:
+        """Apply all layers' updates as they arrive."""
+        for name, pair in gathered.items():
+            self.fast_apply(self.banks[name], arrived(pair), lr)
+
+
+def arrived(pair: tuple[Tensor, Any]) -> Tensor:
+    """The tensor of a pair (tensor, handle), for use once its communication is done; on CUDA the host does not wait."""
+    if pair[1] is not None:
+        pair[1].wait()
+    return pair[0]
 
 
 def reduce_scatter(ranks: Ranks, full: Tensor) -> tuple[Tensor, Any]:
@@ -1809,38 +1859,40 @@ class Optimizers:
         owners = [id(p) for p in [*self.muon.banks.values(), *self.small]]
         assert sorted(owners) == sorted(map(id, model.parameters())), "a parameter is in no optimizer or in two"
 
-    def average_small(self) -> list[Tensor]:
-        """Average Adam's gradients over ranks in one bucket; returns them."""
-        grads = [p.grad for p in self.small]
-        if self.ranks.world > 1:
-            bucket = self.ranks.sum_(torch.cat([g.flatten() for g in grads])) / self.ranks.world
-            pieces = bucket.split([g.numel() for g in grads])
-            torch._foreach_copy_(grads, [piece.view_as(g) for piece, g in zip(pieces, grads, strict=True)])
-        return grads
+    def launch_small(self) -> tuple[Tensor, Any]:
+        """Start averaging Adam's gradients over ranks in one bucket; the bucket and a handle to wait for."""
+        bucket = torch.cat([p.grad.flatten() for p in self.small]) / self.ranks.world
+        return bucket, dist.all_reduce(bucket, async_op=True) if self.ranks.world > 1 else None
 
-    def clip_factor(self, small: list[Tensor], shards: list[Tensor]) -> Tensor:
+    def clip_factor(self, bucket: Tensor, shards: list[Tensor]) -> Tensor:
         """Factor that limits the norm of the averaged gradient to GRAD_CLIP_NORM: one number for all ranks."""
         if not self.cfg.grad_clip_norm:
             return torch.ones((), device=self.ranks.device)
         own = torch.stack(torch._foreach_norm(shards)).float().square().sum()
-        total = self.ranks.sum_(own) + torch.stack(torch._foreach_norm(small)).square().sum()
+        total = self.ranks.sum_(own) + bucket.norm().square()
         return (self.cfg.grad_clip_norm / (total.sqrt() + 1e-6)).clamp_max(1.0)
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float, share: float = 1.0) -> None:
-        """One step of everything. 1: bank gradients start travelling. 2: small ones, the norm, Adam. 3: Muon."""
-        launched = self.muon.launch()
-        small = self.average_small()
-        for _, handle in launched.values():
-            if handle is not None:
-                handle.wait()
-        gradients = {name: shard for name, (shard, _) in launched.items()}
-        clip = self.clip_factor(small, list(gradients.values()))
-        torch._foreach_mul_(small, clip)
+        """One step of everything. The host waits for nothing; on the device, communication runs beside this:
+
+        the reduction of a bank beside the casts of the next ones and the packing of the small gradients (no earlier:
+        the banks' gradients are the last that the backward pass makes); nothing beside the norm, which needs all
+        gradients and which all updates need; the gathering of a bank beside the orthogonalization of the next, and of
+        the last, smallest one beside Adam.
+        """
+        launched, small = self.muon.launch(), self.launch_small()
+        gradients, bucket = {name: arrived(pair) for name, pair in launched.items()}, arrived(small)
+        clip = self.clip_factor(bucket, list(gradients.values()))
+        as_tensor = partial(torch.full, (), dtype=torch.float32, device=self.ranks.device)  # numbers would recompile
+        gathered = self.muon.gather(gradients, as_tensor(momentum), clip, share)
+        pieces = (bucket * clip).split([p.numel() for p in self.small])
+        for parameter, piece in zip(self.small, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        self.muon.finish(gradients, self.cfg.matrix_lr * lr_scale, momentum, clip, share)
+        self.muon.finish(gathered, as_tensor(self.cfg.matrix_lr * lr_scale))
 
     def state_dict(self) -> dict[str, Any]:
         """All optimizer state; a restore from it is bitwise."""
@@ -1979,7 +2031,7 @@ class Averager:
     """Running averages of the parameters, updated after every step."""
 
     def __init__(self, cfg: Config, model: GPT) -> None:
-        self.cfg = cfg
+        self.cfg, self.model = cfg, model
         self.names, parameters = zip(*model.named_parameters(), strict=True)
         self.live = [p.detach() for p in parameters]
         self.ema = [p.clone() for p in self.live] if cfg.ema_enabled else None
@@ -2021,9 +2073,9 @@ class Averager:
 # ----------------------------------------------------------------------------------------------
 # 8. Training
 # ----------------------------------------------------------------------------------------------
-# The clock covers optimizer steps only, from the first real one; compilation, warm-up and
-# validation are outside it. All ranks decide by rank 0's clock. Calibration and GPTQ still belong
-# to MAX_WALLCLOCK_SECONDS, so the loop stops early by what they took when measured in warm-up.
+# The clock covers optimizer steps only, from the first real one; compilation, warm-up, validation
+# and checkpoints are outside it. All ranks decide by the clock that is ahead. Calibration and GPTQ
+# still belong to MAX_WALLCLOCK_SECONDS, so the loop stops early by what they took in warm-up.
 
 
 class Trainer:
@@ -2100,7 +2152,7 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     with rounding.running():
         jobs = quant_jobs(model)
         sigmas = fill_sigmas(cfg, jobs, kept_tensors(model)) if cfg.fits_clip else cfg.matrix_clip_sigmas
-        quantize_jobs(cfg, jobs, hessians, sigmas)
+        quantize_shared(run, jobs, hessians, sigmas)
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
     return run.ranks.agree(1.2 * (batches * calibration.total / 3 + passes * rounding.total) + 0.5)[0]
 
@@ -2133,36 +2185,67 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
     model.order = phases(cfg)["train"].order
     averager, active, phase, graphs = Averager(cfg, model), set(), "train", 0
-    clock, step, loss = Clock(run.ranks.device), 0, None
+    clock, step = Clock(run.ranks.device), 0
     clock.start()
-    while True:
-        (seconds,) = run.ranks.agree(clock.seconds())
-        if step >= cfg.iterations or seconds * (1 + 1 / max(step, 1)) >= budget:  # the next step would end too late
-            break
-        plan = plan_step(cfg, step, seconds, budget)
-        if plan.phase != phase:
-            phase = enter_phase(run, model, plan, step, seconds)
-        before = graphs_compiled()
-        loss = trainer.step(step, phases(cfg)[phase], plan.lr_scale, plan.momentum, plan.muon_share)
-        step += 1
-        if made := graphs_compiled() - before:
-            graphs += made
-            run.log(f"WARNING: step {step} compiled {made} graphs inside the clock; warm-up should have made them")
-        averager.update(step, plan.lr_scale, phase == "late_qat")
-        active |= {phase, "warmdown" if plan.lr_scale < 1 else phase}
-        report_step(run, step, loss, plan, clock)
-        if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            validate_step(run, model, validation, step, clock.stop())
-            clock.start()
+    with sigterm_noted() as noted:
+        while True:
+            seconds, terminated = run.ranks.agree(clock.seconds(), len(noted))
+            if terminated:
+                save_weights(run, averager, step)
+                remedy = f"EXPORT_ONLY=1 WEIGHTS_PATH={cfg.weights_file} makes an artifact of it"
+                raise UserError(f"SIGTERM: stopped after step {step}; {remedy}")
+            if step >= cfg.iterations or seconds * (1 + 1 / max(step, 1)) >= budget:  # the next would end too late
+                break
+            plan = plan_step(cfg, step, seconds, budget)
+            if plan.phase != phase:
+                phase = enter_phase(run, model, plan, step, seconds)
+            before = graphs_compiled()
+            loss = trainer.step(step, phases(cfg)[phase], plan.lr_scale, plan.momentum, plan.muon_share)
+            step += 1
+            if made := graphs_compiled() - before:
+                graphs += made
+                run.log(f"WARNING: step {step} compiled {made} graphs inside the clock; warm-up should have made them")
+            averager.update(step, plan.lr_scale, phase == "late_qat")
+            active |= {phase, "warmdown" if plan.lr_scale < 1 else phase}
+            report_step(run, step, loss, plan, clock)
+            if is_due(cfg.val_loss_every, step) or is_due(cfg.checkpoint_every, step):
+                clock.stop()
+                pause(run, averager, validation, step, clock.total)
+                clock.start()
     run.ledger.append(("train", "steps", clock.stop()))
     run.log(f"graphs compiled inside the clock: {graphs}")
-    finish_log(run, model, validation, step, clock)
+    finish_log(run, averager, validation, step, clock)
     average, active = averager.weights(), active | averager.active()
     if cfg.post_qat_seconds:
         model.load(average)
         step += post_qat(run, trainer, validation, step)
         average, active = dict(model.named_parameters()), active | {"post_qat"}
+        save_weights(run, Averager(replace(cfg, ema_enabled=False), model), step)
     return Trained(step, {name: value.detach().clone() for name, value in average.items()}, active)
+
+
+@contextlib.contextmanager
+def sigterm_noted() -> Iterator[list[int]]:
+    """Inside, SIGTERM (30 s before SIGKILL, as a rule) goes to the list instead of ending the process."""
+    noted: list[int] = []
+    usual = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+def is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def pause(run: Runtime, averager: Averager, validation: ValidationSet, step: int, seconds: float) -> None:
+    """What is due after a step, with the clock stopped at `seconds`: validation, checkpoint."""
+    if is_due(run.cfg.val_loss_every, step):
+        validate_step(run, averager.model, validation, step, seconds)
+    if is_due(run.cfg.checkpoint_every, step) and step < run.cfg.iterations:
+        with run.timed("checkpoint", "untimed"):
+            save_weights(run, averager, step)
 
 
 def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: int) -> int:
@@ -2218,7 +2301,7 @@ def enter_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: fl
 
 
 def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Clock) -> None:
-    """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run if the loss is not a number any more."""
+    """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run, on all ranks, if the loss is no number any more."""
     cfg = run.cfg
     if step > 10 and not (cfg.train_log_every and step % cfg.train_log_every == 0):
         return
@@ -2230,7 +2313,15 @@ def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Cl
     facts = {"train_time_ms": round(1000 * seconds), "step_avg_ms": average, "lr_scale": plan.lr_scale}
     run.log.event("train", step=step, train_loss=value, **facts)
     if not math.isfinite(value):
-        raise UserError(f"step {step}: the training loss is {value}; lower MATRIX_LR={cfg.matrix_lr} or change SEED")
+        raise diverged(run, f"the training loss is {value}", step)
+
+
+def diverged(run: Runtime, what: str, step: int) -> UserError:
+    """The error that ends a run whose weights are spoilt, with where good ones are."""
+    cfg = run.cfg
+    last = (step - 1) // cfg.checkpoint_every * cfg.checkpoint_every if cfg.checkpoint_every else 0
+    saved = f"; {cfg.weights_file} has the weights of step {last}" if last else ""
+    return UserError(f"step {step}: {what}; lower MATRIX_LR={cfg.matrix_lr} or change SEED{saved}")
 
 
 def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int, seconds: float) -> None:
@@ -2242,29 +2333,49 @@ def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int
     run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(1000 * seconds))
 
 
-def finish_log(run: Runtime, model: GPT, validation: ValidationSet, step: int, clock: Clock) -> None:
-    """Closing lines of training. The raw weights are on disk before anything else can fail."""
+def finish_log(run: Runtime, averager: Averager, validation: ValidationSet, step: int, clock: Clock) -> None:
+    """Closing lines of training. The weights are on disk before anything else can fail."""
     cfg = run.cfg
-    save_weights(run, {"raw": model.state_dict()}, step, model.order)
+    save_weights(run, averager, step)
     if step < cfg.iterations:
         run.log(f"stopping_early: wallclock_cap train_time:{1000 * clock.total:.0f}ms step:{step}/{cfg.iterations}")
     if run.ranks.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-    if not cfg.val_loss_every or step % cfg.val_loss_every:
-        validate_step(run, model, validation, step, clock.total)
+    if not is_due(cfg.val_loss_every, step):
+        validate_step(run, averager.model, validation, step, clock.total)
 
 
-def save_weights(run: Runtime, states: dict[str, Any], steps: int, order: tuple[int, ...]) -> None:
-    """Write fp32 weights to WEIGHTS_PATH through a temporary name: the file is whole or the older one."""
-    if not run.ranks.is_main:
-        return
-    path = run.cfg.weights_file
+def save_weights(run: Runtime, averager: Averager, steps: int) -> None:
+    """Write the weights, fp32, and their average to WEIGHTS_PATH; all ranks return together.
+
+    A full disk is a warning: the run may still end well. Weights that are not finite never replace good ones.
+    """
+    path, buffer = run.cfg.weights_file, io.BytesIO()
+    if run.ranks.is_main:
+        raw, average = averager.model.state_dict(), averager.weights()
+        if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
+            raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], steps)
+        about = {"architecture": run.cfg.architecture(), "steps": steps, "order": list(averager.model.order)}
+        torch.save({**about, "raw": raw, "average": average}, buffer)
+        try:
+            write_whole(path, buffer.getbuffer(), "WEIGHTS_PATH")
+            run.log(f"weights: {path} (raw, average) {path.stat().st_size} bytes")
+        except UserError as problem:
+            run.log(f"WARNING: weights of step {steps} not saved: {problem}")
+    run.ranks.agree(0)
+
+
+def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
+    """Write a file through a temporary name: it is whole or the older one. UserError where that fails."""
     partial_path = path.with_name(path.name + ".partial")
-    about = {"architecture": run.cfg.architecture(), "steps": steps, "order": list(order)}
-    torch.save({**about, **states}, partial_path)
-    partial_path.replace(path)
-    run.log(f"weights: {path} ({', '.join(states)}) {path.stat().st_size} bytes")
+    try:
+        partial_path.write_bytes(blob)
+        partial_path.replace(path)
+    except OSError as problem:
+        partial_path.unlink(missing_ok=True)
+        room = f"{len(blob)} bytes to write, {shutil.disk_usage(path.parent).free} free"
+        raise UserError(f"{variable}={path}: {problem.strerror}, {room}; make room or take another disk") from None
 
 
 def load_weights(run: Runtime, model: GPT) -> Trained:
@@ -2437,6 +2548,27 @@ def quantize_jobs(cfg: Config, jobs: list[QuantJob], hessians: Mapping[str, Tens
             codes = round_to_grid(job.tensor, scale, job.bits)
         coded[job.name] = Coded(codes.to(torch.int8), scale.half())
     return coded
+
+
+def quantize_shared(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tensor], sigmas: float) -> dict[str, Coded]:
+    """`quantize_jobs` with the layers of all jobs shared over the ranks; every rank gets all codes.
+
+    GPTQ is a loop over columns, so each rank takes layers that have the same number of columns in all. Sums over
+    ranks join the parts: what a rank does not own is zero there.
+    """
+    ranks, coded = run.ranks, {}
+    columns = torch.tensor([job.tensor.shape[2] for job in jobs for _ in job.tensor], dtype=torch.float64)
+    middles = columns.cumsum(0) - columns / 2
+    owners = (middles * ranks.world / columns.sum()).long().split([len(job.tensor) for job in jobs])
+    for job, owner in zip(jobs, owners, strict=True):
+        codes = torch.zeros_like(job.tensor, dtype=torch.int8)
+        scale = torch.zeros_like(job.tensor[..., 0], dtype=torch.half)
+        if own := (owner == ranks.rank).nonzero()[:, 0].tolist():
+            names = [job.hessians[layer] for layer in own]
+            part = job._replace(tensor=job.tensor[own], bits=job.bits[own], hessians=names)
+            codes[own], scale[own] = quantize_jobs(run.cfg, [part], hessians, sigmas)[job.name]
+        coded[job.name] = Coded(codes, scale)
+    return {name: Coded(*map(ranks.sum_, parts)) for name, parts in coded.items()}
 
 
 def entropy_bytes(codes: Tensor) -> float:
@@ -2657,22 +2789,24 @@ class Exporter:
         self.run, self.cfg, self.model, self.hessians = run, run.cfg, model, hessians
         self.kept, self.limit = kept_tensors(model), run.cfg.target_bytes - code_bytes()
         self.sigmas, self.layer_bits = run.cfg.matrix_clip_sigmas, {}
-        self.coded, self.blob = {}, b""
+        self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
 
     def quantize(self) -> None:
         with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
-            self.coded = quantize_jobs(self.cfg, quant_jobs(self.model, self.layer_bits), self.hessians, self.sigmas)
+            self.coded = quantize_shared(self.run, quant_jobs(self.model, self.layer_bits), self.hessians, self.sigmas)
 
     def encode(self) -> int:
-        """Encode the current codes; returns the artifact's size."""
+        """Encode the current codes, on rank 0; returns the artifact's size, on every rank."""
         with self.run.timed("encode", "untimed"):
             notes = {
                 "clip_sigmas": round(self.sigmas, 4),
                 "layer_bits": self.layer_bits,
                 "order": list(self.model.order),
             }
-            self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes)
-        return len(self.blob)
+            is_main = self.run.ranks.is_main
+            self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes) if is_main else b""
+            self.size = int(self.run.ranks.agree(len(self.blob))[0])
+        return self.size
 
     def fill(self) -> None:
         """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
@@ -2687,11 +2821,11 @@ class Exporter:
                 (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
             self.quantize()
             share = (self.encode() + code_bytes()) / self.cfg.target_bytes
-            self.run.log(f"fit: clip_sigmas:{self.sigmas:.3f} artifact:{len(self.blob)} share_of_limit:{share:.4f}")
+            self.run.log(f"fit: clip_sigmas:{self.sigmas:.3f} artifact:{self.size} share_of_limit:{share:.4f}")
             finest = self.sigmas <= SIGMAS_RANGE[0] * 1.001  # a small model: there is nothing more to spend bytes on
             if share <= FILL[2] and (share >= FILL[0] or finest):
                 return
-            ratio *= len(self.blob) / (FILL[1] * self.cfg.target_bytes - code_bytes())
+            ratio *= self.size / (FILL[1] * self.cfg.target_bytes - code_bytes())
 
     def prune(self) -> None:
         """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
@@ -2709,9 +2843,9 @@ class Exporter:
                 codes = full[n].codes.masked_fill(ones[n] & (costs[n] <= threshold), 0)
                 self.coded[n] = Coded(codes, full[n].scale)
             low, high = (low, share) if self.encode() <= self.limit else (share, high)
-            if self.limit * 0.998 <= len(self.blob) <= self.limit:
+            if self.limit * 0.998 <= self.size <= self.limit:
                 break
-        self.run.log(f"selective_prune: +-1 codes zeroed:{share:.4f} artifact:{len(self.blob)}")
+        self.run.log(f"selective_prune: +-1 codes zeroed:{share:.4f} artifact:{self.size}")
 
     def lower_layers(self) -> None:
         """Give one layer after another five bits, from the centre outwards, until the artifact fits (PR #638)."""
@@ -2719,21 +2853,21 @@ class Exporter:
             return
         middle = (self.cfg.num_layers - 1) / 2
         for layer in sorted(range(self.cfg.num_layers), key=lambda i: abs(i - middle)):
-            if len(self.blob) <= self.limit:
+            if self.size <= self.limit:
                 return
             self.layer_bits[layer] = 5
             self.quantize()
             self.run.log(f"int5_fallback: layer {layer} at 5 bits, artifact:{self.encode()}")
 
     def export(self) -> bytes:
-        """The artifact; UserError, with the excess, when nothing that is allowed makes it fit."""
+        """The artifact (on rank 0); UserError, with the excess, when nothing that is allowed makes it fit."""
         self.fill()
         for strategy in (self.prune, self.lower_layers):
-            if len(self.blob) > self.limit:
+            if self.size > self.limit:
                 strategy()
-        if len(self.blob) > self.limit:
+        if self.size > self.limit:
             raise UserError(
-                f"artifact {len(self.blob)} + code {code_bytes()} bytes are {len(self.blob) - self.limit} bytes over "
+                f"artifact {self.size} + code {code_bytes()} bytes are {self.size - self.limit} bytes over "
                 f"TARGET_BYTES={self.cfg.target_bytes}; the weights are safe in {self.cfg.weights_file}: raise "
                 "MATRIX_CLIP_SIGMAS (0 fits by itself) or lower MATRIX_BITS, with EXPORT_ONLY=1"
             )
@@ -2743,12 +2877,13 @@ class Exporter:
 def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: ValidationSet) -> "Score":
     """Average, calibrate, quantize and write ARTIFACT_PATH; returns the score of the averaged weights."""
     cfg, model = run.cfg, trainer.model
-    raw = copy.deepcopy(model.state_dict())
     model.load(trained.average)
+    total = sum(parameter.sum() for parameter in model.parameters()).item()
+    most, least = run.ranks.agree(total, -total)
+    if most != -least:  # each quantizes its layers from its own replica
+        run.log(f"WARNING: the ranks' weights have drifted apart: they sum to between {-least} and {most}")
     names = [n for n in ("ema", "swa", "lawa", "post_qat") if n in trained.active]
     run.log(f"{'+'.join(names) or 'raw'}:applying {'+'.join(names).upper() or 'the last'} weights")
-    if not cfg.export_only:
-        save_weights(run, {"raw": raw, "average": model.state_dict()}, trained.steps, model.order)
     hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
     if batches:
         with run.timed("hessians", "train"):
@@ -2757,9 +2892,7 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
         run.log(f"GPTQ:collected {len(hessians)} Hessians over {count} batches in {seconds:.1f}s")
     blob = Exporter(run, model, hessians).export()
     if run.ranks.is_main:
-        partial_path = cfg.artifact_file.with_name(cfg.artifact_file.name + ".partial")
-        partial_path.write_bytes(blob)
-        partial_path.replace(cfg.artifact_file)
+        write_whole(cfg.artifact_file, blob, "ARTIFACT_PATH")
         log_sizes(run, read_header(blob, cfg.artifact_file)[0])
     with run.timed("averaged weights", "untimed"):
         score = evaluate(run, model, validation, cfg.eval_len)
@@ -2890,7 +3023,7 @@ def score_windows(
     weights, order = model.fast_weights(False), model.order
     exact = exact_device(device)
     sums = torch.zeros(3 if mixer is None else 4, dtype=torch.float64, device=exact)
-    for chunk in plan.split(batch):
+    for chunk in plan.split(batch) if len(plan) else ():  # a rank may have no share of a short chunk
         positions = chunk[:, :1] + offsets
         tokens = validation.tokens[positions].long()
         scored = (positions[:, :-1] >= chunk[:, 1:2]) & (positions[:, :-1] < chunk[:, 2:])
@@ -3119,8 +3252,8 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(Config.describe_variables())
         return
-    cfg = adopt_architecture(Config.from_env(os.environ))
-    with Runtime.start(cfg, os.environ) as run:
+    env = os.environ
+    with Runtime.start(adopt_architecture(Config.from_env(env)), env) as run:
         validation = load_validation(run)
         produced = produce_artifact(run, validation)
         evaluate_artifact(run, validation, produced)
@@ -3132,4 +3265,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as problem:
-        sys.exit(f"error: {problem}")
+        sys.exit(f"error: {problem}" if is_first_to_fail(os.environ) else 1)
