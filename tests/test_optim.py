@@ -318,7 +318,8 @@ def train_and_score(run: t.Runtime) -> dict[str, Any]:
         loss = trainer.step(step, late if step >= STEPS - 2 else plain, 1 - step / (2 * STEPS), 0.9)
         losses.append((run.ranks.sum_(loss.clone()) / run.ranks.world).item())
     parameters = snapshot(model)
-    hessians = t.collect_hessians(run, trainer, STEPS * trainer.loader.shape.accum, 6 // run.ranks.world)
+    accum = trainer.loader.shape.accum
+    hessians = t.collect_hessians(run, trainer, STEPS * accum, accum)  # of the batch after the last one
     validation = t.load_validation(run)
     scores = [t.evaluate(run, model, validation, stride)[:3] for stride in (32, 12)]
     return {"losses": losses, "parameters": parameters, "hessians": hessians, "scores": scores,
@@ -380,11 +381,11 @@ def free_port() -> int:
 
 
 def worlds_variables(world: int, corpus: dict[str, str]) -> dict[str, str]:
-    """The same batch of 12 sequences in micro-batches of two, on any of 1, 2 and 3 ranks.
+    """The same batch of 12 sequences on any of 1, 2 and 3 ranks, the one rank in two micro-steps.
 
     Five layers: with two ranks and with three the last rank's shard holds a layer of padding.
     """
-    return tiny_env(**corpus, **FIVE_LAYERS, TRAIN_BATCH_TOKENS=384, GRAD_ACCUM_STEPS=6 // world,
+    return tiny_env(**corpus, **FIVE_LAYERS, TRAIN_BATCH_TOKENS=384, GRAD_ACCUM_STEPS=2 if world == 1 else 1,
                     GPTQ_CALIBRATION_BATCHES=6, VAL_BATCH_SIZE=200)  # fmt: skip
 
 
