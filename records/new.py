@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from records import ToolError, pack, plot, readme
-from records.checks import TRACKS, known_data
+from records.checks import TRACKS, known_data, promises
 from records.freeze import named
 from records.runs import RunLog, read_jsonl, read_text, run_files
 from records.script import PATHS, Resolved, as_variable, differences, resolve, unpacked
-from records.seeds import seed_row
+from records.seeds import refuse_unlike, seed_row
 from records.statistics import Baseline, compare, read_baseline, summarize
 
 ROOT = Path(__file__).resolve().parent
@@ -60,14 +60,7 @@ def read_source(path: Path) -> Source:
 def read_sources(paths: Sequence[Path]) -> list[Source]:
     """All runs, which must be different seeds of one script and one configuration."""
     sources = [read_source(path) for path in paths]
-    first = sources[0]
-    for other in sources[1:]:
-        if changed := differences(first.run.values, other.run.values):
-            raise ToolError(f"mixed configurations: {first.run.path} and {other.run.path} differ in {named(changed)}; "
-                            "a submission is one configuration: leave one out, or run it again")
-        if other.run.facts["sha256"] != first.run.facts["sha256"]:
-            raise ToolError(f"mixed scripts: {first.script} and {other.script} are different files; run all seeds with "
-                            "one script: `python -m records seeds`")
+    refuse_unlike([source.run for source in sources])
     seeds = [source.seed for source in sources]
     if len(set(seeds)) < len(seeds):
         raise ToolError(f"--runs hold the seeds {seeds}: one seed twice is one seed")
@@ -200,15 +193,13 @@ def against(submission: Submission) -> dict[str, Any]:
 
 def compliance(submission: Submission) -> dict[str, bool]:
     """What the logs prove of the rules."""
-    runs, values = submission.runs, submission.first.run.values
+    runs = submission.runs
     return {
         "train_under_600s": all(run.train_seconds <= 600 for run in runs),
         "eval_under_600s": all(run.eval_seconds <= 600 for run in runs),
         "artifact_under_16mb": all(run.total_bytes <= 16_000_000 for run in runs),
         "three_seeds": len(runs) >= 3, "one_configuration": True, "every_default_baked_in": not submission.changed,
-        "no_ngram_cache": not any("ngram" in name and value for name, value in values.items()),
-        "no_pre_quant_ttt": not any(re.match(r"pre_?quant_?ttt", name) and value for name, value in values.items()),
-        "no_slot": True,
+        **promises(submission.first.run.values),
     }
 
 
@@ -265,7 +256,7 @@ def readable(source: Source) -> str | None:
 def draw(submission: Submission) -> str:
     """The seeds' curves as curves.png; empty where matplotlib is missing."""
     try:
-        figure = plot.draw(plot.read_runs([run.path for run in submission.runs]), None)
+        figure = plot.draw(plot.read_curves([run.path for run in submission.runs]), None)
     except ModuleNotFoundError:
         print("no curves.png: python -m pip install -r requirements-dev.txt")
         return ""
