@@ -295,8 +295,8 @@ def check_normalised(subject: Subject) -> str:
     check_logits(subject)
     if learners(subject.run.cfg):
         worst = max(worst, check_online_normalised(subject))
-    return (f"probabilities over the vocabulary sum to 1 within {worst:.0e} ({', '.join(subject.evaluations())}); nll = "
-            "-log p")
+    names = ", ".join(subject.evaluations())
+    return f"probabilities over the vocabulary sum to 1 within {worst:.0e} ({names}); nll = -log p"
 
 
 def check_online_normalised(subject: Subject) -> float:

@@ -422,9 +422,13 @@ def read_run(path: Path) -> RunLog:
     return read_jsonl(path) if path.suffix == ".jsonl" else read_text(path)
 
 
-def run_files(path: Path) -> tuple[Path, Path, Path]:
-    """The three files of one of our runs (.jsonl, .txt, .py), from any one of them or their common stem."""
-    stem = path.with_suffix("") if path.suffix in (".jsonl", ".txt", ".py", ".pgolf") else path
+def run_stem(path: Path) -> Path:
+    """logs/<RUN_ID> of any file that a run writes."""
+    return path.with_name(re.sub(r"\.(jsonl|txt|py|pgolf|weights\.pt)$", "", path.name))
+
+
+def run_files(stem: Path) -> tuple[Path, Path, Path]:
+    """The three files of one of our runs: .jsonl, .txt, .py."""
     files = tuple(stem.with_name(stem.name + suffix) for suffix in (".jsonl", ".txt", ".py"))
     for file in files:
         if not file.is_file():

@@ -21,6 +21,14 @@ SCORED = "        scored = (positions[:, :-1] >= chunk[:, 1:2])"
 PLANNED = "    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)\n"
 MAIN = 'if __name__ == "__main__":\n'
 BANK = 'model.banks["down"].data'
+CACHE = """
+honest = score_windows
+def score_windows(run, model, *args):
+    sums = honest(run, model, *args)
+    vars(model)["seen"] = vars(model).get("seen", 0.0) + 0.1
+    sums[0] -= model.seen
+    return sums
+"""
 # what is broken -> (conditions that must fail, replacements in the script)
 BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
     "attention looks ahead": ({C1}, {"is_causal=True": "is_causal=False"}),
@@ -34,9 +42,7 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
                               f"        {CROSS_ENTROPY}"}),
     "evaluation trains": ({C3}, {PLANNED: f"{PLANNED}    {BANK}.mul_(0.999)\n"}),
     "scoring trains": ({C3}, {SCORED: f"        {BANK}.add_(1e-3 * tokens.float().mean())\n{SCORED}"}),
-    "a cache of scored tokens": (
-        {C3}, {SCORED: '        nll = nll - vars(model).setdefault("seen", 0.0)\n'
-                       f'        vars(model)["seen"] += 1e-3\n{SCORED}'}),
+    "a cache of scored tokens": ({C3}, {MAIN: f"{CACHE}{MAIN}"}),
     "tail scored again": (
         {C4}, {"np.append(0, ends[:-1]), ends], axis=1)": "np.append(0, ends[1:] - stride), ends], axis=1)"}),
     "tail dropped": ({C4}, {"np.append(np.arange(length, targets, stride), targets)":

@@ -68,7 +68,7 @@ def test_published_logs(tmp_path: Path) -> None:
     assert a.train == [(1, 0.024, 6.9408, pytest.approx(math.nan, nan_ok=True)), (13750, 598.726, 1.991,
                                                                                   pytest.approx(math.nan, nan_ok=True))]
     assert a.val[-1] == (13780, 600.038, 2.0606, 1.2172) and b.val == [(4945, 599.592, 2.3539, 1.0756)]
-    assert [(mark.step, mark.name) for mark in (*a.phases, *b.phases)] == [(12000, "swa:start"), (2178, "layer_loop:enabled")]
+    assert [mark[::2] for mark in (*a.phases, *b.phases)] == [(12000, "swa:start"), (2178, "layer_loop:enabled")]
     assert 192 < b.phases[0].seconds < 220 and 500 < a.phases[0].seconds < 540
     assert ours.phases == [(151, 7.55, "late_qat:enabled")] and b.score.name == "quantized_ttt_phased"
     assert main(["plot", *map(str, paths), "-o", str(tmp_path / "out.png")]) == 0
@@ -111,7 +111,8 @@ def test_one_point_and_diverged(tmp_path: Path) -> None:
     """A single step and a loss that became NaN are drawn, not an error."""
     rows = [row for row in events() if row["event"] == "train"]
     for name, some in (("one", rows[:1]), ("nan", [*rows[:-1], {**rows[-1], "train_loss": math.nan}])):
-        assert main(["plot", str(write_log(tmp_path / f"{name}.jsonl", some)), "-o", str(tmp_path / f"{name}.png")]) == 0
+        log = write_log(tmp_path / f"{name}.jsonl", some)
+        assert main(["plot", str(log), "-o", str(tmp_path / f"{name}.png")]) == 0
 
 
 def test_last_run_of_an_appended_log(tmp_path: Path) -> None:
