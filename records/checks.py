@@ -30,6 +30,15 @@ KNOWN_VAL_TOKENS = {
 TAIL_TOKENS = 4096  # by so much may a count differ: logs cut the tail to whole sequences
 
 
+def is_leaky(shards: int, tokens: int, dataset: str) -> bool:
+    """Whether training shards are those of the preparation script that left most of validation in train.
+
+    It made shards of 10M tokens; of the official data, small shards are enough to tell, however many were fetched.
+    """
+    small = 0 < tokens <= 10_000_000 * shards
+    return shards == LEAKY_SHARDS or small and (shards > 1000 or shards > 1 and "fineweb10B" in dataset)
+
+
 def known_data(val_tokens: int) -> str | None:
     """The official data with so many validation tokens, or None."""
     return next((name for count, name in KNOWN_VAL_TOKENS.items() if abs(val_tokens - count) <= TAIL_TOKENS), None)

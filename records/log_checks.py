@@ -10,11 +10,11 @@ from pathlib import Path
 
 from records.checks import (
     FORBIDDEN,
-    LEAKY_SHARDS,
     LIMIT_BYTES,
     LIMIT_SECONDS,
     OFFICIAL_DOCUMENTS,
     CheckResult,
+    is_leaky,
     known_data,
     promises,
     uses,
@@ -211,8 +211,7 @@ def data(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
     name, counts, dataset = f"data {run.path.name}", run.counts, run.facts.get("dataset", "")
     shards, tokens = counts.get("train_shards"), counts.get("val_tokens")
     if shards is not None:
-        small = counts.get("train_tokens", 0) / max(shards, 1) <= 10_000_000 and shards > 1000
-        if shards == LEAKY_SHARDS or small:
+        if is_leaky(shards, counts.get("train_tokens", 0), dataset):
             yield CheckResult(f"train shards {run.path.name}", "fail", f"train_shards {shards}: shards of 10M tokens "
                               "come from a preparation script that left most of validation in train; fetch the "
                               "official shards and run again")

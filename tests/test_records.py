@@ -27,7 +27,7 @@ from conftest import tiny_env, write_shard
 from records import ToolError, doctor, folder_checks, new, overlap, seeds
 from records.__main__ import main
 from records.check import check_folder
-from records.checks import CheckResult, promises
+from records.checks import CheckResult, is_leaky, promises
 from records.folder import Folder
 from records.freeze import bake
 from records.runs import config_hash, read_run
@@ -875,6 +875,22 @@ def test_table(submission: Path, capsys: pytest.CaptureFixture[str], tmp_path: P
     assert main(["table", "--root", str(root), "--track", "10min_16mb"]) == 0 and "0.9000" in capsys.readouterr().out
 
 
+def test_a_reference_rate_is_stored() -> None:
+    """Of the default configuration on one of eight H100s, so that a slow pod is seen before the first own run."""
+    import train_gpt as t
+
+    cfg = t.replace(t.Config.from_env({}), train_batch_tokens=98_304)
+    assert doctor.rate_key(cfg, "NVIDIA H100 80GB HBM3") in json.loads(doctor.RATES.read_text())
+    assert doctor.rate_key(t.replace(cfg, num_layers=9), "x") != doctor.rate_key(cfg, "x")
+
+
+def test_leaky_shards() -> None:
+    """By their number, or by their size where the data are the official ones."""
+    assert is_leaky(1499, 0, "") and is_leaky(1499, 10**10, "x") and is_leaky(1100, 10**9, "x")
+    assert is_leaky(5, 5 * 10**7, "fineweb10B_sp1024") and not is_leaky(5, 5 * 10**7, "demo")
+    assert not is_leaky(80, 8 * 10**9, "fineweb10B_sp1024") and not is_leaky(1, 10**6, "fineweb10B_sp1024")
+
+
 @pytest.mark.usefixtures("at_work")
 def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is looked at and nothing is left behind; a wrong value or missing data fails with the remedy."""
@@ -888,7 +904,13 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     assert all(f"pass {name}: " in said for name in names)
     assert "0 failed" in said and not list(tmp_path.iterdir())
     rates.write_text(json.dumps(dict.fromkeys(json.loads(rates.read_text()), 1e-3)))
-    assert main(["doctor", "--steps", "1", "--ranks", "2"]) == 1 and "a slow machine" in capsys.readouterr().out
+    limited = ["doctor", "--steps", "1", "--ranks", "2", "--", "ITERATIONS=99999", "MAX_WALLCLOCK_SECONDS=60"]
+    assert main(limited) == 1
+    said = capsys.readouterr().out
+    assert "a slow machine" in said and (found := re.search(r"(\d+) steps in 60 s, ([\d.]+) of them for", said))
+    assert 0 < int(found[1]) < 99999 and 0.5 <= float(found[2]) < 60, "the reserve is at least half a second"
+    assert main([*limited[:-1], "MAX_WALLCLOCK_SECONDS=0.1"]) == 1
+    assert "nothing is left to train" in capsys.readouterr().out
     assert main(["doctor", "--", "MODEL_DIM=33"]) == 1 and "MODEL_DIM=33 is not divisible" in capsys.readouterr().out
     assert main(["doctor", "--", "DATA_PATH=nowhere"]) == 1 and "DATA_PATH=" in capsys.readouterr().out
     assert main(["doctor", "--", "nonsense"]) == 1 and "KEY=value" in capsys.readouterr().err
