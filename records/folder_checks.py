@@ -46,8 +46,8 @@ def files(folder: Folder) -> Iterator[CheckResult]:
     empty = [run.path.name for run in folder.logs if not run.score]
     if folder.logs:
         yield said("logs end", not empty, "every log has a score", f"{', '.join(empty)}: no final score line "
-                   "(val_loss: and val_bpb: under a name); the run did not end, or this is no run log: run the seed "
-                   "again")
+                   "(finite val_loss: and val_bpb: under a name); the run did not end, or this is no run log: run the "
+                   "seed again")
 
 
 def schema(folder: Folder) -> Iterator[CheckResult]:
@@ -166,8 +166,12 @@ def packed(folder: Folder) -> CheckResult:
     sizes = f"{folder.script.stat().st_size} bytes hold {len(inner.encode())} bytes of source"
     if not human.is_file():
         return CheckResult("packed code", "pass", f"{sizes}; a readable train_gpt_human.py beside it helps reviewers")
-    names = [{node.name for node in ast.walk(syntax(text)) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-             for text in (inner, human.read_text(encoding="utf-8"))]
+    try:
+        names = [{node.name for node in ast.walk(syntax(text)) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+                 for text in (inner, human.read_text(encoding="utf-8"))]
+    except (SyntaxError, ValueError) as error:
+        return CheckResult("packed code", "fail", f"{human.name} is not a Python script ({error}): put the source "
+                           "there that was packed")
     if names[0] != names[1]:
         odd = ", ".join(sorted(names[0] ^ names[1])[:5])
         return CheckResult("packed code", "fail", f"train_gpt_human.py is not what is packed (they differ in {odd}): "

@@ -112,21 +112,20 @@ def claimed_sizes(folder: Folder) -> Iterator[CheckResult]:
 def claims(folder: Folder) -> CheckResult:
     """What submission.json says of script, data, sizes and steps against the file and the logs."""
     given, logs, wrong = folder.data or {}, folder.logs, []
-    sizes = {run.seed: (run.artifact_bytes, run.total_bytes) for run in logs}
-    of_logs = {name: {run.counts.get(name) for run in logs} for name in ("val_tokens", "train_shards", "model_params")}
-    of_logs |= {"config_sha256": {run.config_hash for run in logs}, "artifact_bytes_max": set(map(max, zip(
-        *(pair for pair in sizes.values() if None not in pair))))}  # published as the artifact's and as the total
+    largest = [max(filter(None, column), default=None) for column in (
+        [run.artifact_bytes for run in logs], [run.total_bytes for run in logs])]  # fmt: skip
+    known = {name: [run.counts.get(name) for run in logs] for name in ("val_tokens", "train_shards", "model_params")}
+    known |= {"config_sha256": [run.config_hash for run in logs], "artifact_bytes_max": largest}
     if folder.script:
-        of_logs["script_sha256"] = {hashlib.sha256(folder.script.read_bytes()).hexdigest()}
-    for name, known in of_logs.items():
-        if known - {None} and given.get(name) is not None and given[name] not in known:
-            wrong.append(f"{name} {given[name]}, not {', '.join(map(str, known - {None}))}")
+        known["script_sha256"] = [hashlib.sha256(folder.script.read_bytes()).hexdigest()]
+    pairs = [(name, given.get(name), right) for name, right in known.items()]
     for run in logs:
-        row = folder.seed_results.get(str(run.seed), {})
-        for name, known in (("artifact_bytes", sizes[run.seed]), ("bytes_total", sizes[run.seed][1:]),
-                            ("steps", (run.steps,))):  # fmt: skip
-            if isinstance(row.get(name), int) and None not in known and row[name] not in known:
-                wrong.append(f"{name} {row[name]} of seed {run.seed}, not {known[-1]}")
+        row, sizes = folder.seed_results.get(str(run.seed), {}), [run.artifact_bytes, run.total_bytes]
+        rows = {"artifact_bytes": sizes, "bytes_total": sizes[1:], "steps": [run.steps]}  # the first is used for both
+        pairs += [(f"{name} of seed {run.seed}", row.get(name), right) for name, right in rows.items()]
+    for name, claimed, right in pairs:
+        if claimed is not None and None not in right and claimed not in right:
+            wrong.append(f"{name} {claimed}, not {', '.join(map(str, dict.fromkeys(right)))}")
     if wrong:
         return CheckResult("claims", "fail", f"submission.json has {'; '.join(wrong)}: copy the numbers of the logs, "
                            "or let `python -m records new` write it")

@@ -115,9 +115,9 @@ class RunLog:
 
     @property
     def score(self) -> Score | None:
-        """The submitted score: the last one that is no diagnostic, with its exact digits."""
+        """The submitted score: the last one that is no diagnostic, with its exact digits. None if that is no number."""
         final = [score for score in self.scores if not DIAGNOSTIC.search(score.name)]
-        return final[-1] if final else None
+        return final[-1] if final and math.isfinite(final[-1].val_loss + final[-1].val_bpb) else None
 
     @property
     def artifact_bytes(self) -> int | None:
@@ -336,8 +336,8 @@ def read_facts(run: RunLog, text: str) -> None:
         run.facts["settings"] = "; ".join(shown)
     for name, value in hyperparameter_lines(text):
         run.values[name], run.sources[name] = parse_setting(value)
-    if "seed" in run.values:
-        run.counts["seed"] = int(run.values["seed"])
+    if isinstance(run.values.get("seed"), int):
+        run.counts["seed"] = run.values["seed"]
     if folder := run.values.get("datasets_dir", run.values.get("data_path")):
         run.facts.setdefault("dataset", Path(str(folder)).name)
 

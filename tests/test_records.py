@@ -472,6 +472,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {  # what is wrong -
                                     "pre-quantization TTT", "train_seed7.log"),
     "pre-quantization TTT set": (edit("train_seed7.log", r"^  seed: .*", r"\g<0>\n  prequant_ttt_enabled: True"),
                                  "pre-quantization TTT", "score first"),
+    "human file is no script": (overwrite("train_gpt_human.py", b"\xff\xfe"), "packed code", "not a Python script"),
     "packed code without source": (packed_without_source, "packed code", "linecache"),
 }  # fmt: skip
 
@@ -485,6 +486,34 @@ def test_broken_folder(submission: Path, tmp_path: Path, breaks: Callable[[Path]
     failed = failures(folder)
     assert check in failed, failed
     assert words in failed[check]
+
+
+ODD = None, True, "x", -1, [None], {"42": {"val_bpb": "x"}}
+
+
+@pytest.mark.parametrize("key", ["val_bpb", "val_loss", "seeds", "seed_results", "bytes_total", "compliance", "track",
+                                 "artifact_bytes_max", "train_shards", "val_bpb_std", "script_sha256"])  # fmt: skip
+def test_odd_values_are_no_crash(submission: Path, tmp_path: Path, key: str) -> None:
+    """Whatever stands in submission.json, every check says something."""
+    folder = tmp_path / "track_10min_16mb" / submission.name
+    shutil.copytree(submission, folder)
+    whole = {result.name for result in checked(folder)}
+    for value in ODD:
+        claim(**{key: value})(folder)
+        optional = {"score val_bpb", "score val_loss", "val_bpb_std", "bytes_total", "bytes_code", "compliance"}
+        assert whole - optional <= {result.name for result in checked(folder)}
+
+
+@pytest.mark.parametrize("text", [
+    "", "step:1/2 train_loss:nan", "Hyperparameters:\n  seed: abc\n", "stopping_early: wallclock_cap step:5/9\n",
+    "Serialized model int6: 5 bytes\nTotal submission size: 9 bytes\n", "final_x val_loss:nan val_bpb:nan\n",
+])  # fmt: skip
+def test_odd_logs_are_no_crash(submission: Path, tmp_path: Path, text: str) -> None:
+    """A log that says next to nothing has no end, and the folder one score less."""
+    folder = tmp_path / "track_10min_16mb" / submission.name
+    shutil.copytree(submission, folder)
+    (folder / "train_seed7.log").write_text(text)
+    assert {"logs end", "score val_bpb"} <= set(failures(folder))
 
 
 def test_wrong_places(submission: Path, tmp_path: Path) -> None:
