@@ -30,14 +30,18 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import platform
+import shutil
+import signal
 import struct
 import sys
 import time
+import traceback
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -69,9 +73,12 @@ class UserError(ValueError):
 # of 44 published READMEs 4 set variables that their script never read.
 
 
-def opt(default: Any, text: str, group: str = "", low: float | None = None, choices: str = "") -> Any:
-    """A Config field: default, help with unit, the --help group it starts, least number, allowed words."""
-    return field(default=default, metadata={"text": text, "group": group, "low": low, "choices": choices.split()})
+def opt(
+    default: Any, text: str, group: str = "", low: float = -math.inf, high: float = math.inf, choices: str = ""
+) -> Any:
+    """A Config field: default, help with unit, the --help group it starts, least and greatest number, allowed words."""
+    limits = {"low": low, "high": high, "choices": choices.split()}
+    return field(default=default, metadata={"text": text, "group": group, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +90,18 @@ class Config:
     seed: int = opt(1337, "seed of initial weights and data order", low=0)
     device: str = opt("auto", "where to run (auto: cuda, else mps, else cpu)", choices="auto cuda mps cpu")
     compile: bool = opt(True, "torch.compile the model and the optimizer; 0 runs eagerly")
-    attn_backend: str = opt("auto", "attention (auto: first that works)", choices="auto fa3 fa4 cudnn fa2 flash math")
+    attn_backend: str = opt("auto", "attention (auto: the best here)", choices="auto fa3 fa4 cudnn fa2 flash flex math")
     mlp_backend: str = opt("auto", "feed-forward layer (auto: first that works)", choices="auto triton plain")
     eval_only: bool = opt(False, "score the artifact at ARTIFACT_PATH; needs no training data")
     export_only: bool = opt(False, "quantize and score the weights at WEIGHTS_PATH; no training")
     artifact_path: str = opt("", "the compressed model (empty: logs/<RUN_ID>.pgolf)")
-    weights_path: str = opt("", "fp32 weights saved when training ends (empty: logs/<RUN_ID>.weights.pt)")
+    weights_path: str = opt("", "fp32 weights, saved in and after training (empty: logs/<RUN_ID>.weights.pt)")
+    checkpoint_every: int = opt(500, "steps between saving the weights, clock stopped (0: only at the end)", low=0)
 
     data_dir: str = opt("./data/", "folder that holds datasets/ and tokenizers/", group="Data")
     data_path: str = opt("", "shard folder (empty: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>)")
     tokenizer_path: str = opt("", "SentencePiece model (empty: <DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model)")
-    vocab_size: int = opt(1024, "pieces of the tokenizer", low=4)
+    vocab_size: int = opt(1024, "pieces of the tokenizer", low=4, high=65_536)
     loader: str = opt("shuffled", "windows in random order, or the official order", choices="shuffled sequential")
 
     iterations: int = opt(20_000, "optimizer steps at most", group="Training length", low=1)
@@ -103,8 +111,8 @@ class Config:
     grad_accum_steps: int = opt(0, "micro-steps per step (0: fewest with at most 98,304 tokens each)", low=0)
     warmup_steps: int = opt(20, "untimed steps per phase before the clock starts, undone afterwards", low=0)
     warmdown_iters: int = opt(0, "last steps over which the learning rate falls to 0 (0: WARMDOWN_FRAC)", low=0)
-    warmdown_frac: float = opt(0.6, "the same as a fraction of the run, by steps or clock", low=0)
-    min_lr: float = opt(0.0, "floor of the learning-rate scale during warmdown", low=0)
+    warmdown_frac: float = opt(0.6, "the same as a fraction of the run, by steps or clock", low=0, high=1)
+    min_lr: float = opt(0.0, "floor of the learning-rate scale during warmdown", low=0, high=1)
     train_log_every: int = opt(200, "steps between training log lines (0: steps 1-10 only)", low=0)
     val_loss_every: int = opt(4000, "steps between validations (0: only after the last step)", low=0)
 
@@ -120,12 +128,13 @@ class Config:
     num_loops: int = opt(0, "extra passes over layers LOOP_START to LOOP_END (0: none)", low=0)
     loop_start: int = opt(3, "first looped layer, counted from 0", low=0)
     loop_end: int = opt(5, "last looped layer", low=0)
-    enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0)
+    enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0, high=1)
     lora_rank: int = opt(0, "rank of each pass's own addition to looped matrices, from the start (0: none)", low=0)
     logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
     qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0)
+    doc_attention: bool = opt(False, "attention that does not cross documents (back ends flex and math)")
     xsa_last_n: int = opt(11, "last layers with exclusive self-attention", low=0)
     ln_scale: bool = opt(True, "scale normalized inputs of layer i by 1/sqrt(i+1)")
     tie_embeddings: bool = opt(True, "use the token embedding as the output head")
@@ -147,23 +156,24 @@ class Config:
     head_lr: float = opt(0.008, "Adam learning rate of the untied head", low=0)
     lora_lr: float = opt(0.01, "Adam learning rate of the additions of LORA_RANK", low=0)
     asqu_lr: float = opt(0.001, "Adam learning rate of the ASQU factors", low=0)
-    muon_momentum: float = opt(0.99, "Muon momentum after warm-up", low=0)
-    muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0)
+    muon_momentum: float = opt(0.99, "Muon momentum after warm-up", low=0, high=1)
+    muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
     muon_row_normalize: bool = opt(False, "normalize update rows before orthogonalizing (MuonEq-R)")
+    muon_rank_frac: float = opt(1.0, "part of Muon's directions left at the end, by cosine (NuMuon)", low=0.01, high=1)
     polar_express: bool = opt(False, "Polar Express coefficients instead of the fixed quintic")
     muon_wd: float = opt(0.04, "decoupled weight decay of the banks", low=0)
     adam_wd: float = opt(0.04, "decoupled weight decay of vectors and small matrices", low=0)
     embed_wd: float = opt(0.04, "decoupled weight decay of embeddings", low=0)
-    beta1: float = opt(0.9, "Adam beta1", low=0)
-    beta2: float = opt(0.95, "Adam beta2", low=0)
+    beta1: float = opt(0.9, "Adam beta1", low=0, high=1)
+    beta2: float = opt(0.95, "Adam beta2", low=0, high=1)
     adam_eps: float = opt(1e-8, "Adam epsilon", low=0)
     grad_clip_norm: float = opt(0.3, "global gradient norm limit (0: none)", low=0)
 
     ema_enabled: bool = opt(True, "export an exponential moving average of the weights", group="Averaging and QAT")
-    ema_decay: float = opt(0.997, "decay of the average per step", low=0)
-    late_ema_decay: float = opt(0.0, "the same once late QAT has begun (0: EMA_DECAY)", low=0)
+    ema_decay: float = opt(0.997, "decay of the average per step", low=0, high=1)
+    late_ema_decay: float = opt(0.0, "the same once late QAT has begun (0: EMA_DECAY)", low=0, high=1)
     swa_enabled: bool = opt(False, "export the mean of snapshots (of the EMA where that is on)")
     swa_every: int = opt(50, "steps between SWA snapshots", low=1)
     swa_start_frac: float = opt(0.2, "SWA starts when the learning-rate scale falls below this", low=0)
@@ -171,7 +181,7 @@ class Config:
     lawa_k: int = opt(10, "snapshots in the LAWA window", low=1)
     lawa_freq: int = opt(100, "steps between LAWA snapshots", low=1)
     qat_enabled: bool = opt(False, "train on the export grid (straight-through) during the whole run")
-    late_qat_threshold: float = opt(0.15, "the same once the learning-rate scale is below this (0: never)", low=0)
+    late_qat_threshold: float = opt(0.15, "the same once the rate's scale is below this (0: never)", low=0, high=1)
 
     post_qat_seconds: float = opt(0.0, "seconds of the clock for QAT after the main training (0: none)", low=0)
     post_qat_lr: float = opt(0.001, "Muon learning rate of that time; the others keep their ratio to it", low=0)
@@ -182,10 +192,10 @@ class Config:
     gptq_block_size: int = opt(128, "columns per lazy GPTQ update", low=1)
     gptq_damp: float = opt(0.01, "damping over the mean diagonal of the Hessian", low=0)
     gptq_act_order: bool = opt(True, "quantize the columns of largest Hessian diagonal first")
-    matrix_bits: int = opt(6, "bits of the code of a matrix entry (2 to 8)", low=2)
-    lowbit_bits: int = opt(0, "bits of the matrices in LOWBIT_NAME_PATTERNS (0: MATRIX_BITS)", low=0)
+    matrix_bits: int = opt(6, "bits of the code of a matrix entry (2 to 8)", low=2, high=8)
+    lowbit_bits: int = opt(0, "bits of the matrices in LOWBIT_NAME_PATTERNS (0: MATRIX_BITS)", low=0, high=8)
     lowbit_name_patterns: tuple[str, ...] = opt((), "parts of names blocks.<i>.<matrix>., as .mlp.,.attn.proj.")
-    embed_bits: int = opt(8, "bits of the code of an embedding entry (2 to 8)", low=2)
+    embed_bits: int = opt(8, "bits of the code of an embedding entry (2 to 8)", low=2, high=8)
     clip_policy: str = opt("sigma", "row clip: k x std, amax, or percentile search", choices="sigma amax search")
     matrix_clip_sigmas: float = opt(0.0, "k of clip policy sigma (0: what fills TARGET_BYTES)", low=0)
     embed_clip_sigmas: float = opt(20.0, "k of the embeddings under clip policy sigma", low=0.1)
@@ -201,7 +211,7 @@ class Config:
     max_eval_seconds: float = opt(600.0, "evaluation budget that the ledger reports against, seconds", low=0)
 
     ttt_enabled: bool = opt(False, "score also with score-first test-time training", group="Test-time training")
-    ttt_chunk_tokens: int = opt(32_768, "tokens that are scored, then trained on, at a time", low=1)
+    ttt_chunk_tokens: int = opt(32_768, "tokens that are scored, then learned from, at a time", low=1)
     ttt_lr: float = opt(0.002, "learning rate on the first chunk; cosine to 0 over the chunks", low=0)
     ttt_epochs: int = opt(3, "passes over each scored chunk", low=0)
     ttt_optimizer: str = opt("sgd", "optimizer of test-time training", choices="sgd adamw")
@@ -209,6 +219,13 @@ class Config:
     ttt_batch_seqs: int = opt(16, "sequences per step over all ranks", low=1)
     ttt_freeze_blocks: int = opt(0, "first layers that stay as they are", low=0)
     ttt_grad_clip: float = opt(1.0, "global gradient norm limit (0: none)", low=0)
+
+    ngram_enabled: bool = opt(False, "score also with n-grams counted so far mixed in", group="N-gram mixer")
+    ngram_min_order: int = opt(2, "shortest n-gram: one token of context", low=2)
+    ngram_max_order: int = opt(7, "longest n-gram; the longest known context decides", low=2)
+    ngram_alpha_low: float = opt(0.05, "weight of the n-grams where the model is certain", low=0)
+    ngram_alpha_high: float = opt(0.6, "the same where it is uncertain", low=0)
+    ngram_entropy: float = opt(4.0, "entropy of the model, in nats, at which the weight is half way", low=0)
 
     # Where each value came from: field name -> "default", "recipe" or "environment". Not a variable.
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -390,7 +407,7 @@ def parse_number(name: str, text: str, kind: type) -> Any:
 
 def parse_value(name: str, text: str, spec: Field) -> Any:
     """The text of a variable as its field's type; UserError names variable, value and what is allowed."""
-    low, choices = spec.metadata["low"], spec.metadata["choices"]
+    low, high, choices = (spec.metadata[key] for key in ("low", "high", "choices"))
     kind = next((k for k in get_args(spec.type) if k in (int, float, str)), spec.type)  # float | None, tuple[int, ...]
     if kind is bool:
         words = ("0", "false", "no", "off", "1", "true", "yes", "on")
@@ -404,27 +421,27 @@ def parse_value(name: str, text: str, spec: Field) -> Any:
             raise UserError(f"{name}={text!r}: expected one of {', '.join(choices)}")
         return text
     value = parse_number(name, text, kind)
-    if not math.isfinite(value) or (low is not None and value < low):
-        raise UserError(f"{name}={text}: expected a finite number" + ("" if low is None else f" of at least {low:g}"))
+    if not math.isfinite(value) or not low <= value <= high:
+        limits = [f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
+        raise UserError(f"{name}={text}: expected a finite number{' of ' * bool(limits)}{' and '.join(limits)}")
     return value
 
 
-def validate(cfg: Config) -> None:
-    """Check what involves several variables; messages name them with their values."""
+Rules = list[tuple[Any, str]]  # what must hold, and what the error says otherwise
+
+
+def model_rules(cfg: Config) -> Rules:
+    """What must hold between variables of the model."""
     model_dim, heads, kv_heads, head_dim = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    above = {n.upper(): v for n in ("matrix_bits", "embed_bits", "lowbit_bits") if (v := vars(cfg)[n]) > 8}
-    names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
-    idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
-    fractions = "warmdown_frac enable_looping_at min_lr muon_momentum muon_momentum_warmup_start".split()
-    fractions += "ema_decay late_ema_decay beta1 beta2".split()
-    above_one = {n.upper(): v for n in fractions if (v := vars(cfg)[n]) > 1}
     ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(cfg.num_layers))) != []
-    rules = [
+    return [
         (model_dim % heads == 0, f"MODEL_DIM={model_dim} is not divisible by NUM_HEADS={heads}"),
         (heads % kv_heads == 0, f"NUM_HEADS={heads} is not divisible by NUM_KV_HEADS={kv_heads}"),
         (head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={head_dim} is odd: rotary embedding needs pairs"),
         (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"ROPE_DIMS={cfg.rope_dims}: even, at most {head_dim}"),
         (cfg.hidden_dim > 0, f"MLP_HIDDEN={cfg.mlp_hidden} and MLP_MULT={cfg.mlp_mult} give an MLP of width 0"),
+        (cfg.attn_backend in ("auto", "math", *(("flex",) if cfg.doc_attention else set(ATTENTION))),
+         f"ATTN_BACKEND={cfg.attn_backend} DOC_ATTENTION={cfg.doc_attention:d}: flex and DOC_ATTENTION=1 go together"),
         (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
         (ve_fits or not cfg.ve_enabled,
          f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
@@ -433,7 +450,14 @@ def validate(cfg: Config) -> None:
         (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
          f"LORA_RANK={cfg.lora_rank}: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
         (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
-        (not above, f"{above}: codes have 2 to 8 bits"),
+    ]  # fmt: skip
+
+
+def training_rules(cfg: Config) -> Rules:
+    """The same for training and export."""
+    names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
+    idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
+    return [
         (cfg.lowbit_bits != 1, "LOWBIT_BITS=1: 2 to 8, or 0 for MATRIX_BITS"),
         (not idle, f"LOWBIT_NAME_PATTERNS={','.join(idle)}: not in {' '.join(names[:: cfg.num_layers])}"),
         (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
@@ -443,24 +467,36 @@ def validate(cfg: Config) -> None:
          f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
         (not cfg.late_ema_decay or (cfg.ema_enabled and cfg.late_qat_threshold > 0 and not cfg.qat_enabled),
          f"LATE_EMA_DECAY={cfg.late_ema_decay}: needs EMA_ENABLED=1 and late QAT (not QAT_ENABLED)"),
-        (not above_one, f"{above_one}: at most 1"),
         (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
-        (cfg.late_qat_threshold <= 1, f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold}: a learning-rate scale, at most 1"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
+        (cfg.compressor_level <= CODECS.get(cfg.compressor, ("", "", -1))[2],
+         f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
+    ]  # fmt: skip
+
+
+def evaluation_rules(cfg: Config) -> Rules:
+    """The same for evaluation and re-entry."""
+    return [
         (not (cfg.eval_only and cfg.export_only), "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"),
         (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
         (not cfg.export_only or cfg.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH=<file>"),
         (cfg.eval_stride <= cfg.eval_len, f"EVAL_STRIDE={cfg.eval_stride} exceeds the window of {cfg.eval_len} tokens"),
-        (cfg.compressor_level <= CODECS.get(cfg.compressor, ("", "", -1))[2],
-         f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
         (not cfg.ttt_enabled or cfg.eval_stride > 0, "TTT_ENABLED=1 needs EVAL_STRIDE above 0"),
         (cfg.ttt_chunk_tokens > cfg.eval_len or not cfg.ttt_enabled,
          f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no whole window of {cfg.eval_len} tokens and its target"),
+        (not cfg.ngram_enabled or cfg.eval_stride > 0, "NGRAM_ENABLED=1 needs EVAL_STRIDE above 0"),
+        (cfg.ngram_min_order <= cfg.ngram_max_order,
+         f"NGRAM_MIN_ORDER={cfg.ngram_min_order} exceeds NGRAM_MAX_ORDER={cfg.ngram_max_order}"),
+        (cfg.ngram_alpha_low <= cfg.ngram_alpha_high < 1,
+         f"NGRAM_ALPHA_LOW={cfg.ngram_alpha_low:g} NGRAM_ALPHA_HIGH={cfg.ngram_alpha_high:g}: in order and below 1"),
         (cfg.ttt_freeze_blocks <= cfg.num_layers, f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks} exceeds NUM_LAYERS"),
-        (cfg.vocab_size <= 65_536, f"VOCAB_SIZE={cfg.vocab_size}: shards hold 16-bit tokens"),
     ]  # fmt: skip
-    for holds, message in rules:
+
+
+def validate(cfg: Config) -> None:
+    """Check what involves several variables; messages name them with their values."""
+    for holds, message in itertools.chain(*(rules(cfg) for rules in (model_rules, training_rules, evaluation_rules))):
         if not holds:
             raise UserError(message)
 
@@ -504,11 +540,10 @@ class Ranks:
         return tensor
 
     def agree(self, *values: float) -> list[float]:
-        """Rank 0's values on every rank: clocks and decisions must not differ between ranks."""
-        if self.world == 1:
-            return list(values)
+        """The largest of the ranks' values, on every rank: clocks and decisions must not differ between ranks."""
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(tensor, 0, group=self.control)
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
     def broadcast_bytes(self, blob: bytes) -> bytes:
@@ -526,9 +561,40 @@ class Ranks:
         """This rank's contiguous part of `count` pieces of work; sizes differ by one at most."""
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
-    def close(self) -> None:
-        if self.world > 1:
+    def close(self, problem: BaseException | None, env: Mapping[str, str]) -> None:
+        """Leave the group; after a problem at once, since peers may never answer. The first rank that has one tells it.
+
+        The others have the same one, or have lost a peer: they end silently, or torchrun ends them (SIGTERM as soon
+        as a rank has failed, SIGKILL 30 s later).
+        """
+        if self.world > 1 and problem is None:
             dist.destroy_process_group()
+        elif self.world > 1:
+            if is_first_to_fail(env):
+                print(describe(problem), file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def is_first_to_fail(env: Mapping[str, str]) -> bool:
+    """Whether no other rank has asked this yet; torchrun keeps the store that counts, so it outlives every rank."""
+    if int(env.get("WORLD_SIZE", "1")) == 1:
+        return True
+    try:
+        patience = timedelta(seconds=5)
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=patience)
+        return store.add(f"failed/{env.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except (RuntimeError, KeyError):  # no torchrun: rank 0 kept the store and has gone, or there is none
+        return True
+
+
+def describe(problem: BaseException) -> str:
+    """One line for what can happen to a sound script; the traceback for anything else."""
+    if isinstance(problem, UserError):
+        return f"error: {problem}"
+    if isinstance(problem, RuntimeError) and "/gloo/" in str(problem):
+        what = str(problem).split("] ", 1)[-1].split(". ")[0]
+        return f"error: another rank has ended or does not answer: {what}; the launcher's report names it"
+    return "".join(traceback.format_exception(problem)).rstrip()
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -584,29 +650,36 @@ class Log:
     """
 
     def __init__(self, cfg: Config, enabled: bool) -> None:
-        self.files, self.stream = [], None
+        self.enabled, self.files, self.streams = enabled, [], []
         if not enabled:
             return
         Path("logs").mkdir(exist_ok=True)
         names = [f"logs/{cfg.log_name}.txt"]
         if cfg.log_name == cfg.run_id:
             names += [f"train_seed{cfg.seed}.log"] + ["train.log"] * (cfg.seed == 1337)
-        self.files = [open(name, "w", buffering=1, encoding="utf-8") for name in names]
-        self.stream = open(f"logs/{cfg.log_name}.jsonl", "w", buffering=1, encoding="utf-8")
+        self.files = [open(name, "wb", buffering=0) for name in names]
+        self.streams = [open(f"logs/{cfg.log_name}.jsonl", "wb", buffering=0)]
 
     def __call__(self, text: str, console: bool = True) -> None:
-        for file in self.files:
-            file.write(text + "\n")
-        if self.files and console:
+        if self.enabled and console:
             print(text, flush=True)
+        self.write(self.files, text)
 
     def event(self, event: str, /, **values: Any) -> None:
         """One JSON object for tools; the text line beside it is for people."""
-        if self.stream:
-            self.stream.write(json.dumps({"event": event, **values}) + "\n")
+        self.write(self.streams, json.dumps({"event": event, **values}))
+
+    def write(self, files: list[io.FileIO], line: str) -> None:
+        """Append a line; a file that cannot be written (disk full) is given up, which must not end a paid run."""
+        for file in [*files]:
+            try:
+                file.write(line.encode() + b"\n")
+            except OSError as problem:
+                files.remove(file)
+                print(f"WARNING: {file.name}: {problem.strerror}; its lines are on the console only", flush=True)
 
     def close(self) -> None:
-        for file in [*self.files, *([self.stream] if self.stream else [])]:
+        for file in [*self.files, *self.streams]:
             file.close()
 
 
@@ -624,8 +697,8 @@ class Runtime:
     def start(cls, cfg: Config, env: Mapping[str, str]) -> Iterator["Runtime"]:
         """Start ranks and log, write the header, and close both whatever happens."""
         ranks = Ranks.start(cfg, env)
-        for path in (cfg.artifact_file, cfg.weights_file):  # a missing folder must not cost a finished run
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for path in (cfg.artifact_file, cfg.weights_file) if ranks.is_main else ():
+            path.parent.mkdir(parents=True, exist_ok=True)  # a missing folder must not cost a finished run
         log = Log(cfg, enabled=ranks.is_main)
         run = cls(cfg, ranks, log, [])
         try:
@@ -633,9 +706,9 @@ class Runtime:
             yield run
         finally:
             if problem := sys.exc_info()[1]:
-                log(f"error: {type(problem).__name__}: {problem}", console=False)
+                log(describe(problem), console=False)
             log.close()
-            ranks.close()
+            ranks.close(problem, env)
 
     @contextlib.contextmanager
     def timed(self, phase: str, budget: str) -> Iterator[None]:
@@ -927,7 +1000,7 @@ def load_validation(run: Runtime) -> ValidationSet:
 # forward pass: training, Hessians and evaluation differ only in the weights, the layer order and
 # the observer that they hand in. Shapes: B sequences, T tokens, H heads, D head size.
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,D), k and v (B,T,KV,D) -> y (B,T,H,D), causal
+Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTENTION a mask -> y (B,T,H,D), causal
 Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 FeedForward = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # as plain_feed_forward
 
@@ -985,6 +1058,50 @@ ATTENTION: dict[str, Callable[[], Attend]] = {  # in order of preference on Hopp
     "flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
     "math": lambda: sdpa(SDPBackend.MATH),
 }
+
+
+class DocumentAttention(NamedTuple):
+    """Attention that sees only earlier tokens of the same document; one mask per pass serves every layer."""
+
+    mask: Callable[[Tensor], Any]  # documents (B, T), equal numbers for tokens of one document
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), mask -> y (B,T,H,D)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        return self.attend(q, k, v, mask)
+
+
+def math_documents() -> DocumentAttention:
+    """The plain definition, with a mask of T x T booleans."""
+
+    def mask(documents: Tensor) -> Tensor:
+        return (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return DocumentAttention(mask, attend)
+
+
+def flex_documents() -> DocumentAttention:
+    """PyTorch's flex attention, which leaves out the blocks of the mask in which nothing is visible."""
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+
+    def mask(documents: Tensor) -> Any:
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & (documents[b, i] == documents[b, j])
+
+        count, length = documents.shape
+        return flex.create_block_mask(visible, count, None, length, length, device=documents.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        return flex.flex_attention(*heads_first, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return DocumentAttention(mask, attend)
+
+
+DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {"flex": flex_documents, "math": math_documents}
 
 
 def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
@@ -1129,6 +1246,14 @@ def probe_attention(attend: Attend, cfg: Config, device: torch.device) -> float:
     return probe(attend, sdpa(SDPBackend.MATH), shapes, device)
 
 
+def probe_document_attention(attention: DocumentAttention, cfg: Config, device: torch.device) -> float:
+    """The same with three documents in a row of tokens."""
+    shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+    documents = torch.arange(128).div(50, rounding_mode="floor").expand(2, 128)
+    ends = (lambda q, k, v, f=f: f(q, k, v, f.mask(documents.to(q.device))) for f in (attention, math_documents()))
+    return probe(*ends, shapes, device)
+
+
 def probe_feed_forward(feed_forward: FeedForward, cfg: Config, device: torch.device) -> float:
     """`probe` of a feed-forward back end against the plain definition, every input's gradient included."""
     shapes = [(2, 160, cfg.model_dim), (cfg.hidden_dim, cfg.model_dim), (cfg.model_dim, cfg.hidden_dim)]
@@ -1146,6 +1271,7 @@ class BackEnds(NamedTuple):
 
 
 ATTENTION_BACK_ENDS = BackEnds("ATTN_BACKEND", ATTENTION, ("flash", "math"), probe_attention)
+DOCUMENT_BACK_ENDS = BackEnds("ATTN_BACKEND", DOCUMENT_ATTENTION, ("math",), probe_document_attention)
 MLP_BACK_ENDS = BackEnds("MLP_BACKEND", FEED_FORWARD, ("plain",), probe_feed_forward)
 
 
@@ -1372,6 +1498,7 @@ class Pass(NamedTuple):
     vectors: dict[str, tuple[Tensor, ...]]  # per-layer parameter -> the layers' values
     rotary: tuple[Tensor, Tensor]
     value_embedding: Tensor | None  # (B, T, KV, D)
+    mask: tuple[Any, ...]  # with DOC_ATTENTION the mask of the document attention
     beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_unit below zero
     observe: Observer | None
 
@@ -1399,6 +1526,7 @@ class GPT(nn.Module):
         self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
         self.rotary = {n: rotary_table(n, cfg, device) for n in {cfg.train_seq_len, cfg.eval_len}}
         self.fast_weights, self.fast_nll = compiled(cfg, self.weights), compiled(cfg, self.nll)
+        self.fast_nll_and_entropy = compiled(cfg, self.nll_and_entropy)
 
     def weights(self, fake_quant: bool) -> dict[str, Tensor]:
         """Banks and head in the compute type; `fake_quant` puts the banks on the export grid, straight-through.
@@ -1452,7 +1580,8 @@ class GPT(nn.Module):
         slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
         fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
         beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
-        return Pass(order, banks, vectors, rotary, value, beta, observe)
+        mask = (self.attend.mask((ids == self.bos_id).cumsum(1)),) if self.cfg.doc_attention else ()
+        return Pass(order, banks, vectors, rotary, value, mask, beta, observe)
 
     def attention(self, x: Tensor, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
         """Attention of normalized x (B, T, C); also returns this layer's own values (B, T, KV, D)."""
@@ -1471,7 +1600,7 @@ class GPT(nn.Module):
         if "value_mix" in vectors:
             mix = vectors["value_mix"][layer]
             v = mix[0] * (own if first_v is None else first_v) + mix[1] * own
-        y = self.attend(q, k, v)
+        y = self.attend(q, k, v, *p.mask)
         if spec.xsa:
             y = exclusive(y, v)
         if "gate_weight" in vectors:
@@ -1522,6 +1651,13 @@ class GPT(nn.Module):
         logits = self.logits(self.hidden(ids, weights, order), weights)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
+    def nll_and_entropy(
+        self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """`nll`, and the entropy in nats of each prediction, (B, T) float32."""
+        log_p = self.logits(self.hidden(ids, weights, order), weights).log_softmax(-1)
+        return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace all parameters in place: compiled graphs stay valid. Names must match exactly."""
         self.load_state_dict(dict(tensors))
@@ -1534,11 +1670,13 @@ def compiled(cfg: Config, function: Callable) -> Callable:
 
 def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
     """The model of `cfg` on this rank's device, with its parameter count in the log."""
-    attend = choose_back_end(run, ATTENTION_BACK_ENDS, cfg.attn_backend)
+    attend = choose_back_end(run, DOCUMENT_BACK_ENDS if cfg.doc_attention else ATTENTION_BACK_ENDS, cfg.attn_backend)
     feed_forward = choose_back_end(run, MLP_BACK_ENDS, cfg.mlp_backend)
     model = GPT(cfg, bos_id, attend, run.ranks.device, feed_forward)
-    count = sum(p.numel() for p in model.parameters())
-    run.log(f"model_params:{count}")
+    parts = {name.split(".")[1]: p.numel() for name, p in model.named_parameters()}
+    count = sum(parts.values())
+    run.log(f"model_params:{count} ({' '.join(f'{n}:{c}' for n, c in parts.items() if c > 0.002 * count)}) "
+            f"passes:{len(final_order(cfg))} over {cfg.num_layers} layers")  # fmt: skip
     run.log.event("model", parameters=count, mlp_hidden=cfg.hidden_dim)
     run.log(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} xsa_last_n:{cfg.xsa_last_n} "
             f"mlp_activation:{cfg.mlp_activation} hidden:{cfg.hidden_dim}")  # fmt: skip
@@ -1549,8 +1687,8 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
 # 5. Optimizers
 # ----------------------------------------------------------------------------------------------
 # Muon trains the banks, Adam the rest. With several ranks each bank's gradient is reduce-scattered
-# by layers, orthogonalized on the rank that owns the layer, and the updates are all-gathered; Adam
-# works on the small gradients meanwhile. All state is in `state_dict`.
+# by layers, orthogonalized on the rank that owns the layer, and the updates are all-gathered; the
+# next bank and then Adam compute meanwhile. All state is in `state_dict`.
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of Muon (K. Jordan)
 POLAR_EXPRESS = (  # per-iteration coefficients of Polar Express (arXiv 2505.16932), as in PR #1344
@@ -1579,11 +1717,27 @@ def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
+def leading_directions(matrices: Tensor, share: float, coefficients: list[tuple[float, float, float]]) -> Tensor:
+    """`orthogonalize` of the best approximation of rank `share` x the smaller side (NuMuon, arXiv 2603.03597).
+
+    Two rounds of block power iteration, with the same iteration as the final step for the basis: products only.
+    """
+    rank = math.ceil(share * min(matrices.shape[1:]) / 8) * 8  # products want multiples of 8
+    if rank >= min(matrices.shape[1:]):
+        return orthogonalize(matrices, coefficients)
+    generator = torch.Generator(matrices.device).manual_seed(0)  # any number of ranks starts from the same directions
+    block = torch.randn(matrices.shape[2], rank, generator=generator, device=matrices.device).to(matrices.dtype)
+    for _ in range(2):
+        basis = orthogonalize(matrices @ block, coefficients)
+        block = matrices.mT @ basis
+    return basis @ orthogonalize(block.mT, coefficients)
+
+
 class ParallelMuon:
     """Muon over banks of (layers, rows, cols), sharded by layers (PR #399).
 
-    Phases: `launch` starts the reduction of every gradient, largest first; the caller does other work; `finish`
-    waits for each, updates this rank's layers and gathers all updates. Not for embeddings, heads or vectors.
+    Phases: `launch` starts the reduction of every gradient, largest first; `gather` updates this rank's layers and
+    starts gathering all; the caller does other work; `finish` applies them. Not for embeddings, heads or vectors.
     """
 
     def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
@@ -1597,11 +1751,14 @@ class ParallelMuon:
         }  # momentum of the owned layers
         self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
 
-    def direction(self, spec: BankSpec, buffer: Tensor, grad: Tensor, momentum: Tensor, clip: Tensor) -> Tensor:
+    def direction(
+        self, spec: BankSpec, buffer: Tensor, grad: Tensor, momentum: Tensor, clip: Tensor, share: float = 1.0
+    ) -> Tensor:
         """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the momentum `buffer`.
 
         Nesterov momentum, optional row normalization (of the update, never of the buffer: PR #1418), then every
-        matrix of the bank orthogonalized by itself and scaled by sqrt(max(1, rows/cols)).
+        matrix of the bank orthogonalized by itself (the leading `share` of its singular directions) and scaled by
+        sqrt(max(1, rows/cols)).
         """
         grad = grad.float() * clip
         buffer.mul_(momentum).add_(grad)
@@ -1610,7 +1767,7 @@ class ParallelMuon:
             update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
         update = update.to(self.dtype)
         parts = [(update[:, a:b], max(1.0, (b - a) / spec.cols) ** 0.5) for _, a, b in spec.spans()]
-        return torch.cat([orthogonalize(part, self.coefficients) * scale for part, scale in parts], dim=1)
+        return torch.cat([leading_directions(p, share, self.coefficients) * scale for p, scale in parts], dim=1)
 
     def apply(self, bank: Tensor, update: Tensor, lr: Tensor) -> None:
         """Decoupled weight decay, then the step, in place on all layers."""
@@ -1629,19 +1786,31 @@ class ParallelMuon:
             launched[spec.name] = reduce_scatter(self.ranks, padded)
         return launched
 
-    @torch.no_grad()
-    def finish(self, gradients: dict[str, Tensor], lr: float, momentum: float, clip: Tensor) -> None:
-        """Update the owned layers from their gradients, gather all ranks' updates and apply them."""
-        as_tensor = partial(torch.full, (), dtype=torch.float32, device=self.ranks.device)  # numbers would recompile
-        pending = []
+    def gather(
+        self, gradients: dict[str, Tensor], momentum: Tensor, clip: Tensor, share: float
+    ) -> dict[str, tuple[Tensor, Any]]:
+        """Updates of the owned layers from their gradients; bank -> (all ranks' updates, handle to wait for).
+
+        A `share` below 1 changes shapes as training goes on, so it runs uncompiled.
+        """
+        direction = self.fast_direction if share == 1 else partial(self.direction, share=share)
+        gathered = {}
         for spec in self.specs:
-            buffer = self.state[spec.name]
-            update = self.fast_direction(spec, buffer, gradients[spec.name], as_tensor(momentum), clip)
-            pending.append((self.banks[spec.name], *all_gather(self.ranks, update)))
-        for bank, update, handle in pending:
-            if handle is not None:
-                handle.wait()
-            self.fast_apply(bank, update, as_tensor(lr))
+            update = direction(spec, self.state[spec.name], gradients[spec.name], momentum, clip)
+            gathered[spec.name] = all_gather(self.ranks, update)
+        return gathered
+
+    def finish(self, gathered: dict[str, tuple[Tensor, Any]], lr: Tensor) -> None:
+        """Apply all layers' updates as they arrive."""
+        for name, pair in gathered.items():
+            self.fast_apply(self.banks[name], arrived(pair), lr)
+
+
+def arrived(pair: tuple[Tensor, Any]) -> Tensor:
+    """The tensor of a pair (tensor, handle), for use once its communication is done; on CUDA the host does not wait."""
+    if pair[1] is not None:
+        pair[1].wait()
+    return pair[0]
 
 
 def reduce_scatter(ranks: Ranks, full: Tensor) -> tuple[Tensor, Any]:
@@ -1690,38 +1859,40 @@ class Optimizers:
         owners = [id(p) for p in [*self.muon.banks.values(), *self.small]]
         assert sorted(owners) == sorted(map(id, model.parameters())), "a parameter is in no optimizer or in two"
 
-    def average_small(self) -> list[Tensor]:
-        """Average Adam's gradients over ranks in one bucket; returns them."""
-        grads = [p.grad for p in self.small]
-        if self.ranks.world > 1:
-            bucket = self.ranks.sum_(torch.cat([g.flatten() for g in grads])) / self.ranks.world
-            pieces = bucket.split([g.numel() for g in grads])
-            torch._foreach_copy_(grads, [piece.view_as(g) for piece, g in zip(pieces, grads, strict=True)])
-        return grads
+    def launch_small(self) -> tuple[Tensor, Any]:
+        """Start averaging Adam's gradients over ranks in one bucket; the bucket and a handle to wait for."""
+        bucket = torch.cat([p.grad.flatten() for p in self.small]) / self.ranks.world
+        return bucket, dist.all_reduce(bucket, async_op=True) if self.ranks.world > 1 else None
 
-    def clip_factor(self, small: list[Tensor], shards: list[Tensor]) -> Tensor:
+    def clip_factor(self, bucket: Tensor, shards: list[Tensor]) -> Tensor:
         """Factor that limits the norm of the averaged gradient to GRAD_CLIP_NORM: one number for all ranks."""
         if not self.cfg.grad_clip_norm:
             return torch.ones((), device=self.ranks.device)
         own = torch.stack(torch._foreach_norm(shards)).float().square().sum()
-        total = self.ranks.sum_(own) + torch.stack(torch._foreach_norm(small)).square().sum()
+        total = self.ranks.sum_(own) + bucket.norm().square()
         return (self.cfg.grad_clip_norm / (total.sqrt() + 1e-6)).clamp_max(1.0)
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float) -> None:
-        """One step of everything. 1: bank gradients start travelling. 2: small ones, the norm, Adam. 3: Muon."""
-        launched = self.muon.launch()
-        small = self.average_small()
-        for _, handle in launched.values():
-            if handle is not None:
-                handle.wait()
-        gradients = {name: shard for name, (shard, _) in launched.items()}
-        clip = self.clip_factor(small, list(gradients.values()))
-        torch._foreach_mul_(small, clip)
+    def step(self, lr_scale: float, momentum: float, share: float = 1.0) -> None:
+        """One step of everything. The host waits for nothing; on the device, communication runs beside this:
+
+        the reduction of a bank beside the casts of the next ones and the packing of the small gradients (no earlier:
+        the banks' gradients are the last that the backward pass makes); nothing beside the norm, which needs all
+        gradients and which all updates need; the gathering of a bank beside the orthogonalization of the next, and of
+        the last, smallest one beside Adam.
+        """
+        launched, small = self.muon.launch(), self.launch_small()
+        gradients, bucket = {name: arrived(pair) for name, pair in launched.items()}, arrived(small)
+        clip = self.clip_factor(bucket, list(gradients.values()))
+        as_tensor = partial(torch.full, (), dtype=torch.float32, device=self.ranks.device)  # numbers would recompile
+        gathered = self.muon.gather(gradients, as_tensor(momentum), clip, share)
+        pieces = (bucket * clip).split([p.numel() for p in self.small])
+        for parameter, piece in zip(self.small, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        self.muon.finish(gradients, self.cfg.matrix_lr * lr_scale, momentum, clip)
+        self.muon.finish(gathered, as_tensor(self.cfg.matrix_lr * lr_scale))
 
     def state_dict(self) -> dict[str, Any]:
         """All optimizer state; a restore from it is bitwise."""
@@ -1796,12 +1967,18 @@ def momentum_at(cfg: Config, step: int) -> float:
     return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
 
 
+def muon_share_at(cfg: Config, progress: float) -> float:
+    """Part of the singular directions in Muon's update: all at the start, MUON_RANK_FRAC at the end, by cosine."""
+    return cfg.muon_rank_frac + (1 - cfg.muon_rank_frac) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
 class StepPlan(NamedTuple):
-    """Learning-rate scale, Muon momentum and phase of one step."""
+    """Learning-rate scale, Muon momentum, phase, and part of Muon's directions of one step."""
 
     lr_scale: float
     momentum: float
     phase: str
+    muon_share: float
 
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
@@ -1812,7 +1989,8 @@ def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan
         "late_qat": scale < cfg.late_qat_threshold,
     }
     phase = [name for name in phases(cfg) if begun.get(name, name == "train")][-1]
-    return StepPlan(scale, momentum_at(cfg, step), phase)
+    share = muon_share_at(cfg, progress_at(cfg, step, seconds, budget))
+    return StepPlan(scale, momentum_at(cfg, step), phase, share)
 
 
 class Grid(NamedTuple):
@@ -1853,7 +2031,7 @@ class Averager:
     """Running averages of the parameters, updated after every step."""
 
     def __init__(self, cfg: Config, model: GPT) -> None:
-        self.cfg = cfg
+        self.cfg, self.model = cfg, model
         self.names, parameters = zip(*model.named_parameters(), strict=True)
         self.live = [p.detach() for p in parameters]
         self.ema = [p.clone() for p in self.live] if cfg.ema_enabled else None
@@ -1895,9 +2073,9 @@ class Averager:
 # ----------------------------------------------------------------------------------------------
 # 8. Training
 # ----------------------------------------------------------------------------------------------
-# The clock covers optimizer steps only, from the first real one; compilation, warm-up and
-# validation are outside it. All ranks decide by rank 0's clock. Calibration and GPTQ still belong
-# to MAX_WALLCLOCK_SECONDS, so the loop stops early by what they took when measured in warm-up.
+# The clock covers optimizer steps only, from the first real one; compilation, warm-up, validation
+# and checkpoints are outside it. All ranks decide by the clock that is ahead. Calibration and GPTQ
+# still belong to MAX_WALLCLOCK_SECONDS, so the loop stops early by what they took in warm-up.
 
 
 class Trainer:
@@ -1915,7 +2093,7 @@ class Trainer:
         run.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")  # fmt: skip
 
-    def step(self, number: int, phase: Phase, lr_scale: float, momentum: float) -> Tensor:
+    def step(self, number: int, phase: Phase, lr_scale: float, momentum: float, muon_share: float = 1.0) -> Tensor:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
         accum, total = self.loader.shape.accum, 0.0
         for parameter in self.model.parameters():
@@ -1926,7 +2104,7 @@ class Trainer:
             loss = self.model.fast_nll(inputs, targets, weights, phase.order).mean() / accum
             loss.backward()
             total = total + loss.detach()
-        self.optimizers.step(lr_scale, momentum)
+        self.optimizers.step(lr_scale, momentum, muon_share)
         return total
 
     def state(self) -> dict[str, Any]:
@@ -1974,7 +2152,7 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     with rounding.running():
         jobs = quant_jobs(model)
         sigmas = fill_sigmas(cfg, jobs, kept_tensors(model)) if cfg.fits_clip else cfg.matrix_clip_sigmas
-        quantize_jobs(cfg, jobs, hessians, sigmas)
+        quantize_shared(run, jobs, hessians, sigmas)
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
     return run.ranks.agree(1.2 * (batches * calibration.total / 3 + passes * rounding.total) + 0.5)[0]
 
@@ -2007,36 +2185,67 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
     model.order = phases(cfg)["train"].order
     averager, active, phase, graphs = Averager(cfg, model), set(), "train", 0
-    clock, step, loss = Clock(run.ranks.device), 0, None
+    clock, step = Clock(run.ranks.device), 0
     clock.start()
-    while True:
-        (seconds,) = run.ranks.agree(clock.seconds())
-        if step >= cfg.iterations or seconds * (1 + 1 / max(step, 1)) >= budget:  # the next step would end too late
-            break
-        plan = plan_step(cfg, step, seconds, budget)
-        if plan.phase != phase:
-            phase = enter_phase(run, model, plan, step, seconds)
-        before = graphs_compiled()
-        loss = trainer.step(step, phases(cfg)[phase], plan.lr_scale, plan.momentum)
-        step += 1
-        if made := graphs_compiled() - before:
-            graphs += made
-            run.log(f"WARNING: step {step} compiled {made} graphs inside the clock; warm-up should have made them")
-        averager.update(step, plan.lr_scale, phase == "late_qat")
-        active |= {phase, "warmdown" if plan.lr_scale < 1 else phase}
-        report_step(run, step, loss, plan, clock)
-        if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            validate_step(run, model, validation, step, clock.stop())
-            clock.start()
+    with sigterm_noted() as noted:
+        while True:
+            seconds, terminated = run.ranks.agree(clock.seconds(), len(noted))
+            if terminated:
+                save_weights(run, averager, step)
+                remedy = f"EXPORT_ONLY=1 WEIGHTS_PATH={cfg.weights_file} makes an artifact of it"
+                raise UserError(f"SIGTERM: stopped after step {step}; {remedy}")
+            if step >= cfg.iterations or seconds * (1 + 1 / max(step, 1)) >= budget:  # the next would end too late
+                break
+            plan = plan_step(cfg, step, seconds, budget)
+            if plan.phase != phase:
+                phase = enter_phase(run, model, plan, step, seconds)
+            before = graphs_compiled()
+            loss = trainer.step(step, phases(cfg)[phase], plan.lr_scale, plan.momentum, plan.muon_share)
+            step += 1
+            if made := graphs_compiled() - before:
+                graphs += made
+                run.log(f"WARNING: step {step} compiled {made} graphs inside the clock; warm-up should have made them")
+            averager.update(step, plan.lr_scale, phase == "late_qat")
+            active |= {phase, "warmdown" if plan.lr_scale < 1 else phase}
+            report_step(run, step, loss, plan, clock)
+            if is_due(cfg.val_loss_every, step) or is_due(cfg.checkpoint_every, step):
+                clock.stop()
+                pause(run, averager, validation, step, clock.total)
+                clock.start()
     run.ledger.append(("train", "steps", clock.stop()))
     run.log(f"graphs compiled inside the clock: {graphs}")
-    finish_log(run, model, validation, step, clock)
+    finish_log(run, averager, validation, step, clock)
     average, active = averager.weights(), active | averager.active()
     if cfg.post_qat_seconds:
         model.load(average)
         step += post_qat(run, trainer, validation, step)
         average, active = dict(model.named_parameters()), active | {"post_qat"}
+        save_weights(run, Averager(replace(cfg, ema_enabled=False), model), step)
     return Trained(step, {name: value.detach().clone() for name, value in average.items()}, active)
+
+
+@contextlib.contextmanager
+def sigterm_noted() -> Iterator[list[int]]:
+    """Inside, SIGTERM (30 s before SIGKILL, as a rule) goes to the list instead of ending the process."""
+    noted: list[int] = []
+    usual = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+def is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def pause(run: Runtime, averager: Averager, validation: ValidationSet, step: int, seconds: float) -> None:
+    """What is due after a step, with the clock stopped at `seconds`: validation, checkpoint."""
+    if is_due(run.cfg.val_loss_every, step):
+        validate_step(run, averager.model, validation, step, seconds)
+    if is_due(run.cfg.checkpoint_every, step) and step < run.cfg.iterations:
+        with run.timed("checkpoint", "untimed"):
+            save_weights(run, averager, step)
 
 
 def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: int) -> int:
@@ -2045,7 +2254,7 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
     What it is good for is logged: the score of the weights rounded to that grid, before and after.
     """
     cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
-    plan = StepPlan(cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_momentum, "post_qat")
+    plan = StepPlan(cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac)
     enter_phase(run, trainer.model, plan, first, run.spent("train"))
     score_rounded(run, trainer.model, validation, "before")
     clock.start()
@@ -2053,7 +2262,7 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
         (seconds,) = run.ranks.agree(clock.seconds())
         if steps and seconds * (1 + 1 / steps) >= cfg.post_qat_seconds:
             break
-        loss = trainer.step(first + steps, phases(cfg)[plan.phase], plan.lr_scale, plan.momentum)
+        loss = trainer.step(first + steps, phases(cfg)[plan.phase], plan.lr_scale, plan.momentum, plan.muon_share)
         steps += 1
         report_step(run, first + steps, loss, plan, clock)
     run.ledger.append(("train", "post_qat", clock.stop()))
@@ -2092,7 +2301,7 @@ def enter_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: fl
 
 
 def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Clock) -> None:
-    """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run if the loss is not a number any more."""
+    """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run, on all ranks, if the loss is no number any more."""
     cfg = run.cfg
     if step > 10 and not (cfg.train_log_every and step % cfg.train_log_every == 0):
         return
@@ -2104,7 +2313,15 @@ def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Cl
     facts = {"train_time_ms": round(1000 * seconds), "step_avg_ms": average, "lr_scale": plan.lr_scale}
     run.log.event("train", step=step, train_loss=value, **facts)
     if not math.isfinite(value):
-        raise UserError(f"step {step}: the training loss is {value}; lower MATRIX_LR={cfg.matrix_lr} or change SEED")
+        raise diverged(run, f"the training loss is {value}", step)
+
+
+def diverged(run: Runtime, what: str, step: int) -> UserError:
+    """The error that ends a run whose weights are spoilt, with where good ones are."""
+    cfg = run.cfg
+    last = (step - 1) // cfg.checkpoint_every * cfg.checkpoint_every if cfg.checkpoint_every else 0
+    saved = f"; {cfg.weights_file} has the weights of step {last}" if last else ""
+    return UserError(f"step {step}: {what}; lower MATRIX_LR={cfg.matrix_lr} or change SEED{saved}")
 
 
 def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int, seconds: float) -> None:
@@ -2116,29 +2333,49 @@ def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int
     run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(1000 * seconds))
 
 
-def finish_log(run: Runtime, model: GPT, validation: ValidationSet, step: int, clock: Clock) -> None:
-    """Closing lines of training. The raw weights are on disk before anything else can fail."""
+def finish_log(run: Runtime, averager: Averager, validation: ValidationSet, step: int, clock: Clock) -> None:
+    """Closing lines of training. The weights are on disk before anything else can fail."""
     cfg = run.cfg
-    save_weights(run, {"raw": model.state_dict()}, step, model.order)
+    save_weights(run, averager, step)
     if step < cfg.iterations:
         run.log(f"stopping_early: wallclock_cap train_time:{1000 * clock.total:.0f}ms step:{step}/{cfg.iterations}")
     if run.ranks.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-    if not cfg.val_loss_every or step % cfg.val_loss_every:
-        validate_step(run, model, validation, step, clock.total)
+    if not is_due(cfg.val_loss_every, step):
+        validate_step(run, averager.model, validation, step, clock.total)
 
 
-def save_weights(run: Runtime, states: dict[str, Any], steps: int, order: tuple[int, ...]) -> None:
-    """Write fp32 weights to WEIGHTS_PATH through a temporary name: the file is whole or the older one."""
-    if not run.ranks.is_main:
-        return
-    path = run.cfg.weights_file
+def save_weights(run: Runtime, averager: Averager, steps: int) -> None:
+    """Write the weights, fp32, and their average to WEIGHTS_PATH; all ranks return together.
+
+    A full disk is a warning: the run may still end well. Weights that are not finite never replace good ones.
+    """
+    path, buffer = run.cfg.weights_file, io.BytesIO()
+    if run.ranks.is_main:
+        raw, average = averager.model.state_dict(), averager.weights()
+        if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
+            raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], steps)
+        about = {"architecture": run.cfg.architecture(), "steps": steps, "order": list(averager.model.order)}
+        torch.save({**about, "raw": raw, "average": average}, buffer)
+        try:
+            write_whole(path, buffer.getbuffer(), "WEIGHTS_PATH")
+            run.log(f"weights: {path} (raw, average) {path.stat().st_size} bytes")
+        except UserError as problem:
+            run.log(f"WARNING: weights of step {steps} not saved: {problem}")
+    run.ranks.agree(0)
+
+
+def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
+    """Write a file through a temporary name: it is whole or the older one. UserError where that fails."""
     partial_path = path.with_name(path.name + ".partial")
-    about = {"architecture": run.cfg.architecture(), "steps": steps, "order": list(order)}
-    torch.save({**about, **states}, partial_path)
-    partial_path.replace(path)
-    run.log(f"weights: {path} ({', '.join(states)}) {path.stat().st_size} bytes")
+    try:
+        partial_path.write_bytes(blob)
+        partial_path.replace(path)
+    except OSError as problem:
+        partial_path.unlink(missing_ok=True)
+        room = f"{len(blob)} bytes to write, {shutil.disk_usage(path.parent).free} free"
+        raise UserError(f"{variable}={path}: {problem.strerror}, {room}; make room or take another disk") from None
 
 
 def load_weights(run: Runtime, model: GPT) -> Trained:
@@ -2311,6 +2548,27 @@ def quantize_jobs(cfg: Config, jobs: list[QuantJob], hessians: Mapping[str, Tens
             codes = round_to_grid(job.tensor, scale, job.bits)
         coded[job.name] = Coded(codes.to(torch.int8), scale.half())
     return coded
+
+
+def quantize_shared(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tensor], sigmas: float) -> dict[str, Coded]:
+    """`quantize_jobs` with the layers of all jobs shared over the ranks; every rank gets all codes.
+
+    GPTQ is a loop over columns, so each rank takes layers that have the same number of columns in all. Sums over
+    ranks join the parts: what a rank does not own is zero there.
+    """
+    ranks, coded = run.ranks, {}
+    columns = torch.tensor([job.tensor.shape[2] for job in jobs for _ in job.tensor], dtype=torch.float64)
+    middles = columns.cumsum(0) - columns / 2
+    owners = (middles * ranks.world / columns.sum()).long().split([len(job.tensor) for job in jobs])
+    for job, owner in zip(jobs, owners, strict=True):
+        codes = torch.zeros_like(job.tensor, dtype=torch.int8)
+        scale = torch.zeros_like(job.tensor[..., 0], dtype=torch.half)
+        if own := (owner == ranks.rank).nonzero()[:, 0].tolist():
+            names = [job.hessians[layer] for layer in own]
+            part = job._replace(tensor=job.tensor[own], bits=job.bits[own], hessians=names)
+            codes[own], scale[own] = quantize_jobs(run.cfg, [part], hessians, sigmas)[job.name]
+        coded[job.name] = Coded(codes, scale)
+    return {name: Coded(*map(ranks.sum_, parts)) for name, parts in coded.items()}
 
 
 def entropy_bytes(codes: Tensor) -> float:
@@ -2531,22 +2789,24 @@ class Exporter:
         self.run, self.cfg, self.model, self.hessians = run, run.cfg, model, hessians
         self.kept, self.limit = kept_tensors(model), run.cfg.target_bytes - code_bytes()
         self.sigmas, self.layer_bits = run.cfg.matrix_clip_sigmas, {}
-        self.coded, self.blob = {}, b""
+        self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
 
     def quantize(self) -> None:
         with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
-            self.coded = quantize_jobs(self.cfg, quant_jobs(self.model, self.layer_bits), self.hessians, self.sigmas)
+            self.coded = quantize_shared(self.run, quant_jobs(self.model, self.layer_bits), self.hessians, self.sigmas)
 
     def encode(self) -> int:
-        """Encode the current codes; returns the artifact's size."""
+        """Encode the current codes, on rank 0; returns the artifact's size, on every rank."""
         with self.run.timed("encode", "untimed"):
             notes = {
                 "clip_sigmas": round(self.sigmas, 4),
                 "layer_bits": self.layer_bits,
                 "order": list(self.model.order),
             }
-            self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes)
-        return len(self.blob)
+            is_main = self.run.ranks.is_main
+            self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes) if is_main else b""
+            self.size = int(self.run.ranks.agree(len(self.blob))[0])
+        return self.size
 
     def fill(self) -> None:
         """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
@@ -2561,11 +2821,11 @@ class Exporter:
                 (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
             self.quantize()
             share = (self.encode() + code_bytes()) / self.cfg.target_bytes
-            self.run.log(f"fit: clip_sigmas:{self.sigmas:.3f} artifact:{len(self.blob)} share_of_limit:{share:.4f}")
+            self.run.log(f"fit: clip_sigmas:{self.sigmas:.3f} artifact:{self.size} share_of_limit:{share:.4f}")
             finest = self.sigmas <= SIGMAS_RANGE[0] * 1.001  # a small model: there is nothing more to spend bytes on
             if share <= FILL[2] and (share >= FILL[0] or finest):
                 return
-            ratio *= len(self.blob) / (FILL[1] * self.cfg.target_bytes - code_bytes())
+            ratio *= self.size / (FILL[1] * self.cfg.target_bytes - code_bytes())
 
     def prune(self) -> None:
         """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
@@ -2583,9 +2843,9 @@ class Exporter:
                 codes = full[n].codes.masked_fill(ones[n] & (costs[n] <= threshold), 0)
                 self.coded[n] = Coded(codes, full[n].scale)
             low, high = (low, share) if self.encode() <= self.limit else (share, high)
-            if self.limit * 0.998 <= len(self.blob) <= self.limit:
+            if self.limit * 0.998 <= self.size <= self.limit:
                 break
-        self.run.log(f"selective_prune: +-1 codes zeroed:{share:.4f} artifact:{len(self.blob)}")
+        self.run.log(f"selective_prune: +-1 codes zeroed:{share:.4f} artifact:{self.size}")
 
     def lower_layers(self) -> None:
         """Give one layer after another five bits, from the centre outwards, until the artifact fits (PR #638)."""
@@ -2593,21 +2853,21 @@ class Exporter:
             return
         middle = (self.cfg.num_layers - 1) / 2
         for layer in sorted(range(self.cfg.num_layers), key=lambda i: abs(i - middle)):
-            if len(self.blob) <= self.limit:
+            if self.size <= self.limit:
                 return
             self.layer_bits[layer] = 5
             self.quantize()
             self.run.log(f"int5_fallback: layer {layer} at 5 bits, artifact:{self.encode()}")
 
     def export(self) -> bytes:
-        """The artifact; UserError, with the excess, when nothing that is allowed makes it fit."""
+        """The artifact (on rank 0); UserError, with the excess, when nothing that is allowed makes it fit."""
         self.fill()
         for strategy in (self.prune, self.lower_layers):
-            if len(self.blob) > self.limit:
+            if self.size > self.limit:
                 strategy()
-        if len(self.blob) > self.limit:
+        if self.size > self.limit:
             raise UserError(
-                f"artifact {len(self.blob)} + code {code_bytes()} bytes are {len(self.blob) - self.limit} bytes over "
+                f"artifact {self.size} + code {code_bytes()} bytes are {self.size - self.limit} bytes over "
                 f"TARGET_BYTES={self.cfg.target_bytes}; the weights are safe in {self.cfg.weights_file}: raise "
                 "MATRIX_CLIP_SIGMAS (0 fits by itself) or lower MATRIX_BITS, with EXPORT_ONLY=1"
             )
@@ -2617,12 +2877,13 @@ class Exporter:
 def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: ValidationSet) -> "Score":
     """Average, calibrate, quantize and write ARTIFACT_PATH; returns the score of the averaged weights."""
     cfg, model = run.cfg, trainer.model
-    raw = copy.deepcopy(model.state_dict())
     model.load(trained.average)
+    total = sum(parameter.sum() for parameter in model.parameters()).item()
+    most, least = run.ranks.agree(total, -total)
+    if most != -least:  # each quantizes its layers from its own replica
+        run.log(f"WARNING: the ranks' weights have drifted apart: they sum to between {-least} and {most}")
     names = [n for n in ("ema", "swa", "lawa", "post_qat") if n in trained.active]
     run.log(f"{'+'.join(names) or 'raw'}:applying {'+'.join(names).upper() or 'the last'} weights")
-    if not cfg.export_only:
-        save_weights(run, {"raw": raw, "average": model.state_dict()}, trained.steps, model.order)
     hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
     if batches:
         with run.timed("hessians", "train"):
@@ -2631,9 +2892,7 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
         run.log(f"GPTQ:collected {len(hessians)} Hessians over {count} batches in {seconds:.1f}s")
     blob = Exporter(run, model, hessians).export()
     if run.ranks.is_main:
-        partial_path = cfg.artifact_file.with_name(cfg.artifact_file.name + ".partial")
-        partial_path.write_bytes(blob)
-        partial_path.replace(cfg.artifact_file)
+        write_whole(cfg.artifact_file, blob, "ARTIFACT_PATH")
         log_sizes(run, read_header(blob, cfg.artifact_file)[0])
     with run.timed("averaged weights", "untimed"):
         score = evaluate(run, model, validation, cfg.eval_len)
@@ -2691,9 +2950,67 @@ class Score(NamedTuple):
         return self.nats / math.log(2) / self.bytes
 
 
+class NgramMixer:
+    """Mixes what n-grams of the text scored so far predict into the model's prediction (successor of PR #638).
+
+    p(v) = (1 - a) p_model(v) + a count(context, v) / count(context). The context is the longest one of up to
+    NGRAM_MAX_ORDER - 1 tokens, all of the same document, that has been counted; without one a is 0. Otherwise
+    a = low + (high - low) sigmoid(2 (H - NGRAM_ENTROPY)) with H the model's entropy: it cannot depend on the target, so
+    p sums to 1. The published mixer hashed the target into its key; its "probabilities" summed to several hundred.
+
+    Contexts are exact: every distinct run of n tokens has a number. Numbering reads the whole text, but numbers are
+    only names; what is predicted comes from `learn`, which is called with targets that have been scored.
+    """
+
+    def __init__(self, run: Runtime, validation: ValidationSet) -> None:
+        self.cfg, self.orders = run.cfg, range(run.cfg.ngram_min_order, run.cfg.ngram_max_order + 1)
+        tokens = validation.tokens.to(exact_device(run.ranks.device)).long()
+        place = torch.arange(len(tokens), device=tokens.device)
+        self.age = place - torch.where(tokens == validation.bos_id, place, 0).cummax(0).values  # tokens since BOS
+        self.labels = {1: tokens}  # n -> number of the run of n tokens that ends here
+        for n in range(2, self.orders[-1] + 1):
+            longer = F.pad(self.labels[n - 1], (1, -1)).long() * run.cfg.vocab_size + tokens
+            self.labels[n] = longer.unique(return_inverse=True)[1].int()
+        self.follows = {n: self.zeros(n) for n in self.orders}  # times that the last token of a run of n was scored
+        self.contexts = {n: self.zeros(n - 1) for n in self.orders}  # times that any token was, after a run of n - 1
+
+    def zeros(self, n: int) -> Tensor:
+        """A counter for every run of n tokens."""
+        return torch.zeros(int(self.labels[n].max()) + 1, dtype=torch.int32, device=self.age.device)
+
+    def known(self, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether order n reaches back to no other document at `positions`, and the number of its context there."""
+        return self.age[positions - 1] >= n - 2, self.labels[n - 1][positions - 1]
+
+    def learn(self, windows: np.ndarray) -> None:
+        """Count the targets of `windows`, which have been scored; every rank counts all, so that all know the same."""
+        targets = torch.arange(int(windows[0, 1]), int(windows[-1, 2]), device=self.age.device) + 1
+        for n in self.orders:
+            within, context = self.known(n, targets)
+            once = within.int()
+            self.contexts[n].index_add_(0, context, once)
+            self.follows[n].index_add_(0, self.labels[n][targets], once)
+
+    def mix(self, positions: Tensor, nll: Tensor, entropy: Tensor) -> Tensor:
+        """Negative log-likelihood (n,) of the tokens at `positions` in the mixture; nll and entropy are the model's."""
+        cfg, share = self.cfg, torch.zeros(len(positions), dtype=torch.float64, device=positions.device)
+        found = torch.zeros_like(share, dtype=torch.bool)
+        for n in reversed(self.orders):
+            within, context = self.known(n, positions)
+            times = self.contexts[n][context]
+            decides = within & (times > 0) & ~found
+            share = torch.where(decides, self.follows[n][self.labels[n][positions]].double() / times, share)
+            found |= decides
+        rise = torch.sigmoid(2 * (entropy.double() - cfg.ngram_entropy))
+        alpha = torch.where(found, cfg.ngram_alpha_low + (cfg.ngram_alpha_high - cfg.ngram_alpha_low) * rise, 0.0)
+        return -torch.log((1 - alpha) * torch.exp(-nll.double()) + alpha * share)
+
+
 @torch.no_grad()
-def score_windows(run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray) -> Tensor:
-    """[nats, targets, bytes] over the scored targets of `windows`, this rank's part, (3,) float64.
+def score_windows(
+    run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray, mixer: NgramMixer | None = None
+) -> Tensor:
+    """[nats, targets, bytes] over the scored targets of `windows`, this rank's part, float64; a mixer adds its nats.
 
     The only place that runs the model for a score. All batches have one shape: the last is filled with windows that
     score nothing.
@@ -2704,32 +3021,43 @@ def score_windows(run: Runtime, model: GPT, validation: ValidationSet, windows: 
     plan = torch.from_numpy(np.concatenate([windows, filler])).to(device)
     offsets = torch.arange(length + 1, device=device)
     weights, order = model.fast_weights(False), model.order
-    sums = torch.zeros(3, dtype=torch.float64, device=exact_device(device))
-    for chunk in plan.split(batch):
+    exact = exact_device(device)
+    sums = torch.zeros(3 if mixer is None else 4, dtype=torch.float64, device=exact)
+    for chunk in plan.split(batch) if len(plan) else ():  # a rank may have no share of a short chunk
         positions = chunk[:, :1] + offsets
         tokens = validation.tokens[positions].long()
-        nll = model.fast_nll(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, order)
         scored = (positions[:, :-1] >= chunk[:, 1:2]) & (positions[:, :-1] < chunk[:, 2:])
         counted = validation.token_bytes[positions[:, 1:]] * scored
-        sums += torch.stack([t.to(sums.device).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)])
+        pair = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        if mixer is None:
+            nll, mixed = model.fast_nll(*pair, weights, order), []
+        else:
+            nll, entropy = model.fast_nll_and_entropy(*pair, weights, order)
+            mixed = [mixer.mix(*(t[scored].to(exact) for t in (positions[:, 1:], nll, entropy))).sum()]
+        sums += torch.stack([*(t.to(exact).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)), *mixed])
     return sums
 
 
+def scores(validation: ValidationSet, sums: Tensor, seconds: float) -> list[Score]:
+    """The Score of each column of nats in `sums` over the whole validation set; asserts that it was covered exactly."""
+    nats, targets, counted, *mixed = sums.tolist()
+    expected = validation.targets, int(validation.token_bytes[1:].sum())
+    assert (int(targets), int(counted)) == expected, f"scored {targets, counted} targets and bytes of {expected}"
+    return [Score(total, int(targets), int(counted), seconds) for total in (nats, *mixed)]
+
+
 def evaluate(run: Runtime, model: GPT, validation: ValidationSet, stride: int) -> Score:
-    """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`; asserts exact coverage."""
+    """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`."""
     clock = Clock(run.ranks.device)
     clock.start()
     windows = plan_windows(validation.targets, run.cfg.eval_len, stride)
     share = run.ranks.share(len(windows))
     sums = run.ranks.sum_(score_windows(run, model, validation, windows[share.start : share.stop]))
-    nats, targets, counted = sums.tolist()
-    expected = validation.targets, int(validation.token_bytes[1:].sum())
-    assert (int(targets), int(counted)) == expected, f"scored {targets, counted} targets and bytes of {expected}"
-    return Score(nats, int(targets), int(counted), clock.stop())
+    return scores(validation, sums, clock.stop())[0]
 
 
 class TestTimeTrainer:
-    """Trains the model on text that has been scored (PR #461); `score` is the only way in, and restores the weights."""
+    """Trains the model on text that has been scored (PR #461)."""
 
     def __init__(self, run: Runtime, model: GPT, validation: ValidationSet) -> None:
         """UserError where TTT_BATCH_SEQS does not divide over the ranks."""
@@ -2737,42 +3065,23 @@ class TestTimeTrainer:
         if cfg.ttt_batch_seqs % world:
             raise UserError(f"TTT_BATCH_SEQS={cfg.ttt_batch_seqs} is no multiple of the {world} ranks")
         self.run, self.cfg, self.model, self.validation = run, cfg, model, validation
-        self.parameters = list(model.parameters())
+        self.parameters, self.trained = list(model.parameters()), 0
         layered = [*model.banks.values(), *(model.rest[s.name] for s in model.rest_specs if s.per_layer)]
         self.layered = {id(parameter) for parameter in layered}
         sgd = partial(torch.optim.SGD, momentum=cfg.ttt_momentum)
         maker = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, weight_decay=0.0)}[cfg.ttt_optimizer]
         self.optimizer = maker(self.parameters, lr=cfg.ttt_lr)
 
-    def score(self) -> Score:
-        """Sliding windows chunk by chunk: score a chunk, then train on it; the last chunk is never trained on."""
-        cfg, ranks, clock = self.cfg, self.run.ranks, Clock(self.run.ranks.device)
-        clock.start()
-        kept = {name: value.clone() for name, value in self.model.state_dict().items()}
-        windows = plan_windows(self.validation.targets, cfg.eval_len, cfg.eval_stride)
-        chunk_of = (windows[:, 2] - 1) // cfg.ttt_chunk_tokens  # where its last target lies
-        chunks = np.split(windows, np.flatnonzero(np.diff(chunk_of)) + 1)
-        total, trained = torch.zeros(3, dtype=torch.float64, device=exact_device(ranks.device)), 0
-        for number, chunk in enumerate(chunks):
-            share = ranks.share(len(chunk))
-            total += ranks.sum_(score_windows(self.run, self.model, self.validation, chunk[share.start : share.stop]))
-            if number < len(chunks) - 1:
-                rate = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * number / (len(chunks) - 1)))
-                trained = self.adapt(trained, int(chunk[-1, 2]), rate)
-        self.model.load(kept)
-        nats, targets, counted = total.tolist()
-        return Score(nats, int(targets), int(counted), clock.stop())
-
-    def adapt(self, begin: int, scored: int, rate: float) -> int:
-        """Train on the whole windows between target `begin` and the end of what is scored; where the next begin."""
+    def learn(self, scored: int, progress: float) -> None:
+        """Train on the whole windows up to target `scored` that were not trained on yet; the rate falls as a cosine."""
         cfg, length = self.cfg, self.cfg.eval_len
-        starts = np.arange(begin, scored - length + 1, length)
+        starts = np.arange(self.trained, scored - length + 1, length)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))
         for _ in range(cfg.ttt_epochs):
             for first in range(0, len(starts), cfg.ttt_batch_seqs):
                 self.step(starts[first : first + cfg.ttt_batch_seqs])
-        return begin + len(starts) * length
+        self.trained += len(starts) * length
 
     def step(self, starts: np.ndarray) -> None:
         """One step on the windows at `starts`; short batches are filled up with windows of weight 0."""
@@ -2798,6 +3107,30 @@ class TestTimeTrainer:
         if cfg.ttt_grad_clip:
             nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
         self.optimizer.step()
+
+
+def evaluate_online(
+    run: Runtime, model: GPT, validation: ValidationSet, trainer: TestTimeTrainer | None, mixer: NgramMixer | None
+) -> list[Score]:
+    """Sliding windows chunk by chunk: score a chunk, then let weights and counts learn from it, but for the last one.
+
+    Returns the score, and with a mixer a second one with its predictions mixed in. The weights are restored.
+    """
+    ranks, clock, total = run.ranks, Clock(run.ranks.device), 0.0
+    clock.start()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    windows = plan_windows(validation.targets, run.cfg.eval_len, run.cfg.eval_stride)
+    chunk_of = (windows[:, 2] - 1) // run.cfg.ttt_chunk_tokens  # where its last target lies
+    chunks = np.split(windows, np.flatnonzero(np.diff(chunk_of)) + 1)
+    for number, chunk in enumerate(chunks, 1):
+        share = ranks.share(len(chunk))
+        total += ranks.sum_(score_windows(run, model, validation, chunk[share.start : share.stop], mixer))
+        if trainer and number < len(chunks):
+            trainer.learn(int(chunk[-1, 2]), (number - 1) / (len(chunks) - 1))
+        if mixer and number < len(chunks):
+            mixer.learn(chunk)
+    model.load(kept)
+    return scores(validation, total, clock.stop())
 
 
 def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
@@ -2847,10 +3180,24 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produce
         with run.timed("sliding window", "eval"):
             score = evaluate(run, model, validation, cfg.eval_stride)
         log_score(run, f"final_{kind}_sliding_window", score, f" stride:{cfg.eval_stride}")
-    if cfg.ttt_enabled:
-        with run.timed("test-time training", "eval"):
-            score = TestTimeTrainer(run, model, validation).score()
-        log_score(run, "legal_ttt", score, f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens} lr:{cfg.ttt_lr:g}")
+    if cfg.ttt_enabled or cfg.ngram_enabled:
+        log_online(run, model, validation)
+
+
+def log_online(run: Runtime, model: GPT, validation: ValidationSet) -> None:
+    """The scores of evaluation that learns from what it has scored: test-time training, n-grams, and both."""
+    cfg = run.cfg
+    with run.timed("+".join(n for n, on in (("ttt", cfg.ttt_enabled), ("ngram", cfg.ngram_enabled)) if on), "eval"):
+        trainer = TestTimeTrainer(run, model, validation) if cfg.ttt_enabled else None
+        mixer = NgramMixer(run, validation) if cfg.ngram_enabled else None
+        results = evaluate_online(run, model, validation, trainer, mixer)
+    about = f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens}"
+    if trainer:
+        about += f" lr:{cfg.ttt_lr:g}"
+        log_score(run, "legal_ttt", results[0], about)
+    if mixer:
+        about += f" orders:{cfg.ngram_min_order}-{cfg.ngram_max_order}"
+        log_score(run, "legal_ttt_ngram" if trainer else "ngram_mix", results[1], about)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2905,8 +3252,8 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(Config.describe_variables())
         return
-    cfg = adopt_architecture(Config.from_env(os.environ))
-    with Runtime.start(cfg, os.environ) as run:
+    env = os.environ
+    with Runtime.start(adopt_architecture(Config.from_env(env)), env) as run:
         validation = load_validation(run)
         produced = produce_artifact(run, validation)
         evaluate_artifact(run, validation, produced)
@@ -2918,4 +3265,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as problem:
-        sys.exit(f"error: {problem}")
+        sys.exit(f"error: {problem}" if is_first_to_fail(os.environ) else 1)

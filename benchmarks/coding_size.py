@@ -5,15 +5,17 @@
 The entropy is order 0 with one distribution per layer of a matrix, the floor of a coder that looks at nothing else.
 """
 
-import sys
+import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import train_gpt as t
+from benchmarks.common import markdown
 
 
 def read_codes(path: Path) -> tuple[np.ndarray, list[int], list[torch.Tensor]]:
@@ -32,27 +34,38 @@ def read_codes(path: Path) -> tuple[np.ndarray, list[int], list[torch.Tensor]]:
     return codes, sizes, tensors
 
 
-def timed(function: Callable[[], bytes | np.ndarray]) -> tuple[bytes | np.ndarray, float]:
+def timed(function: Callable[[], bytes]) -> tuple[bytes, float]:
+    """What a call returns, and its seconds."""
     begin = time.perf_counter()
     result = function()
     return result, time.perf_counter() - begin
 
 
-def main() -> None:
-    codes, sizes, tensors = read_codes(Path(sys.argv[1]))
+def rows_of(codes: np.ndarray, sizes: list[int], entropy: float) -> list[list[str]]:
+    """One row of the table per coder: bytes, overhead, and seconds both ways. Decoding must give the codes back."""
+    raw, rows = codes.tobytes(), [["entropy", f"{entropy:,.0f}", "", "", ""]]
+    coders = {
+        f"{name}-{level}": (partial(t.codec(name).compress, raw, **{argument: level}), t.codec(name).decompress)
+        for name, (_, argument, level) in t.CODECS.items()
+    }
+    coders["ans"] = partial(t.ans_encode, codes, sizes), lambda blob: t.ans_decode(blob, sizes).tobytes()
+    for name, (encode, decode) in coders.items():
+        blob, seconds = timed(encode)
+        decoded, back = timed(partial(decode, blob))
+        assert decoded == raw, f"{name} does not give back what it coded"
+        rows.append([name, f"{len(blob):,}", f"{len(blob) / entropy - 1:+.2%}", f"{seconds:.1f}", f"{back:.1f}"])
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table for the artifact that the command line names."""
+    parser = argparse.ArgumentParser(prog="benchmarks.coding_size", description=__doc__.splitlines()[0])
+    parser.add_argument("artifact", type=Path, help="logs/<RUN_ID>.pgolf of a run with COMPRESSOR=auto or ans")
+    codes, sizes, tensors = read_codes(parser.parse_args(arguments).artifact)
     entropy = sum(t.entropy_bytes(tensor) for tensor in tensors)
-    print(f"{len(codes):,} codes, {8 * entropy / len(codes):.4f} bits each by entropy, {torch.get_num_threads()} threads")
-    print("| coder | bytes | over entropy | coding s | decoding s |")
-    print("|---|---|---|---|---|")
-    print(f"| entropy | {entropy:,.0f} | | | |")
-    for name, (_, argument, level) in t.CODECS.items():
-        blob, seconds = timed(lambda: t.codec(name).compress(codes.tobytes(), **{argument: level}))
-        _, back = timed(lambda: t.codec(name).decompress(blob))
-        print(f"| {name}-{level} | {len(blob):,} | {len(blob) / entropy - 1:+.2%} | {seconds:.1f} | {back:.1f} |")
-    blob, seconds = timed(lambda: t.ans_encode(codes, sizes))
-    decoded, back = timed(lambda: t.ans_decode(blob, sizes))
-    assert np.array_equal(decoded, codes)
-    print(f"| ans | {len(blob):,} | {len(blob) / entropy - 1:+.2%} | {seconds:.1f} | {back:.1f} |")
+    each = 8 * entropy / len(codes)
+    print(f"{len(codes):,} codes, {each:.4f} bits each by entropy, {torch.get_num_threads()} threads")
+    print(markdown(["coder", "bytes", "over entropy", "coding s", "decoding s"], rows_of(codes, sizes, entropy)))
 
 
 if __name__ == "__main__":

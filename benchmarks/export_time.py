@@ -11,13 +11,15 @@ Cold is the first call in this process, with compilation; what earlier processes
 it shorter (TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 prevents that). Sliding evaluation finds the graph that plain
 evaluation compiled, as in a run. Warm is the second call. Floors are timed last, in the same process and after an
 untimed call, so that no floor compiles for a phase; the ratio is warm over floor. A floor is work that no
-implementation of the phase escapes, not a time that one could reach.
+implementation of the phase escapes, not a time that one could reach. Targets are held against the warm time: a run has
+compiled Hessians and forward pass before its clock starts. Encoding and reading back use two cores at most.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,9 +27,25 @@ import numpy as np
 import torch
 
 import train_gpt as t
+from benchmarks.common import UsageError, device_name, markdown, settings_of, verdict
 from benchmarks.step_time import build
 
 NOISE = 0.02  # standard deviation of what replaces a zero initialization
+GPTQ_BATCHES, GPTQ_SECONDS = 64, 6.0  # target of Hessians and GPTQ together
+CORES = 2  # of the targets of encoding and reading back
+
+
+class Target(NamedTuple):
+    """A limit on the warm seconds of a phase, or on their ratio to the floor."""
+
+    limit: float
+    of_floor: bool = False
+
+    def cells(self, warm: float, floor: float) -> list[str]:
+        """The target and whether it was met."""
+        if self.of_floor:
+            return [f"{self.limit:g} x floor", verdict(warm / floor, self.limit)]
+        return [f"{self.limit:g} s", verdict(warm, self.limit)]
 
 
 class Phase(NamedTuple):
@@ -38,6 +56,7 @@ class Phase(NamedTuple):
     warm: float
     floor: Callable[[], float]
     what: str
+    target: Target | None
 
 
 class Row(NamedTuple):
@@ -48,10 +67,13 @@ class Row(NamedTuple):
     warm: float
     floor: float
     what: str
+    target: Target | None = None
 
-    def __str__(self) -> str:
-        seconds = " | ".join(f"{value:.4g}" for value in (self.cold, self.warm, self.floor))
-        return f"| {self.phase} | {seconds} | {self.what} | {self.warm / self.floor:.2f} |"
+    def cells(self) -> list[str]:
+        """The row as text."""
+        seconds = [f"{value:.4g}" for value in (self.cold, self.warm, self.floor)]
+        aim = self.target.cells(self.warm, self.floor) if self.target else ["", ""]
+        return [self.phase, *seconds, self.what, f"{self.warm / self.floor:.2f}", *aim]
 
 
 class Timings:
@@ -71,16 +93,43 @@ class Timings:
         action()
         return self.seconds(action)[0]
 
-    def phase(self, name: str, action: Callable[[], Any], floor: Callable[[], float], what: str) -> Any:
+    def phase(
+        self, name: str, action: Callable[[], Any], floor: Callable[[], float], what: str, target: Target | None = None
+    ) -> Any:
         """Call `action` twice, cold and warm; returns its second result."""
         cold, _ = self.seconds(action)
         warm, result = self.seconds(action)
-        self.phases.append(Phase(name, cold, warm, floor, what))
+        self.phases.append(Phase(name, cold, warm, floor, what, target))
         return result
 
     def rows(self) -> list[Row]:
         """The table; times the floors."""
-        return [Row(p.name, p.cold, p.warm, p.floor(), p.what) for p in self.phases]
+        return [Row(p.name, p.cold, p.warm, p.floor(), p.what, p.target) for p in self.phases]
+
+
+def together(rows: Sequence[Row]) -> Row:
+    """Hessians and GPTQ as one row, against their common target where the batches are those that it is for."""
+    parts = [row for row in rows if row.phase.startswith(("Hessians", "GPTQ"))]
+    is_meant = any(row.phase == f"Hessians, {GPTQ_BATCHES} batches" for row in parts)
+    cold, warm, floor = (sum(column) for column in zip(*((r.cold, r.warm, r.floor) for r in parts), strict=True))
+    target = Target(GPTQ_SECONDS) if is_meant else None
+    return Row("Hessians and GPTQ together", cold, warm, floor, "both floors", target)
+
+
+@contextlib.contextmanager
+def few_cores(count: int = CORES) -> Iterator[None]:
+    """At most `count` cores for this thread and for torch's (the former on Linux alone)."""
+    threads, can_pin = torch.get_num_threads(), hasattr(os, "sched_setaffinity")
+    allowed = os.sched_getaffinity(0) if can_pin else set()
+    torch.set_num_threads(min(count, threads))
+    if can_pin:
+        os.sched_setaffinity(0, sorted(allowed)[:count])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if can_pin:
+            os.sched_setaffinity(0, allowed)
 
 
 @torch.no_grad()
@@ -165,18 +214,21 @@ def time_quantization(timings: Timings, trainer: t.Trainer) -> tuple[dict[str, t
 def time_artifact(timings: Timings, model: t.GPT, coded: dict[str, t.Coded], kept: dict[str, torch.Tensor]) -> str:
     """Encoding and reading back; the model gets the weights that were read. Returns the line on the artifact's size."""
     cfg = timings.run.cfg
+    cores = f"{CORES} cores"
     blob = timings.phase(
-        "encoding the artifact",
-        partial(t.encode_artifact, cfg, coded, kept, {}),
+        f"encoding the artifact, {cores}",
+        few_cores()(partial(t.encode_artifact, cfg, coded, kept, {})),
         partial(timings.second_call, partial(count_codes, coded)),
         "codes to the host and one histogram",
+        Target(20),
     )
     on_host = [t.Coded(c.codes.cpu(), c.scale.cpu()) for c in coded.values()]
     header, parameters = timings.phase(
-        "reading it back",
-        partial(t.decode_artifact, blob, cfg.artifact_file),
+        f"reading it back, {cores}",
+        few_cores()(partial(t.decode_artifact, blob, cfg.artifact_file)),
         partial(timings.second_call, partial(check_and_dequantize, blob, on_host)),
         "checksum, and fp32 weights from codes in memory",
+        Target(5),
     )
     model.load(parameters)
     _, coder, size = header["streams"][0]
@@ -209,6 +261,7 @@ def time_evaluation(timings: Timings, model: t.GPT, validation: t.ValidationSet,
             partial(function, run, model, validation, argument),
             partial(forward_floor, timings, model, pair, passes),
             f"{passes:,} forward passes of {len(pair[0])} x {cfg.eval_len} tokens",
+            Target(1.3, of_floor=True) if kind == "sliding" else None,
         )
 
 
@@ -219,7 +272,8 @@ def time_all(run: t.Runtime, limit: int | None) -> tuple[str, list[Row]]:
     fill_zeros(trainer.model)
     size = time_artifact(timings, trainer.model, *time_quantization(timings, trainer))
     time_evaluation(timings, trainer.model, validation, limit)
-    return size, timings.rows()
+    rows = timings.rows()
+    return size, [*rows, together(rows)]
 
 
 def parse(arguments: list[str], environment: Mapping[str, str]) -> tuple[dict[str, str], int | None]:
@@ -229,12 +283,13 @@ def parse(arguments: list[str], environment: Mapping[str, str]) -> tuple[dict[st
     parser.add_argument("--windows", type=int, help="score only this many windows of each evaluation")
     parser.add_argument("settings", nargs="*", metavar="KEY=value", help="variables of train_gpt.py")
     given = parser.parse_intermixed_args(arguments)
-    if wrong := [word for word in given.settings if "=" not in word]:
-        parser.error(f"{' '.join(wrong)}: expected KEY=value")
     if given.windows is not None and given.windows < 1:
         parser.error(f"--windows {given.windows}: at least 1")
     batches = {"GPTQ_CALIBRATION_BATCHES": given.batches} if given.batches else {}
-    settings = dict(pair.split("=", 1) for pair in given.settings)
+    try:
+        settings = settings_of(given.settings)
+    except UsageError as problem:
+        parser.error(str(problem))
     export = {"EXPORT_ONLY": "1", "WEIGHTS_PATH": "unused"}  # keeps training logs untouched
     return {**environment, **settings, **batches, **export}, given.windows
 
@@ -244,13 +299,11 @@ def main(arguments: list[str] | None = None) -> None:
     with t.Runtime.start(t.Config.from_env(env), env) as run:
         size, rows = time_all(run, limit)
         device = run.ranks.device
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    print(f"{name} torch {torch.__version__}")
+    print(device_name(device))
     print(size)
-    print("| phase | seconds, cold | seconds, warm | floor, seconds | what the floor is | warm over floor |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        print(row)
+    head = ["phase", "seconds, cold", "seconds, warm", "floor, seconds", "what the floor is", "warm over floor",
+            "target", "verdict"]  # fmt: skip
+    print(markdown(head, [row.cells() for row in rows]))
 
 
 if __name__ == "__main__":

@@ -443,7 +443,8 @@ def test_batch_shape_arithmetic(variables: dict[str, Any], world: int, accum: in
 
 
 @pytest.mark.parametrize(
-    ("tokens", "world", "accum"), [(786_433, 8, 0), (1000, 8, 0), (786_432, 5, 0), (786_432, 8, 7), (20_000, 1, 3)]
+    ("tokens", "world", "accum"), [(786_433, 8, 0), (1000, 8, 0), (786_432, 5, 0), (786_432, 8, 7), (20_000, 1, 3),
+                                  (100_000, 3, 0), (786_432, 7, 0), (786_433, 3, 2), (2048, 3, 0)],
 )
 def test_indivisible_batches_name_the_nearest_valid_ones(tokens: int, world: int, accum: int) -> None:
     """The message offers the neighbours below and above, and they are indeed accepted."""

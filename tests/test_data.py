@@ -215,6 +215,30 @@ def test_a_step_covers_the_same_tokens_for_any_number_of_ranks(tmp_path: Path, s
     assert all(step_rows(tmp_path, world, step) == alone for world in (2, 3, 4, 8))
 
 
+@pytest.mark.parametrize("kind", ["shuffled", "sequential"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_no_target_is_read_twice_or_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, kind: str
+) -> None:
+    """Over the steps that one pass of the data allows: every target once, but for what no whole window or step holds."""
+    stream_folder(tmp_path, 2900, 2101)
+    monkeypatch.setattr(t, "MICRO_BATCH_TOKENS", 4 * LENGTH)  # several micro-steps, of different sizes
+    loaders = [loader(tmp_path, rank, world, TRAIN_BATCH_TOKENS=24 * LENGTH, LOADER=kind) for rank in range(world)]
+    read, places = [], Counter()
+    for one in loaders:
+        plain = one.stream.read
+        monkeypatch.setattr(one.stream, "read", lambda at, count, plain=plain: read.append((at, count)) or plain(at, count))
+    steps = (loaders[0].windows if kind == "shuffled" else 5001 // (LENGTH + 1)) // 24
+    for number in range(steps * loaders[0].shape.accum):
+        for one in loaders:
+            one.batch(number)
+    for at, count in read:
+        places.update(range(at + 1, at + count))  # the first token of a span is no target
+    assert set(places.values()) == {1} and places.total() == 24 * LENGTH * steps
+    if kind == "sequential":  # a gap of one token between spans, as in the official script
+        assert max(places) - min(places) + 1 - len(places) == len(read) - 1
+
+
 def test_micro_steps_do_not_change_what_a_step_covers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A smaller micro-batch means more micro-steps over the same sequences."""
     stream_folder(tmp_path, 3500)

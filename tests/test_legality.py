@@ -17,7 +17,7 @@ SOURCE = Path(t.__file__).read_text(encoding="utf-8")
 C1, C2, C3, C4, LEAK = CHECKS
 
 CROSS_ENTROPY = 'return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)'
-SCORED = "        scored = (positions[:, :-1] >= chunk[:, 1:2])"
+SCORED = "        sums += torch.stack("
 PLANNED = "    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)\n"
 MAIN = 'if __name__ == "__main__":\n'
 BANK = 'model.banks["down"].data'
@@ -198,7 +198,7 @@ def test_what_cannot_be_tested_says_why(tmp_path: Path) -> None:
     assert result.status == "skip" and "no_such_package" in result.message
     (result, *_) = examine(Path(t.__file__), {"num_heads": 7}, 4002)
     assert result.status == "skip" and "NUM_HEADS=7" in result.message
-    changes = {"def score_windows(run: Runtime, ": "def score_windows(extra: Any, run: Runtime, "}
+    changes = {"def score_windows(\n    run: ": "def score_windows(\n    extra: Any, run: "}
     other = tmp_path / "other"
     other.mkdir()
     results = examine(patched(other, changes), {}, 4002)

@@ -1,5 +1,6 @@
 """Section 5: Muon and Adam do what their formulas say, on one rank and on several, and their state restores bitwise."""
 
+import math
 import multiprocessing
 import os
 import socket
@@ -16,7 +17,7 @@ from torch import Tensor
 import train_gpt as t
 
 ONE = t.Ranks(0, 1, torch.device("cpu"))
-STEPS = 8
+STEPS = 50
 FIVE_LAYERS = {"NUM_LAYERS": 5, "XSA_LAST_N": 5}  # no world of 2 or 3 ranks divides them
 
 
@@ -55,6 +56,38 @@ def test_orthogonalize_brings_singular_values_near_one(
 
 def test_orthogonalize_keeps_the_zero_matrix_of_a_padded_layer_finite() -> None:
     assert torch.equal(t.orthogonalize(torch.zeros(2, 4, 8), [t.QUINTIC] * 5), torch.zeros(2, 4, 8))
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 64), (3, 64, 32)])
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_leading_directions_keep_the_largest_singular_pairs(shape: tuple[int, int, int], share: float) -> None:
+    """NuMuon: the result has their number of singular values near 1 and none besides, along the input's own vectors."""
+    generator = torch.Generator().manual_seed(2)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    small = min(shape[1:])
+    kept = -(-int(share * small) // 8) * 8
+    values = torch.cat([torch.linspace(5, 3, kept), torch.linspace(0.3, 0.1, small - kept)])
+    result = t.leading_directions(u * values @ vh, share, t.newton_schulz_coefficients(tiny_config(POLAR_EXPRESS=1)))
+    found = torch.linalg.svdvals(result)
+    assert 0.7 < found[:, :kept].min() and found[:, :kept].max() < 1.3 and found[:, kept:].max() < 0.02
+    along = (u.mT @ result @ vh.mT).diagonal(dim1=1, dim2=2)
+    assert along[:, :kept].min() > 0.7 and along[:, kept:].abs().max() < 0.02
+
+
+def test_all_directions_are_plain_muon() -> None:
+    matrices = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(t.leading_directions(matrices, 1.0, [t.QUINTIC] * 5), t.orthogonalize(matrices, [t.QUINTIC] * 5))
+
+
+def test_muon_updates_have_the_rank_of_the_schedule() -> None:
+    """The step of a bank at a share of 0.25 has a quarter of the directions; weight decay aside."""
+    model = tiny_model(MUON_WD=0)
+    optimizers, start = t.Optimizers(model.cfg, ONE, model), snapshot(model)
+    random_gradients(model, 0)
+    optimizers.step(1.0, 0.9, 0.25)
+    step = model.banks["up"].detach() - start["banks.up"]
+    values = torch.linalg.svdvals(step)
+    assert (values[:, 7] > 20 * values[:, 8]).all() and model.cfg.model_dim == 32
 
 
 # One bank update against an independent reference, matrix by matrix
@@ -191,7 +224,7 @@ def test_clip_factor_is_that_of_clip_grad_norm(size: float) -> None:
     optimizers = t.Optimizers(model.cfg, ONE, model)
     grads = random_gradients(model, 3, size)
     shards = [shard for shard, _ in optimizers.muon.launch().values()]
-    factor = optimizers.clip_factor(optimizers.average_small(), shards)
+    factor = optimizers.clip_factor(optimizers.launch_small()[0], shards)
     torch.nn.utils.clip_grad_norm_(list(model.parameters()), 0.3)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(grads[name] * factor, parameter.grad, rtol=1e-5, atol=0)
@@ -201,7 +234,7 @@ def test_no_clipping_at_zero() -> None:
     model = tiny_model(GRAD_CLIP_NORM=0)
     random_gradients(model, 0, 100.0)
     optimizers = t.Optimizers(model.cfg, ONE, model)
-    assert optimizers.clip_factor(optimizers.average_small(), [p.grad for p in model.banks.values()]) == 1.0
+    assert optimizers.clip_factor(optimizers.launch_small()[0], [p.grad for p in model.banks.values()]) == 1.0
 
 
 # Restoring
@@ -289,8 +322,27 @@ def train_and_score(run: t.Runtime) -> dict[str, Any]:
     validation = t.load_validation(run)
     scores = [t.evaluate(run, model, validation, stride)[:3] for stride in (32, 12)]
     return {"losses": losses, "parameters": parameters, "hessians": hessians, "scores": scores,
+            "ttt": adapted_score(run, model, validation), "codes": shared_codes(run),
             "exported": export_hessians(run), "restored": restores_bitwise(trainer, plain),
             "clip": clip_of_rank_gradients(run, trainer)}  # fmt: skip
+
+
+def adapted_score(run: t.Runtime, model: t.GPT, validation: t.ValidationSet) -> float:
+    """bpb of score-first test-time training; six sequences a step, so that 1, 2 and 3 ranks divide them."""
+    settings = {"ttt_chunk_tokens": 1000, "ttt_epochs": 1, "ttt_batch_seqs": 6, "ttt_lr": 0.01, "eval_stride": 12}
+    run = replace(run, cfg=replace(run.cfg, **settings))
+    return t.TestTimeTrainer(run, model, validation).score().bpb
+
+
+def shared_codes(run: t.Runtime) -> dict[str, t.Coded]:
+    """Codes by GPTQ of a fixed model with fixed Hessians."""
+    model, generator = tiny_model(**FIVE_LAYERS), torch.Generator().manual_seed(5)
+    jobs, hessians = t.quant_jobs(model), {}
+    for job in jobs:
+        for name in job.hessians:
+            inputs = torch.randn(99, job.tensor.shape[2], generator=generator)
+            hessians[name] = inputs.T @ inputs
+    return {name: tuple(coded) for name, coded in t.quantize_shared(run, jobs, hessians, 4.0).items()}
 
 
 def export_hessians(run: t.Runtime) -> dict[str, Tensor]:
@@ -316,12 +368,9 @@ def restores_bitwise(trainer: t.Trainer, phase: t.Phase) -> bool:
 def clip_of_rank_gradients(run: t.Runtime, trainer: t.Trainer) -> float:
     """Clip factor when every rank brings other gradients (those of seed `rank`)."""
     random_gradients(trainer.model, run.ranks.rank)
-    launched = trainer.optimizers.muon.launch()
-    small = trainer.optimizers.average_small()
-    for _, handle in launched.values():
-        if handle is not None:
-            handle.wait()
-    return trainer.optimizers.clip_factor(small, [shard for shard, _ in launched.values()]).item()
+    launched, small = trainer.optimizers.muon.launch(), trainer.optimizers.launch_small()
+    shards = [t.arrived(pair) for pair in launched.values()]
+    return trainer.optimizers.clip_factor(t.arrived(small), shards).item()
 
 
 def free_port() -> int:
@@ -382,6 +431,26 @@ def test_ranks_score_as_one(worlds: dict[int, list[dict[str, Any]]], world: int)
         for (nats, *counts), (nats_one, *counts_one) in zip(result["scores"], one["scores"], strict=True):
             assert counts == counts_one
             assert nats == pytest.approx(nats_one, rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_adapt_as_one(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+    """Test-time training scores the same on any number of ranks, and better than not adapting."""
+    (one,) = worlds[1]
+    assert [result["ttt"] for result in worlds[world]] == pytest.approx([one["ttt"]] * world, abs=1e-5)
+    nats, _, counted = one["scores"][1]
+    assert one["ttt"] < nats / math.log(2) / counted - 0.001
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_gptq_and_get_the_same_codes(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+    """Bitwise those of one rank, on every rank: codes and scales."""
+    (one,) = worlds[1]
+    for result in worlds[world]:
+        assert result["codes"].keys() == one["codes"].keys()
+        for name, pair in one["codes"].items():
+            assert all(torch.equal(a, b) for a, b in zip(result["codes"][name], pair, strict=True)), name
+    assert all(codes.any() and scale.all() for codes, scale in one["codes"].values())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -80,10 +80,15 @@ def test_a_system_runs_end_to_end(
 ) -> None:
     """From the recipe to the score of the artifact; nothing that it configures stays without effect."""
     settings = {"POST_QAT_SECONDS": 0.5} if name == "int6_mlp1488" else {}
+    settings |= {"TTT_CHUNK_TOKENS": 512} if name == "ttt_ngram" else {}
     log = finished(tmp_path, monkeypatch, recipe_env(name, **corpus, **settings))
     assert "never activated: none" in log
     assert re.search(r"^final_int[68](_zlib)?_roundtrip_exact val_loss:\d", log, re.MULTILINE)
+    assert re.findall(r"^(legal_ttt\w*)_exact", log, re.MULTILINE) == (
+        ["legal_ttt", "legal_ttt_ngram"] if name == "ttt_ngram" else [])  # fmt: skip
     assert (tmp_path / f"logs/{name}.pgolf").stat().st_size > 0
+    passes = {"depth_recurrent": "passes:9 over 3 layers", "int6_mlp1488": "passes:9 over 9 layers"}
+    assert re.search(rf"^model_params:\d+ \(.*up:\d+ .*\) {passes.get(name, 'passes:')}", log, re.MULTILINE)
     source = re.search(r"^  matrix_lr: \S+ \((\w+)\)$", log, re.MULTILINE)[1]
     assert source == "recipe"
 
@@ -142,6 +147,13 @@ def test_the_matched_pair_differs_in_the_activation_alone() -> None:
     pair = [t.read_recipe(path) for path in RECIPES if path.stem.startswith("mar22_")]
     different = {k for k in pair[0] | pair[1] if pair[0].get(k) != pair[1].get(k)}
     assert different == {"MLP_ACTIVATION", "ASQU_BETA_INIT", "ASQU_LR"}
+
+
+def test_ttt_ngram_is_xsa_vr_ga_scored_in_more_ways() -> None:
+    """Training and export are the same system's."""
+    more, same = (t.read_recipe(RECIPES[0].parent / f"{name}.env") for name in ("ttt_ngram", "xsa_vr_ga"))
+    assert {k: v for k, v in more.items() if not k.startswith(("TTT_", "NGRAM_"))} == same
+    assert more["TTT_ENABLED"] == more["NGRAM_ENABLED"] == "1"
 
 
 def test_asqu_factors_stay_out_of_quantization() -> None:

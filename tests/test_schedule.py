@@ -113,6 +113,13 @@ def test_late_qat_begins_below_its_threshold(
     assert plan[:2] == (t.lr_scale_at(cfg, step, seconds, budget), t.momentum_at(cfg, step))
 
 
+@pytest.mark.parametrize(("step", "seconds", "share"), [(0, 0, 1.0), (50, 0, 0.625), (10, 50, 0.625), (100, 0, 0.25)])
+def test_muon_keeps_fewer_directions_towards_the_end(step: int, seconds: float, share: float) -> None:
+    """A cosine from all to MUON_RANK_FRAC, by steps or clock; 1 keeps all."""
+    assert t.plan_step(schedule(MUON_RANK_FRAC=0.25), step, seconds, 100).muon_share == pytest.approx(share)
+    assert t.plan_step(schedule(), step, seconds, 100).muon_share == 1.0
+
+
 # --- averages -------------------------------------------------------------------------------------
 
 
