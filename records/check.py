@@ -39,7 +39,10 @@ def check_folder(path: Path, args: argparse.Namespace) -> Iterator[CheckResult]:
     yield from check_files(folder)
     yield from check_logs(folder, args.baseline)
     if args.reevaluate:
-        yield score_again(folder, dict(os.environ))
+        yield from score_again(folder, os.environ)
+    elif folder.artifacts:
+        yield CheckResult("re-evaluation", "skip", "not asked for: --reevaluate scores the artifact again (minutes; "
+                          "DATA_PATH names the validation shards)")
     if not args.no_legality:
         yield from legality(folder)
 

@@ -18,15 +18,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from records import ToolError
 from records.check import report
-from records.checks import LEAKY_SHARDS, OFFICIAL_DOCUMENTS, CheckResult, known_data
+from records.checks import OFFICIAL_DOCUMENTS, CheckResult, is_leaky, known_data
 from records.overlap import overlap
 from records.runs import config_hash
 
 if TYPE_CHECKING:
+    import torch
+
     import train_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,8 +131,7 @@ def data(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
         yield CheckResult("data", "fail", str(error))
         return
     shards, documents = len(train.paths), int((tokens == table.bos_id).sum())
-    leaky = shards == LEAKY_SHARDS or (shards > 1 and "fineweb10B" in cfg.shard_folder.name
-                                       and max(map(len, train.shards)) <= 10_000_000)
+    leaky = is_leaky(shards, train.total, cfg.shard_folder.name)
     remedy = ": shards of 10M tokens are the mark of data whose train split holds validation; fetch the official ones"
     yield CheckResult("train shards", "fail" if leaky else "pass", f"{shards}, {train.total} "
                       f"tokens{remedy if leaky else ''}")
@@ -159,8 +160,15 @@ def size(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT) -> CheckResult:
     return CheckResult("artifact size", status, text + ("" if status == "pass" else "; lower MATRIX_BITS or MODEL_DIM"))
 
 
-def step_rate(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT, steps: int) -> float:
-    """Milliseconds per step of the first phase, after three untimed ones."""
+class Measured(NamedTuple):
+    """What a run will take: milliseconds per step, and seconds of the clock kept for calibration and GPTQ."""
+
+    rate: float
+    reserve: float
+
+
+def measure(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT, steps: int) -> Measured:
+    """Steps of the first phase after three untimed ones, then what the run itself would reserve."""
     trainer = t.Trainer(run, model)
     phase = t.phases(run.cfg)["train"]
     for step in range(3):
@@ -170,19 +178,24 @@ def step_rate(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT, steps: int) 
     for step in range(3, 3 + steps):
         trainer.step(step, phase, 1.0, t.momentum_at(run.cfg, 0))
     t.synchronize(run.ranks.device)
-    return 1000 * (time.perf_counter() - start) / steps
+    rate = 1000 * (time.perf_counter() - start) / steps
+    return Measured(rate, t.measure_reserve(run, trainer))
 
 
-def rate_key(t: Any, run: train_gpt.Runtime) -> str:
-    """What a step rate depends on: the GPU, the model, the tokens of one rank's step, and compilation."""
-    device, cfg = run.ranks.device, run.cfg
-    name = "cpu"
-    if device.type == "cuda":
-        import torch
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the kind of device."""
+    import torch
 
-        name = torch.cuda.get_device_name(device)
-    what = {**cfg.architecture(), "tokens": cfg.train_batch_tokens, "compile": cfg.compile}
-    return f"{name}, {cfg.train_batch_tokens} tokens a step, model {config_hash(what)[:12]}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def rate_key(cfg: train_gpt.Config, device: str) -> str:
+    """What a step rate depends on: the GPU, the model, the tokens of one rank's step, and compilation.
+
+    Features that are off are left out, so that a reference outlives the next feature.
+    """
+    what = {name: value for name, value in {**cfg.architecture(), "compile": cfg.compile}.items() if value}
+    return f"{device}, {cfg.train_batch_tokens} tokens a step, model {config_hash(what)[:12]}"
 
 
 def ranks_of(args: argparse.Namespace) -> int:
@@ -192,13 +205,16 @@ def ranks_of(args: argparse.Namespace) -> int:
     return args.ranks or torch.cuda.device_count() or 1
 
 
-def forecast(run: train_gpt.Runtime, rate: float, args: argparse.Namespace, key: str) -> Iterator[CheckResult]:
+def forecast(run: train_gpt.Runtime, found: Measured, args: argparse.Namespace, key: str) -> Iterator[CheckResult]:
     """Steps that the budget allows at the measured rate, and the rate against the stored reference."""
-    limit = run.cfg.max_wallclock_seconds
-    steps = min(run.cfg.iterations, int(1000 * limit / rate)) if limit else run.cfg.iterations
-    budget = f"in {limit:g} s, less what calibration and GPTQ take" if limit else "and no limit of time"
-    yield CheckResult("forecast", "pass", f"{rate:.1f} ms per step of {run.cfg.train_batch_tokens} tokens (one of "
-                      f"{ranks_of(args)} ranks, no communication): {steps} steps {budget}; compilation is not timed")
+    cfg, rate = run.cfg, found.rate
+    limit, kept = cfg.max_wallclock_seconds, found.reserve + cfg.post_qat_seconds
+    steps = min(cfg.iterations, int(1000 * max(limit - kept, 0) / rate)) if limit else cfg.iterations
+    budget = f"in {limit:g} s, {kept:.1f} of them for calibration, GPTQ and QAT" if limit else "and no limit of time"
+    remedy = "" if steps else ": nothing is left to train in; raise MAX_WALLCLOCK_SECONDS"
+    yield CheckResult("forecast", "pass" if steps else "fail", f"{rate:.1f} ms per step of {cfg.train_batch_tokens} "
+                      f"tokens (one of {ranks_of(args)} ranks, no communication): {steps} steps {budget}; compilation "
+                      f"is not timed{remedy}")
     rates = json.loads(RATES.read_text(encoding="utf-8")) if RATES.is_file() else {}
     reference = rates.get(key)
     if reference is None:
@@ -217,18 +233,21 @@ def measured(t: Any, run: train_gpt.Runtime, args: argparse.Namespace) -> Iterat
     bos_id = 1
     with contextlib.suppress(t.UserError):
         bos_id = t.ByteTable(run.cfg.tokenizer_file, run.cfg.vocab_size).bos_id
-    run = t.replace(run, cfg=t.replace(run.cfg, train_batch_tokens=run.cfg.train_batch_tokens // ranks_of(args)))
+    ranks, cfg = ranks_of(args), run.cfg
+    share = {"train_batch_tokens": cfg.train_batch_tokens // ranks,
+             "gptq_calibration_batches": -(-cfg.gptq_calibration_batches // ranks)}  # fmt: skip
+    run = t.replace(run, cfg=t.replace(cfg, **share))
     try:
         model = t.build_model(run, run.cfg, bos_id)
         yield size(t, run, model)
-        rate = step_rate(t, run, model, steps) if steps else None
+        found = measure(t, run, model, steps) if steps else None
     except (t.UserError, RuntimeError) as error:  # RuntimeError: out of memory, a compiler that fails
         yield CheckResult("step rate", "fail", f"the model does not run: {str(error).strip()[:300]}")
         return
-    if rate is None:
+    if found is None:
         yield CheckResult("step rate", "skip", "not measured on this device; --steps N measures it")
         return
-    yield from forecast(run, rate, args, rate_key(t, run))
+    yield from forecast(run, found, args, rate_key(run.cfg, device_name(run.ranks.device)))
 
 
 def examine(args: argparse.Namespace) -> Iterator[CheckResult]:

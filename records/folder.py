@@ -101,8 +101,8 @@ class Folder:
         if isinstance(results, list):
             results = {str(row.get("seed", i)): row for i, row in enumerate(results) if isinstance(row, dict)}
         seeds = (self.data or {}).get("seeds")
-        if not results and isinstance(seeds, dict):
-            results = seeds
+        if not results or not isinstance(results, dict):
+            results = seeds if isinstance(seeds, dict) else {}
         rows = {str(key): row if isinstance(row, dict) else {} for key, row in results.items()}
         return {key.removeprefix("seed").lstrip("_ "): row for key, row in rows.items()}
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from records import ToolError
 from records.checks import CheckResult
 from records.folder import Folder
+from records.runs import read_text
 from records.script import names_read, syntax, unpacked
 
 SCHEMA = Path(__file__).with_name("submission.schema.json")
+PATHS = ("DATA_PATH", "DATA_DIR", "TOKENIZER_PATH")
 STUB_BYTES = 2000  # a script shorter than this that executes another file is a stub
 # Variables of launchers, libraries and shells: they may stand in a command though no script reads them.
 FOREIGN = re.compile(r"^(NCCL_|CUDA_|TORCH|PYTORCH_|TRITON_|OMP_|MKL_|GLOO_|PYTHON|HF_|HUGGINGFACE_|WANDB_|LD_|MASTER_|"
                      r"MATCHED_FINEWEB_|NPROC|NUM_GPUS|PATH$|HOME$|TMPDIR$|UV_|PIP_|FLASH_ATTENTION_|MAX_JOBS$)")
+SOURCE_KEPT = r"linecache|\bopen\(|write_text|write_bytes|import_module|run_path|spec_from"  # inspect finds the source
 COMMAND = re.compile(r"(torchrun|python[\d.]*|accelerate|deepspeed)\b.*\btrain\w*\.py|train_gpt\.py")
 
 
@@ -42,8 +46,8 @@ def files(folder: Folder) -> Iterator[CheckResult]:
     empty = [run.path.name for run in folder.logs if not run.score]
     if folder.logs:
         yield said("logs end", not empty, "every log has a score", f"{', '.join(empty)}: no final score line "
-                   "(val_loss: and val_bpb: under a name); the run did not end, or this is no run log: run the seed "
-                   "again")
+                   "(finite val_loss: and val_bpb: under a name); the run did not end, or this is no run log: run the "
+                   "seed again")
 
 
 def schema(folder: Folder) -> Iterator[CheckResult]:
@@ -153,12 +157,21 @@ def packed(folder: Folder) -> CheckResult:
     inner = unpacked(folder.source)
     if inner is None:
         return CheckResult("packed code", "pass", "not packed: the shipped file is readable as it is")
+    wrapper = re.sub(r"[\"'][^\"'\n]{200,}[\"']", '""', folder.source)  # without its payload
+    if re.search(r"^\s*@triton\.jit", inner, re.MULTILINE) and not re.search(SOURCE_KEPT, wrapper):
+        return CheckResult("packed code", "fail", "the packed source has @triton.jit functions, and the wrapper runs "
+                           "it by exec without registering it with linecache: Triton refuses source-less code; pack "
+                           "it by `python -m records pack`")
     human = folder.path / "train_gpt_human.py"
     sizes = f"{folder.script.stat().st_size} bytes hold {len(inner.encode())} bytes of source"
     if not human.is_file():
         return CheckResult("packed code", "pass", f"{sizes}; a readable train_gpt_human.py beside it helps reviewers")
-    names = [{node.name for node in ast.walk(syntax(text)) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-             for text in (inner, human.read_text(encoding="utf-8"))]
+    try:
+        names = [{node.name for node in ast.walk(syntax(text)) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+                 for text in (inner, human.read_text(encoding="utf-8"))]
+    except (SyntaxError, ValueError) as error:
+        return CheckResult("packed code", "fail", f"{human.name} is not a Python script ({error}): put the source "
+                           "there that was packed")
     if names[0] != names[1]:
         odd = ", ".join(sorted(names[0] ^ names[1])[:5])
         return CheckResult("packed code", "fail", f"train_gpt_human.py is not what is packed (they differ in {odd}): "
@@ -248,7 +261,7 @@ def re_evaluation(folder: Folder) -> CheckResult:
     if logged and size not in logged:
         return CheckResult("artifact", "fail", f"{path.name} has {size} bytes, the logs say {sorted(set(logged))}: "
                            "ship the artifact of one of the logged runs")
-    return CheckResult("artifact", "pass", f"{path.name}, {size} bytes, as a log says; --reevaluate scores it again")
+    return CheckResult("artifact", "pass", f"{path.name}, {size} bytes, as a log says")
 
 
 def check_files(folder: Folder) -> Iterator[CheckResult]:
@@ -260,27 +273,37 @@ def check_files(folder: Folder) -> Iterator[CheckResult]:
     yield re_evaluation(folder)
 
 
-def score_again(folder: Folder, environment: dict[str, str]) -> CheckResult:
-    """EVAL_ONLY=1 with the folder's artifact in a process of its own, against the log of the same size."""
-    import subprocess
-    import tempfile
+def evaluation_environment(folder: Folder, environment: Mapping[str, str], artifact: Path) -> dict[str, str]:
+    """For EVAL_ONLY=1 of an artifact: the data as named, and nothing else of a caller's shell that the script reads."""
+    paths = {name: str(Path(environment[name]).resolve()) for name in PATHS if environment.get(name)}
+    shipped = sorted(folder.path.glob("*.model"))
+    if "TOKENIZER_PATH" not in paths and shipped:
+        paths["TOKENIZER_PATH"] = str(shipped[0].resolve())
+    mine = names_read(folder.inner_source) - {"DEVICE"}
+    kept = {name: value for name, value in environment.items() if name not in mine}
+    return {**kept, **paths, "EVAL_ONLY": "1", "ARTIFACT_PATH": str(artifact.resolve()), "RUN_ID": "again"}
 
-    from records.runs import read_text
 
-    name = "re-evaluation"
-    if not folder.artifacts or not folder.script:
-        return CheckResult(name, "skip", "no artifact or no script in the folder")
-    artifact, script_path = folder.artifacts[0].resolve(), folder.script.resolve()
-    with tempfile.TemporaryDirectory() as place_to_run:
-        env = {**environment, "EVAL_ONLY": "1", "ARTIFACT_PATH": str(artifact), "RUN_ID": "again"}
-        done = subprocess.run([sys.executable, str(script_path)], cwd=place_to_run, env=env, text=True,
-                              capture_output=True)
-        logs = sorted(Path(place_to_run, "logs").glob("again*.txt"))
-        again = read_text(logs[0]).score if logs else None
-    if again is None:
-        raise ToolError(f"EVAL_ONLY=1 gave no score: {done.stderr.strip().splitlines()[-1:]}; DATA_PATH and "
-                        "TOKENIZER_PATH must name the run's data")
-    logged = [run.score for run in folder.logs if run.artifact_bytes == artifact.stat().st_size and run.score]
-    same = any(abs(score.val_bpb - again.val_bpb) < 5e-5 for score in logged)
-    return CheckResult(name, "pass" if same else "fail", f"{again.name} val_bpb {again.val_bpb:.8f}, logged "
-                       f"{', '.join(f'{score.val_bpb:.8f}' for score in logged) or 'nothing for this size'}")
+def score_again(folder: Folder, environment: Mapping[str, str]) -> Iterator[CheckResult]:
+    """EVAL_ONLY=1 with each artifact of the folder, in a process of its own, against the log of the same size."""
+    if not folder.artifacts or not folder.script or not folder.source:
+        yield CheckResult("re-evaluation", "skip", "no artifact or no script in the folder")
+        return
+    for artifact in folder.artifacts:
+        name = f"re-evaluation {artifact.name}"
+        with tempfile.TemporaryDirectory() as place_to_run:
+            done = subprocess.run([sys.executable, str(folder.script.resolve())], cwd=place_to_run, text=True,
+                                  env=evaluation_environment(folder, environment, artifact), capture_output=True)
+            logs = sorted(Path(place_to_run, "logs").glob("again*.txt"))
+            again = read_text(logs[0]).score if logs else None
+        if again is None or done.returncode:
+            said = (done.stderr.strip().splitlines() or ["no score"])[-1]
+            yield CheckResult(name, "fail", f"EVAL_ONLY=1 ended with status {done.returncode}: {said[:300]}; either "
+                              "the artifact is not this script's, or DATA_PATH and TOKENIZER_PATH do not name the "
+                              "run's data")
+            continue
+        logged = [run.score for run in folder.logs if run.artifact_bytes == artifact.stat().st_size and run.score]
+        same = any(abs(score.val_bpb - again.val_bpb) < 5e-5 for score in logged)
+        remedy = "" if same else ": ship the artifact of the logged run, or run the seed again"
+        yield CheckResult(name, "pass" if same else "fail", f"{again.name} val_bpb {again.val_bpb:.8f}, logged "
+                          f"{', '.join(f'{score.val_bpb:.8f}' for score in logged) or 'nothing for its size'}{remedy}")

@@ -6,7 +6,6 @@ Only the first argument of `opt(DEFAULT, ...)` in the fields of Config is replac
 from __future__ import annotations
 
 import ast
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,17 +55,10 @@ def same(node: ast.expr, value: Any) -> bool:
         return False
 
 
-def freeze(script: Path, resolved: Resolved, out: Path) -> None:
-    """Write the frozen copy of `script` to `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(bake(script.read_text(encoding="utf-8"), resolved.values), encoding="utf-8", newline="")
-
-
-def prove(script: Path, resolved: Resolved) -> str:
-    """Ask the frozen (and perhaps packed) script for its defaults, which must be the configuration; its sha256."""
+def prove(script: Path, resolved: Resolved) -> None:
+    """Ask the frozen (and perhaps packed) script for its defaults, which must be the configuration."""
     if wrong := differences(resolve(script, {}).values, resolved.values):
         raise ToolError(f"{script}: the frozen defaults are not the run's: {named(wrong)}")
-    return hashlib.sha256(script.read_bytes()).hexdigest()
 
 
 def named(changes: Mapping[str, tuple[Any, Any]]) -> str:

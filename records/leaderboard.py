@@ -70,15 +70,17 @@ def markdown(rows: Sequence[Entry]) -> str:
 def show(title: str, rows: Sequence[Entry]) -> None:
     """The board in the terminal; plain columns where rich is missing."""
     try:
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
     except ModuleNotFoundError:
         lines = [HEADER, *(row.cells(place) for place, row in enumerate(rows, 1))]
         print(title, *("\t".join(cells) for cells in lines), sep="\n")
         return
-    board = Table(title=title, title_justify="left")
-    for column in HEADER:
-        board.add_column(column, justify="right" if column in HEADER[:5] else "left")
+    board = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in HEADER:  # 80 columns hold all but long names: those are folded, never cut
+        board.add_column(column, justify="right" if column in HEADER[:5] else "left", overflow="fold",
+                         no_wrap=column not in ("author", "name"))
     for place, row in enumerate(rows, 1):
         board.add_row(*row.cells(place))
     Console().print(board)

@@ -73,9 +73,35 @@ class Subject:
         return float(self.script.score_windows(self.run, self.model, validation, windows)[0])
 
 
+    def evaluations(self) -> dict[str, Callable[[Any], list[Any]]]:
+        """The evaluations that the configuration asks for: name -> function of a validation set to its Scores.
+
+        Test-time training and n-grams are one of them, `online`: it learns from what it has scored.
+        """
+        def fixed(stride: int) -> Callable[[Any], list[Any]]:
+            return lambda validation: [self.script.evaluate(self.run, self.model, validation, stride)]
+
+        found = {name: fixed(stride) for name, stride in strides(self.run.cfg).items()}
+        return {**found, "online": self.online} if learners(self.run.cfg) else found
+
+    def online(self, validation: Any) -> list[Any]:
+        """The evaluation that learns, as the script runs it."""
+        script, cfg = self.script, self.run.cfg
+        trainer = script.TestTimeTrainer(self.run, self.model, validation) if cfg.ttt_enabled else None
+        if not hasattr(script, "evaluate_online"):
+            return [trainer.score()]
+        mixer = script.NgramMixer(self.run, validation) if getattr(cfg, "ngram_enabled", False) else None
+        return script.evaluate_online(self.run, self.model, validation, trainer, mixer)
+
+
 def strides(cfg: Any) -> dict[str, int]:
-    """The evaluations that a configuration asks for: name -> stride."""
+    """The evaluations by a fixed model that a configuration asks for: name -> stride."""
     return {"plain": cfg.eval_len, **({"sliding": cfg.eval_stride} if cfg.eval_stride else {})}
+
+
+def learners(cfg: Any) -> list[str]:
+    """Variables that let the evaluation learn from the text."""
+    return [name.upper() for name in ("ttt_enabled", "ngram_enabled") if getattr(cfg, name, False)]
 
 
 def load_script(path: Path) -> ModuleType:
@@ -106,7 +132,16 @@ def tiny_settings(cfg: Any) -> dict[str, Any]:
         "bigram_vocab_size": min(cfg.bigram_vocab_size, 32), "bigram_dim": HEAD_DIM, "train_seq_len": LENGTH,
         "eval_seq_len": window if cfg.eval_seq_len else 0, "val_batch_size": 5 * window,
         "eval_stride": min(window, max(5, round(window * cfg.eval_stride / cfg.eval_len))) if cfg.eval_stride else 0,
+        **online_settings(cfg, window, layers),
     }  # fmt: skip
+
+
+def online_settings(cfg: Any, window: int, layers: int) -> dict[str, Any]:
+    """Chunks of a few windows, of which each is trained on; a learning rate whose effect no rounding hides."""
+    if not learners(cfg):
+        return {}
+    return {"ttt_chunk_tokens": window + 8, "ttt_batch_seqs": 2, "ttt_epochs": min(cfg.ttt_epochs, 2),
+            "ttt_freeze_blocks": min(cfg.ttt_freeze_blocks, layers - 1), "ttt_lr": 0.05 if cfg.ttt_lr else 0}
 
 
 def configurations(script: ModuleType, values: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -145,6 +180,45 @@ def build_subject(path: Path, values: Mapping[str, Any], targets: int) -> Subjec
 def other_token(token: int) -> int:
     """A different token that is not BOS."""
     return 4 + (token - 4 + 11) % (VOCAB - 4)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one evaluation did: its Scores, its windows, and the nats (n, scores) of each, clipped as asked."""
+
+    scores: list[Any]
+    windows: np.ndarray
+    nats: np.ndarray
+
+
+def observe(
+    subject: Subject, evaluation: Callable[[Any], list[Any]], validation: Any, targets: tuple[int, int] = (0, 1 << 60)
+) -> Record:
+    """Run an evaluation; every window is scored once more at its time, by itself, for those of its targets in a range.
+
+    A window without any has 0 nats. What an evaluation learns in between is so seen where it acts.
+    """
+    import numpy as np
+
+    script, original, seen, nats = subject.script, subject.script.score_windows, [], []
+
+    def recorder(run: Any, model: Any, text: Any, windows: np.ndarray, *rest: Any, **named: Any) -> Tensor:
+        sums = original(run, model, text, windows, *rest, **named)
+        for start, first, end in windows.tolist():
+            low, high = max(first, targets[0]), min(end, targets[1])
+            single = sums * 0
+            if low < high:
+                single = original(run, model, text, windows[:1] * 0 + [start, low, high], *rest, **named)
+            nats.append([float(single[0]), *map(float, single[3:])])
+        seen.append(windows.copy())
+        return sums
+
+    script.score_windows = recorder
+    try:
+        scores = evaluation(validation)
+    finally:
+        script.score_windows = original
+    return Record(scores, np.concatenate(seen), np.array(nats))
 
 
 # ---------------------------------------------------------------------------------------
@@ -219,7 +293,30 @@ def check_normalised(subject: Subject) -> str:
                 raise Illegal(f"{name} evaluation: the probabilities of all {VOCAB} tokens at target {target} sum to "
                               f"{total:.6g}; the score must come from one distribution fixed before the token is seen")
     check_logits(subject)
-    return f"probabilities over the vocabulary sum to 1 within {worst:.0e} ({', '.join(subject.plans)}); nll = -log p"
+    if learners(subject.run.cfg):
+        worst = max(worst, check_online_normalised(subject))
+    names = ", ".join(subject.evaluations())
+    return f"probabilities over the vocabulary sum to 1 within {worst:.0e} ({names}); nll = -log p"
+
+
+def check_online_normalised(subject: Subject) -> float:
+    """The same for the evaluation that learns: the last token of a text is each of the vocabulary in turn."""
+    import numpy as np
+
+    cfg, nats = subject.run.cfg, []
+    target = 2 * cfg.ttt_chunk_tokens + 3  # in the third chunk
+    tokens = subject.validation.tokens[: target + 2]
+    for candidate in range(VOCAB):
+        changed = tokens.clone()
+        changed[target + 1] = candidate
+        text = replace(subject.validation, tokens=changed, token_bytes=subject.validation.token_bytes[: target + 2])
+        nats.append(observe(subject, subject.online, text, (target, target + 1)).nats.sum(0))
+    totals = np.exp(-np.array(nats)).sum(0)
+    for total in totals.tolist():
+        if not abs(total - 1) <= 1e-4:
+            raise Illegal(f"online evaluation: the probabilities of all {VOCAB} tokens at target {target} sum to "
+                          f"{total:.6g}; a mixture must come from one distribution, of counts that exclude the target")
+    return float(abs(totals - 1).max())
 
 
 def check_logits(subject: Subject) -> None:
@@ -244,13 +341,11 @@ def digests(model: Any) -> dict[str, str]:
 
 
 def check_score_first(subject: Subject) -> str:
-    """C3: nothing of the model changes while it is evaluated, and a second evaluation gives the same bits."""
-    flags = {name for name, value in vars(subject.full).items() if value is True}
-    adaptive = sorted(name.upper() for name in flags if re.match(r"(ttt|slot)\w*enabled$", name))
-    for name, stride in strides(subject.run.cfg).items():
+    """C3: an evaluation leaves the model as it was and repeats bit by bit; one that learns does so after scoring."""
+    for name, evaluation in subject.evaluations().items():
         before, scores = digests(subject.model), []
         for _ in range(2):
-            scores.append(subject.script.evaluate(subject.run, subject.model, subject.validation, stride).nats)
+            scores.append([score.nats for score in evaluation(subject.validation)])
         after = digests(subject.model)
         changed = [tensor for tensor in after if after[tensor] != before.get(tensor)]
         if changed:
@@ -259,9 +354,33 @@ def check_score_first(subject: Subject) -> str:
         if scores[0] != scores[1]:
             raise Illegal(f"{name} evaluation remembers what it scored: a second one gives {scores[1]} nats, not "
                           f"{scores[0]}")
-    if adaptive:
-        raise NotImplementedError(f"{', '.join(adaptive)} is on: the order of scoring and adapting is not tested")
+    if names := learners(subject.run.cfg):
+        flips = check_online_order(subject)
+        return (f"adaptive predictor (Track B, {', '.join(names)}): {flips} flips of all later tokens move no score "
+                "given before; the model comes back as it was")
     return f"fixed predictor (Track A): evaluation changes no parameter or buffer ({', '.join(subject.plans)})"
+
+
+def check_online_order(subject: Subject) -> int:
+    """Change all tokens from some position on: what the learning evaluation scored before stays; the positions."""
+    tokens, cfg = subject.validation.tokens, subject.run.cfg
+    chunk, stride = cfg.ttt_chunk_tokens, cfg.eval_stride
+    positions = chunk - 1, chunk + 2, 2 * chunk + stride + 2, len(tokens) - 2
+    for position in positions:
+        changed = tokens.clone()
+        changed[position:] = tokens[position:].clone().apply_(other_token)
+        plain, other = (observe(subject, subject.online, replace(subject.validation, tokens=text), (0, position - 1))
+                        for text in (tokens, changed))
+        if plain.windows.tolist() != other.windows.tolist():
+            raise Illegal("online evaluation: the windows depend on the text; plan them before it is seen")
+        moved = float(abs(plain.nats - other.nats).max())
+        if not moved <= TOLERANCE:
+            raise Illegal(f"online evaluation: changing tokens {position}.. moves scores of the targets before them by "
+                          f"{moved:.2g} nats; it learns from tokens that are not scored yet")
+    fixed = subject.script.evaluate(subject.run, subject.model, subject.validation, stride).nats
+    if subject.online(subject.validation)[-1].nats == fixed:
+        raise NotImplementedError("online evaluation scores as the fixed model does: nothing was learned in the test")
+    return len(positions)
 
 
 def plan_fault(plan: np.ndarray, targets: int, length: int) -> str:
@@ -288,22 +407,6 @@ def check_plan(script: ModuleType, targets: int, length: int, stride: int) -> No
         raise Illegal(f"plan_windows({targets}, {length}, {stride}): {fault}; each target counts exactly once")
 
 
-@contextlib.contextmanager
-def recorded_windows(script: ModuleType) -> Iterator[list[np.ndarray]]:
-    """The windows of every call of score_windows while the block runs."""
-    original, seen = script.score_windows, []
-
-    def recorder(run: Any, model: Any, validation: Any, windows: np.ndarray) -> Tensor:
-        seen.append(windows.copy())
-        return original(run, model, validation, windows)
-
-    script.score_windows = recorder
-    try:
-        yield seen
-    finally:
-        script.score_windows = original
-
-
 def check_coverage(subject: Subject) -> str:
     """C4: the plan of awkward and real lengths, and the windows and sums of the evaluation itself."""
     import numpy as np
@@ -313,18 +416,16 @@ def check_coverage(subject: Subject) -> str:
     real = [(subject.targets, subject.full.eval_len, stride) for stride in strides(subject.full).values()]
     for case in [*awkward, *real]:
         check_plan(subject.script, *case)
-    tokens, counts = subject.validation.tokens, subject.validation.token_bytes
-    for name, stride in strides(subject.run.cfg).items():
-        with recorded_windows(subject.script) as seen:
-            score = subject.script.evaluate(subject.run, subject.model, subject.validation, stride)
-        windows = np.concatenate(seen)
-        if fault := plan_fault(windows, len(tokens) - 1, subject.run.cfg.eval_len):
+    validation = subject.validation
+    want = len(validation.tokens) - 1, int(validation.token_bytes[1:].sum())
+    for name, evaluation in subject.evaluations().items():
+        record = observe(subject, evaluation, validation)
+        if fault := plan_fault(record.windows, want[0], subject.run.cfg.eval_len):
             raise Illegal(f"{name} evaluation: {fault}; each target counts exactly once")
-        single = sum(subject.nats(tokens, windows[i : i + 1]) for i in range(len(windows)))
-        want = len(tokens) - 1, int(counts[1:].sum()), single
-        if (score.targets, score.bytes) != want[:2] or not math.isclose(score.nats, single, rel_tol=1e-6):
-            raise Illegal(f"{name} evaluation reports {score.targets} targets, {score.bytes} bytes, {score.nats:.4f} "
-                          f"nats; its windows hold {want[0]}, {want[1]}, {want[2]:.4f}")
+        for score, nats in zip(record.scores, record.nats.sum(0).tolist(), strict=True):
+            if (score.targets, score.bytes) != want or not math.isclose(score.nats, nats, rel_tol=1e-6):
+                raise Illegal(f"{name} evaluation reports {score.targets} targets, {score.bytes} bytes, "
+                              f"{score.nats:.4f} nats; its windows hold {want[0]}, {want[1]}, {nats:.4f}")
     return (f"{len(awkward)} awkward plans and the run's own over {subject.targets:,} targets; evaluation scores what "
             "it planned")
 

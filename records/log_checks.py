@@ -8,15 +8,23 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from records.checks import LEAKY_SHARDS, LIMIT_BYTES, LIMIT_SECONDS, OFFICIAL_DOCUMENTS, CheckResult, known_data
+from records.checks import (
+    FORBIDDEN,
+    LIMIT_BYTES,
+    LIMIT_SECONDS,
+    OFFICIAL_DOCUMENTS,
+    CheckResult,
+    is_leaky,
+    known_data,
+    promises,
+    uses,
+)
 from records.folder import Folder, claimed_bpb
 from records.freeze import named
-from records.runs import RunLog
-from records.script import differences
+from records.runs import RunLog, unlike
 from records.statistics import compare, described, read_baseline, summarize
 
 SEEDS_FOR_A_RECORD = 3
-VISIBLE = ("world_size", "model_params", "train_shards", "val_tokens")  # what even logs without hyperparameters show
 
 
 def tolerance(claimed: float) -> float:
@@ -101,6 +109,54 @@ def claimed_sizes(folder: Folder) -> Iterator[CheckResult]:
         yield CheckResult("bytes_code", "pass" if not remedy else "fail", f"claimed {code}{remedy}")
 
 
+def claims(folder: Folder) -> CheckResult:
+    """What submission.json says of script, data, sizes and steps against the file and the logs."""
+    given, logs, wrong = folder.data or {}, folder.logs, []
+    largest = [max(filter(None, column), default=None) for column in (
+        [run.artifact_bytes for run in logs], [run.total_bytes for run in logs])]  # fmt: skip
+    known = {name: [run.counts.get(name) for run in logs] for name in ("val_tokens", "train_shards", "model_params")}
+    known |= {"config_sha256": [run.config_hash for run in logs], "artifact_bytes_max": largest}
+    if folder.script:
+        known["script_sha256"] = [hashlib.sha256(folder.script.read_bytes()).hexdigest()]
+    pairs = [(name, given.get(name), right) for name, right in known.items()]
+    for run in logs:
+        row, sizes = folder.seed_results.get(str(run.seed), {}), [run.artifact_bytes, run.total_bytes]
+        rows = {"artifact_bytes": sizes, "bytes_total": sizes[1:], "steps": [run.steps]}  # the first is used for both
+        pairs += [(f"{name} of seed {run.seed}", row.get(name), right) for name, right in rows.items()]
+    for name, claimed, right in pairs:
+        if claimed is not None and None not in right and claimed not in right:
+            wrong.append(f"{name} {claimed}, not {', '.join(map(str, dict.fromkeys(right)))}")
+    if wrong:
+        return CheckResult("claims", "fail", f"submission.json has {'; '.join(wrong)}: copy the numbers of the logs, "
+                           "or let `python -m records new` write it")
+    return CheckResult("claims", "pass", "sizes, steps, data and digests that submission.json names are the logs'")
+
+
+def compliance(folder: Folder) -> Iterator[CheckResult]:
+    """Promises of submission.json against the logs; nothing is trained on validation before it is scored."""
+    given, logs = (folder.data or {}).get("compliance"), folder.logs
+    early = sorted(run.path.name for run in logs if run.facts.get("pre_quant_ttt")
+                   or uses(run.values, FORBIDDEN["no_pre_quant_ttt"]))
+    if early:
+        yield CheckResult("pre-quantization TTT", "fail", f"{', '.join(early)}: the model is trained on validation "
+                          "text before it is scored, which breaks C3 (score first); switch it off, or adapt only on "
+                          "tokens that have been scored")
+    if not isinstance(given, dict):
+        return
+    proven = {"train_under_600s": [run.train_seconds <= LIMIT_SECONDS for run in logs if run.train_seconds],
+              "eval_under_600s": [run.eval_seconds <= LIMIT_SECONDS for run in logs if run.eval_seconds],
+              "artifact_under_16mb": [run.total_bytes <= LIMIT_BYTES for run in logs if run.total_bytes],
+              "three_seeds": [len({run.seed for run in logs}) >= SEEDS_FOR_A_RECORD] if logs else []}
+    for run in logs:
+        for key, holds in promises(run.values).items() if run.values else ():
+            proven.setdefault(key, []).append(holds)
+    broken = sorted(key for key, holds in proven.items() if given.get(key) is True and not all(holds))
+    known = sum(bool(holds) and key in given for key, holds in proven.items())
+    yield CheckResult("compliance", "fail" if broken else "pass", f"submission.json promises {', '.join(broken)}, the "
+                      "logs say otherwise: correct it" if broken else f"{known} of {len(given)} promises are those of "
+                      "the logs; the others are for a reviewer")
+
+
 def provenance(folder: Folder, run: RunLog) -> CheckResult:
     """The log was written by the shipped script: by sha256, by the source in the log, or by its length."""
     name = f"provenance {run.path.name}"
@@ -154,8 +210,7 @@ def data(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
     name, counts, dataset = f"data {run.path.name}", run.counts, run.facts.get("dataset", "")
     shards, tokens = counts.get("train_shards"), counts.get("val_tokens")
     if shards is not None:
-        small = counts.get("train_tokens", 0) / max(shards, 1) <= 10_000_000 and shards > 1000
-        if shards == LEAKY_SHARDS or small:
+        if is_leaky(shards, counts.get("train_tokens", 0), dataset):
             yield CheckResult(f"train shards {run.path.name}", "fail", f"train_shards {shards}: shards of 10M tokens "
                               "come from a preparation script that left most of validation in train; fetch the "
                               "official shards and run again")
@@ -241,26 +296,12 @@ def seeds(folder: Folder) -> Iterator[CheckResult]:
 def one_configuration(logs: list[RunLog]) -> CheckResult:
     """All logs have the same hyperparameters (or the same visible sizes where none are logged) and the same script."""
     name, first = "one configuration", logs[0]
-    hashes = {run.facts["sha256"] for run in logs if "sha256" in run.facts}
-    if len(hashes) > 1:
-        return CheckResult(name, "fail", f"the logs are of {len(hashes)} different scripts: run all seeds with the "
-                           "shipped one")
     for other in logs[1:]:
-        changed = differences(strip(first), strip(other)) if first.values and other.values else {}
-        pairs = {key: (first.counts.get(key), other.counts.get(key)) for key in VISIBLE}
-        changed |= {key: pair for key, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
-        if changed:
+        if changed := unlike(first, other):
             return CheckResult(name, "fail", f"{first.path.name} and {other.path.name} differ in {named(changed)}: a "
-                               "mean needs seeds of one configuration; run the odd one again")
-    basis = "hyperparameters" if first.values else "model size, ranks and data (the logs have no hyperparameters)"
+                               "mean needs seeds of one configuration, script and data; run the odd one again")
+    basis = "hyperparameters" if first.values else "the settings they show (the logs have no full list)"
     return CheckResult(name, "pass", f"{len(logs)} logs agree in {basis}")
-
-
-def strip(run: RunLog) -> dict[str, object]:
-    """Hyperparameters without what other scripts log of a run's identity."""
-    names = ("run_id", "logfile", "rank", "local_rank", "is_main_process", "model_path", "quantized_model_path",
-             "artifact_dir", "datasets_dir", "train_files", "val_files", "train_log_every")  # fmt: skip
-    return {key: value for key, value in run.values.items() if key not in names}
 
 
 def significance(folder: Folder, baseline: Path | None) -> Iterator[CheckResult]:
@@ -296,5 +337,7 @@ def check_logs(folder: Folder, baseline: Path | None) -> Iterator[CheckResult]:
             yield from part(folder, run)
     yield from tokenizer(folder)
     yield from claimed_sizes(folder)
+    yield claims(folder)
+    yield from compliance(folder)
     yield from seeds(folder)
     yield from significance(folder, baseline)

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from records import ToolError, pack, plot, readme
-from records.checks import TRACKS, known_data
+from records.checks import TRACKS, known_data, promises
 from records.freeze import named
-from records.runs import RunLog, read_jsonl, read_text, run_files
+from records.runs import RunLog, read_jsonl, read_text, run_files, run_stem
 from records.script import PATHS, Resolved, as_variable, differences, resolve, unpacked
-from records.seeds import seed_row
+from records.seeds import refuse_unlike, seed_row
 from records.statistics import Baseline, compare, read_baseline, summarize
 
 ROOT = Path(__file__).resolve().parent
@@ -45,7 +45,7 @@ class Source:
 
 def read_source(path: Path) -> Source:
     """A finished run with the exact script that ran; ToolError says what is missing."""
-    stream, text, script = run_files(path)
+    stream, text, script = run_files(run_stem(path))
     run = read_jsonl(stream)
     if not (run.finished and run.score and run.artifact_bytes):
         raise ToolError(f"{stream}: the run did not come to its end (no score, size or ledger); run the seed again: "
@@ -57,17 +57,26 @@ def read_source(path: Path) -> Source:
     return Source(run, read_text(text), script)
 
 
+def run_stems(paths: Sequence[Path]) -> list[Path]:
+    """The runs that --runs names, each once: by any of their files (logs/mine_seed*), or by the folder of a series."""
+    stems = []
+    for path in paths:
+        statistics_file = path / "statistics.json"
+        if statistics_file.is_file():
+            seeds = json.loads(statistics_file.read_text(encoding="utf-8"))["seeds"]
+            stems += [path.with_name(f"{path.name}_seed{seed}") for seed in seeds]
+        elif path.is_dir():
+            raise ToolError(f"{path}: no statistics.json in it, so no series that `python -m records seeds` finished; "
+                            f"name its runs, as {path}_seed42")
+        else:
+            stems.append(run_stem(path))
+    return list(dict.fromkeys(stems))
+
+
 def read_sources(paths: Sequence[Path]) -> list[Source]:
     """All runs, which must be different seeds of one script and one configuration."""
-    sources = [read_source(path) for path in paths]
-    first = sources[0]
-    for other in sources[1:]:
-        if changed := differences(first.run.values, other.run.values):
-            raise ToolError(f"mixed configurations: {first.run.path} and {other.run.path} differ in {named(changed)}; "
-                            "a submission is one configuration: leave one out, or run it again")
-        if other.run.facts["sha256"] != first.run.facts["sha256"]:
-            raise ToolError(f"mixed scripts: {first.script} and {other.script} are different files; run all seeds with "
-                            "one script: `python -m records seeds`")
+    sources = [read_source(path) for path in run_stems(paths)]
+    refuse_unlike([source.run for source in sources])
     seeds = [source.seed for source in sources]
     if len(set(seeds)) < len(seeds):
         raise ToolError(f"--runs hold the seeds {seeds}: one seed twice is one seed")
@@ -200,15 +209,13 @@ def against(submission: Submission) -> dict[str, Any]:
 
 def compliance(submission: Submission) -> dict[str, bool]:
     """What the logs prove of the rules."""
-    runs, values = submission.runs, submission.first.run.values
+    runs = submission.runs
     return {
         "train_under_600s": all(run.train_seconds <= 600 for run in runs),
         "eval_under_600s": all(run.eval_seconds <= 600 for run in runs),
         "artifact_under_16mb": all(run.total_bytes <= 16_000_000 for run in runs),
         "three_seeds": len(runs) >= 3, "one_configuration": True, "every_default_baked_in": not submission.changed,
-        "no_ngram_cache": not any("ngram" in name and value for name, value in values.items()),
-        "no_pre_quant_ttt": not any(re.match(r"pre_?quant_?ttt", name) and value for name, value in values.items()),
-        "no_slot": True,
+        **promises(submission.first.run.values),
     }
 
 
@@ -225,7 +232,10 @@ def prepare(args: argparse.Namespace) -> Submission:
     if shipped and not shipped.is_file():
         raise ToolError(f"{shipped}: no such tokenizer here (the path is from where the run was started); name "
                         "it by --tokenizer: one that is not official belongs into the folder")
-    folder = args.root / f"track_{args.track}" / f"{args.date}_{re.sub(r'[^A-Za-z0-9_.+-]+', '', args.name)}"
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "", args.name)
+    if not name:
+        raise ToolError(f"NAME {args.name!r}: nothing of it can stand in a folder's name; use letters, digits and _")
+    folder = args.root / f"track_{args.track}" / f"{args.date}_{name}"
     if folder.exists():
         raise ToolError(f"{folder}: exists already; a landed record is not edited. Choose another NAME or remove it")
     baseline = read_baseline(args.parent) if args.parent else None
@@ -265,7 +275,7 @@ def readable(source: Source) -> str | None:
 def draw(submission: Submission) -> str:
     """The seeds' curves as curves.png; empty where matplotlib is missing."""
     try:
-        figure = plot.draw(plot.read_runs([run.path for run in submission.runs]), None)
+        figure = plot.draw(plot.read_curves([run.path for run in submission.runs]), None)
     except ModuleNotFoundError:
         print("no curves.png: python -m pip install -r requirements-dev.txt")
         return ""
@@ -276,7 +286,8 @@ def draw(submission: Submission) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `new` takes."""
     parser.add_argument("name", metavar="NAME", help="name of the submission, as XSA_Gated")
-    parser.add_argument("--runs", nargs="+", type=Path, required=True, help="finished runs, as logs/<RUN_ID>.jsonl")
+    parser.add_argument("--runs", nargs="+", type=Path, required=True,
+                        help="finished runs, as logs/<RUN_ID>, or the folder of a series, as logs/<name>")
     parser.add_argument("--track", choices=TRACKS, default="10min_16mb")
     parser.add_argument("--author", default="unknown")
     parser.add_argument("--github-id", default="unknown")
@@ -296,5 +307,11 @@ def run(args: argparse.Namespace) -> int:
         undo.callback(shutil.rmtree, submission.folder, ignore_errors=True)
         write(submission)
         undo.pop_all()
-    print(f"{submission.folder}: {len(submission.sources)} seed(s); next: python -m records check {submission.folder}")
+    missing = {"--author": args.author == "unknown", "--github-id": args.github_id == "unknown",
+               "--blurb": not args.blurb, "--parent": args.parent is None}  # fmt: skip
+    open_points = [flag for flag, is_missing in missing.items() if is_missing]
+    print(f"{submission.folder}: {len(submission.sources)} seed(s)")
+    if open_points:
+        print(f"left open: {', '.join(open_points)}; reviewers ask for them (remove the folder and run this again)")
+    print(f"next: python -m records check {submission.folder}")
     return 0

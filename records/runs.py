@@ -9,15 +9,15 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from records import ToolError
-from records.plot import read_events
-from records.script import hyperparameters
+from records.script import differences, hyperparameters
 
 NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|nan|inf)"
 SCORE = re.compile(rf"^[\d:. -]*([A-Za-z][\w ().+-]*?)(?: stride:\d+)?[ :]+val_loss[:=] ?{NUMBER} "
@@ -52,6 +52,30 @@ SECONDS = {  # seconds per unit of the group, pattern
 OFF_THE_CLOCK = r"^(?:Deserialize: .*? done in |ttt_lora:compile warmup done \()([\d.]+)s"
 
 
+# What logs name differently in every run of one configuration, beside script.IDENTITY.
+FOREIGN_IDENTITY = ("logfile", "rank", "local_rank", "is_main_process", "model_path", "quantized_model_path",
+                    "artifact_dir", "datasets_dir", "train_files", "val_files", "train_log_every")  # fmt: skip
+SAME_COUNTS = ("world_size", "model_params", "train_shards", "train_tokens", "val_tokens")
+SAME_FACTS = ("sha256", "device", "torch", "settings")
+
+
+class Point(NamedTuple):
+    """A logged loss and where it stands: steps done, seconds of training."""
+
+    step: int
+    seconds: float
+    loss: float
+    bpb: float = math.nan
+
+
+class Mark(NamedTuple):
+    """A change of phase: where it happened and its name."""
+
+    step: int
+    seconds: float
+    name: str
+
+
 class Score(NamedTuple):
     """One named score of a log; `exact` if the line has all digits."""
 
@@ -72,8 +96,9 @@ class RunLog:
     sizes: list[tuple[str, int]] = field(default_factory=list)  # (kind, artifact bytes)
     totals: list[tuple[str, int]] = field(default_factory=list)  # (kind, artifact + code bytes)
     scores: list[Score] = field(default_factory=list)
-    train: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
-    val: list[tuple[int, float, float]] = field(default_factory=list)  # (step, loss, bpb)
+    train: list[Point] = field(default_factory=list)
+    val: list[Point] = field(default_factory=list)
+    phases: list[Mark] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)  # hyperparameters with the identity
     sources: dict[str, str] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)  # words: sha256, torch, device, dataset, attention ...
@@ -90,9 +115,9 @@ class RunLog:
 
     @property
     def score(self) -> Score | None:
-        """The submitted score: the last one that is no diagnostic, with its exact digits."""
+        """The submitted score: the last one that is no diagnostic, with its exact digits. None if that is no number."""
         final = [score for score in self.scores if not DIAGNOSTIC.search(score.name)]
-        return final[-1] if final else None
+        return final[-1] if final and math.isfinite(final[-1].val_loss + final[-1].val_bpb) else None
 
     @property
     def artifact_bytes(self) -> int | None:
@@ -144,9 +169,53 @@ def config_hash(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(hyperparameters(values), sort_keys=True).encode()).hexdigest()
 
 
+def unlike(a: RunLog, b: RunLog) -> dict[str, tuple[Any, Any]]:
+    """Where two runs are not of one configuration: NAME -> (a's, b's), of what both logs say.
+
+    Hyperparameters, the script, ranks, GPU, torch, and the size of model and data, which even terse logs show.
+    """
+    ours, theirs = ({key: value for key, value in run.values.items() if key not in FOREIGN_IDENTITY} for run in (a, b))
+    found = differences(ours, theirs) if ours and theirs else {}
+    for names, kind in ((SAME_COUNTS, "counts"), (SAME_FACTS, "facts")):
+        pairs = {name: (getattr(a, kind).get(name), getattr(b, kind).get(name)) for name in names}
+        found |= {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
+    return found
+
+
 # ---------------------------------------------------------------------------------------
 # Our JSON lines
 # ---------------------------------------------------------------------------------------
+
+def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, event) for every line. A last line that a running or killed run left unfinished is dropped."""
+    lines = text_of(path).split("\n")
+    unfinished = len(lines) if lines[-1] else 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            event = {} if number == unfinished and number > 1 else None
+        if not isinstance(event, dict):
+            raise ToolError(f"{path}:{number}: not a JSON object, so this is no run log in JSON lines; text logs end "
+                            "in .txt or .log")
+        yield number, event
+
+
+def text_of(path: Path) -> str:
+    """A log's text; ToolError says why there is none."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ToolError(f"{path}: no such file. A run writes logs/<RUN_ID>.jsonl and .txt in the folder it is started "
+                        "in; see what is there with `ls logs/`") from None
+    except OSError as error:
+        raise ToolError(f"{path}: cannot be read ({error})") from None
+    if b"\0" in raw:
+        raise ToolError(f"{path}: cannot be read as a text file (it holds NUL bytes)")
+    return raw.decode("utf-8", "replace").replace("\r\n", "\n")
+
 
 def read_jsonl(path: Path) -> RunLog:
     """The last run in a JSON-lines log."""
@@ -163,22 +232,23 @@ def read_jsonl(path: Path) -> RunLog:
 
 
 def take_event(run: RunLog, event: dict[str, Any]) -> None:
-    """Add one event to the run."""
+    """Add one event to the run; KeyError, TypeError or ValueError if a field is missing or no number."""
     kind = event.get("event")
     if kind == "config":
         run.values, run.sources = event["values"], event["sources"]
         run.facts.update({name: str(event[name]) for name in ("sha256", "torch", "device")})
         run.counts.update(seed=event["values"]["seed"], world_size=event["world_size"])
-    elif kind == "train":
-        run.train.append((event["step"], event["train_loss"]))
-        run.times["step_avg"] = event["step_avg_ms"] / 1000
-    elif kind == "val":
-        run.val.append((event["step"], event["val_loss"], event["val_bpb"]))
-        run.steps = event["step"]
-        run.times["step_time"] = event["train_time_ms"] / 1000
-        run.times["step_avg"] = run.times["step_time"] / max(run.steps, 1)
+    elif kind == "data":
+        known = {"tokens": f"{event['split']}_tokens", "shards": f"{event['split']}_shards",
+                 "documents": f"{event['split']}_documents"}  # fmt: skip
+        run.counts.update({name: event[key] for key, name in known.items() if key in event})
+    elif kind == "model":
+        run.counts["model_params"] = event["parameters"]
+    elif kind in ("train", "val", "phase"):
+        take_step(run, event, int(event["step"]), float(event["train_time_ms"]) / 1000)
     elif kind == "score":
-        run.scores.append(Score(event["name"], event["val_loss"], event["val_bpb"], event["eval_time_ms"] / 1000))
+        run.scores.append(Score(str(event["name"]), float(event["val_loss"]), float(event["val_bpb"]),
+                                event["eval_time_ms"] / 1000))
     elif kind == "size":
         run.sizes.append((event["kind"], event["artifact_bytes"]))
         run.totals.append((event["kind"], event["artifact_bytes"] + event["code_bytes"]))
@@ -186,6 +256,19 @@ def take_event(run: RunLog, event: dict[str, Any]) -> None:
     elif kind == "ledger":
         run.times[f"budget_{event['budget']}"] = event["seconds"]
         run.finished = run.finished or event["budget"] == "eval"
+
+
+def take_step(run: RunLog, event: dict[str, Any], step: int, seconds: float) -> None:
+    """An event on the curves: a loss of training, one of validation, or a change of phase."""
+    if event["event"] == "phase":
+        run.phases.append(Mark(step, seconds, str(event["name"])))
+    elif event["event"] == "train":
+        run.train.append(Point(step, seconds, float(event["train_loss"])))
+        run.times["step_avg"] = event["step_avg_ms"] / 1000
+    else:
+        run.val.append(Point(step, seconds, float(event["val_loss"]), float(event["val_bpb"])))
+        run.steps, run.times["step_time"] = step, seconds
+        run.times["step_avg"] = seconds / max(step, 1)
 
 
 # ---------------------------------------------------------------------------------------
@@ -200,10 +283,7 @@ def last_match(pattern: str, text: str) -> str | None:
 
 def read_text(path: Path) -> RunLog:
     """A text log of ours or of either published family."""
-    try:
-        raw = path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
-    except OSError as error:
-        raise ToolError(f"{path}: cannot be read ({error})") from None
+    raw = text_of(path)
     head = SOURCE_END.search(raw)
     is_dump = bool(head) and "import " in raw[: head.start()]
     text = raw[head.end() :] if is_dump else raw
@@ -242,6 +322,7 @@ def read_facts(run: RunLog, text: str) -> None:
         "python": r"^Running Python (\S+)", "device": r"^device:\w+ \((.*?)\) ",
         "dataset": r"^train_loader:dataset: ?(\S+)", "attention": r"^attn_backend: ?(\S+)",
         "inactive": r"^never activated: (.*)$", "driver": r"Driver Version: *([\d.]+)",
+        "pre_quant_ttt": r"(?i)^(?! )(.*\bpre.?quant(?:ization)?.?ttt.*)$",
     }  # fmt: skip
     for name, pattern in patterns.items():
         if (found := last_match(pattern, text)) is not None:
@@ -250,10 +331,15 @@ def read_facts(run: RunLog, text: str) -> None:
     run.sizes = [(kind.strip(), int(size)) for kind, size in sized if kind.strip()]
     totals = re.findall(r"^Total submission size ?([^:\n]*): ?(\d+) bytes", text, re.MULTILINE)
     run.totals = [(kind.strip(), int(size)) for kind, size in totals if kind.strip() or not sized[1:]]
+    shown = re.findall(r"^(?:train_batch_tokens|attention_mode|tie_embeddings):.*$", text, re.MULTILINE)
+    if shown:  # all that family A says of its configuration
+        run.facts["settings"] = "; ".join(shown)
     for name, value in hyperparameter_lines(text):
         run.values[name], run.sources[name] = parse_setting(value)
-    if "seed" in run.values:
-        run.counts["seed"] = int(run.values["seed"])
+    if isinstance(run.values.get("seed"), int):
+        run.counts["seed"] = run.values["seed"]
+    if folder := run.values.get("datasets_dir", run.values.get("data_path")):
+        run.facts.setdefault("dataset", Path(str(folder)).name)
 
 
 def hyperparameter_lines(text: str) -> Iterator[tuple[str, str]]:
@@ -277,14 +363,35 @@ def parse_setting(text: str) -> tuple[Any, str]:
 
 
 def read_curves(run: RunLog, text: str) -> None:
-    """Training and validation losses by step, and the number of steps."""
-    train = re.findall(rf"^(?:step:)?(\d+)/\d+ train_loss: ?{NUMBER}", text, re.MULTILINE)
-    val = re.findall(rf"^(?:step:)?(\d+)/\d+ val_loss: ?{NUMBER} val_bpb: ?{NUMBER}", text, re.MULTILINE)
-    run.train = [(int(step), float(loss)) for step, loss in train]
-    run.val = [(int(step), float(loss), float(bpb)) for step, loss, bpb in val]
-    stopped = last_match(r"^stopping_early: .*step: ?(\d+)/\d+", text)
-    ends = [step for step, *_ in run.train[-1:] + run.val[-1:]]
-    run.steps = int(stopped) if stopped else max(ends, default=None)
+    """Losses by step, changes of phase and the number of steps. Lines without a time take it from their neighbours."""
+    lines = re.findall(rf"^(?:step:)?(\d+)/\d+ (train|val)_loss: ?{NUMBER}(?: val_bpb: ?{NUMBER})?(.*)$", text,
+                       re.MULTILINE)
+    clock = {int(step): seconds for step, *_, rest in lines if (seconds := train_time(rest)) is not None}
+    if stopped := re.search(r"^stopping_early: (.*)step: ?(\d+)/\d+", text, re.MULTILINE):
+        clock[int(stopped[2])] = train_time(stopped[1]) or math.nan
+    for step, kind, loss, bpb, _ in lines:
+        point = Point(int(step), seconds_at(clock, int(step)), float(loss), float(bpb or "nan"))
+        (run.train if kind == "train" else run.val).append(point)
+    for name, step in re.findall(r"^(\w+:(?:enabled|start))\b.* step: ?(\d+)", text, re.MULTILINE):
+        run.phases.append(Mark(int(step), seconds_at(clock, int(step)), name))
+    ends = [point.step for point in run.train[-1:] + run.val[-1:]]
+    run.steps = int(stopped[2]) if stopped else max(ends, default=None)
+
+
+def train_time(text: str) -> float | None:
+    """Seconds of `train_time:24ms` or `train_time: 3.2m`."""
+    found = re.search(r"train_time: ?([\d.]+)(ms|m)\b", text)
+    return None if found is None else float(found[1]) * {"ms": 1e-3, "m": 60.0}[found[2]]
+
+
+def seconds_at(clock: Mapping[int, float], step: int) -> float:
+    """Seconds of training at a step, on the line between the nearest steps whose time was logged."""
+    before, after = ([known for known in clock if known <= step], [known for known in clock if known >= step])
+    if not before or not after:
+        return clock[max(before)] if before else clock[min(after)] if after else math.nan
+    low, high = max(before), min(after)
+    share = (step - low) / (high - low) if high > low else 0.0
+    return clock[low] + share * (clock[high] - clock[low])
 
 
 def read_scores(run: RunLog, text: str) -> None:
@@ -307,17 +414,21 @@ def read_scores(run: RunLog, text: str) -> None:
 # Either
 # ---------------------------------------------------------------------------------------
 
+LOG_SUFFIXES = (".jsonl", ".txt", ".log")
+
+
 def read_run(path: Path) -> RunLog:
     """A log of any kind, by its suffix."""
-    if not path.is_file():
-        raise ToolError(f"{path}: no such file. A run writes logs/<RUN_ID>.jsonl and .txt in the folder it is started "
-                        "in")
     return read_jsonl(path) if path.suffix == ".jsonl" else read_text(path)
 
 
-def run_files(path: Path) -> tuple[Path, Path, Path]:
-    """The three files of one of our runs (.jsonl, .txt, .py), from any one of them or their common stem."""
-    stem = path.with_suffix("") if path.suffix in (".jsonl", ".txt", ".py", ".pgolf") else path
+def run_stem(path: Path) -> Path:
+    """logs/<RUN_ID> of any file that a run writes."""
+    return path.with_name(re.sub(r"\.(jsonl|txt|py|pgolf|weights\.pt)$", "", path.name))
+
+
+def run_files(stem: Path) -> tuple[Path, Path, Path]:
+    """The three files of one of our runs: .jsonl, .txt, .py."""
     files = tuple(stem.with_name(stem.name + suffix) for suffix in (".jsonl", ".txt", ".py"))
     for file in files:
         if not file.is_file():

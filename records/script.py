@@ -59,15 +59,24 @@ class Resolved:
 
 def resolve(script: Path, env: Mapping[str, str]) -> Resolved:
     """Ask `script` what it makes of `env`; ToolError with the script's own message if it refuses."""
-    done = subprocess.run([sys.executable, "-c", PROBE, str(script)], input=json.dumps(dict(env)), text=True,
-                          capture_output=True)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-        raise ToolError(f"{script}: cannot be imported as a training script with a Config ({last})")
-    answer = json.loads(done.stdout.splitlines()[-1])
+    try:
+        source = script.read_bytes()
+    except OSError as error:
+        raise ToolError(f"{script}: cannot be read ({error})") from None
+    answer = json.loads(probe(script, source, json.dumps(dict(env))))
     if "error" in answer:
         raise ToolError(f"the configuration is refused: {answer['error']}")
     return Resolved(**answer)
+
+
+@functools.lru_cache(maxsize=32)
+def probe(script: Path, source: bytes, env: str) -> str:
+    """What PROBE prints of a script with this `source`, as JSON; kept: a process that imports torch takes seconds."""
+    done = subprocess.run([sys.executable, "-c", PROBE, str(script)], input=env, text=True, capture_output=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
+        raise ToolError(f"{script}: cannot be imported as a training script with a Config ({last})")
+    return done.stdout.splitlines()[-1]
 
 
 def hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 The configuration is resolved once and baked into a copy of the script; that copy is what runs, so the seeds cannot
 differ in anything else. A series that broke off is continued: finished seeds of the same script and configuration are
-kept. Statistics over all seeds come last.
+kept, and one of another stops the command before anything is paid for. Statistics over all seeds come last.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from records import ToolError
-from records.freeze import freeze, named, prove
+from records.freeze import bake, named, prove
 from records.pack import pack
-from records.runs import RunLog, config_hash, read_jsonl
+from records.runs import RunLog, config_hash, read_jsonl, unlike
 from records.script import IDENTITY, Resolved, as_variable, differences, resolve
 from records.statistics import Baseline, Summary, compare, described, read_baseline, summarize
 
@@ -30,10 +31,9 @@ class Series(NamedTuple):
 
     name: str
     script: Path
-    sha256: str
-    resolved: Resolved
     launch: list[str]
     env: dict[str, str]
+    finished: dict[int, RunLog]  # seeds that need not run again
 
     def log(self, seed: int) -> Path:
         return LOGS / f"{self.name}_seed{seed}.jsonl"
@@ -48,30 +48,37 @@ def script_index(launch: Sequence[str]) -> int:
     return found[0]
 
 
-def prepare(args: argparse.Namespace, env: Mapping[str, str]) -> Series:
-    """Resolve and freeze; the frozen copy lies in logs/<name>/train_gpt.py."""
-    index = script_index(args.launch)
-    source = Path(args.launch[index])
-    resolved = resolve(source, env)
-    values = resolved.values
+def refuse_single(values: Mapping[str, object]) -> None:
+    """ToolError for variables that make no sense for several seeds."""
     for name in ("eval_only", "export_only"):
         if values.get(name):
             raise ToolError(f"{name.upper()}=1 trains nothing; unset it to run seeds")
     for name in ("artifact_path", "weights_path"):
         if values.get(name):
             raise ToolError(f"{name.upper()}={values[name]}: every seed would write the same file; unset it")
+
+
+def prepare(args: argparse.Namespace, env: Mapping[str, str]) -> Series:
+    """Resolve and freeze; the frozen copy lies in logs/<name>/train_gpt.py, written once nothing speaks against it."""
+    index = script_index(args.launch)
+    source = Path(args.launch[index])
+    resolved = resolve(source, env)
+    values = resolved.values
+    refuse_single(values)
     name = args.name or f"{source.stem}_{config_hash(values)[:8]}"
     script = LOGS / name / "train_gpt.py"
-    human = script.with_name("train_gpt_human.py") if args.pack else script
-    refuse_changed(name, args.seeds, values)
-    freeze(source, resolved, human)
-    if args.pack:  # the packed file is the one that runs
-        script.write_text(pack(human.read_text(encoding="utf-8")), encoding="utf-8", newline="")
-    sha256 = prove(script, resolved)
+    human = bake(source.read_text(encoding="utf-8"), values)
+    files = {script: pack(human), script.with_name("train_gpt_human.py"): human} if args.pack else {script: human}
+    finished = finished_runs(name, args.seeds)
+    refuse_mixed(finished, resolved, hashlib.sha256(files[script].encode()).hexdigest())
+    script.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8", newline="")
+    prove(script, resolved)
     launch = [*args.launch[:index], str(script), *args.launch[index + 1 :]]
     kept = {key: text for key, text in env.items() if key not in resolved.variables}
     places = {key.upper(): as_variable(values[key]) for key in IDENTITY if key not in ("recipe", "run_id", "seed")}
-    return Series(name, script, sha256, resolved, launch, kept | {key: text for key, text in places.items() if text})
+    return Series(name, script, launch, kept | {key: text for key, text in places.items() if text}, finished)
 
 
 def finished_run(path: Path) -> RunLog | None:
@@ -82,34 +89,44 @@ def finished_run(path: Path) -> RunLog | None:
     return run if run.finished and run.score else None
 
 
-def refuse_changed(name: str, seeds: Sequence[int], values: Mapping[str, object]) -> None:
-    """ToolError if a finished seed of this series has another configuration."""
-    for seed in seeds:
-        path = LOGS / f"{name}_seed{seed}.jsonl"
-        run = finished_run(path)
-        if run and (changed := differences(values, run.values)):
-            raise ToolError(f"mixed configurations: {path} was run with other values: {named(changed)}; "
+def finished_runs(name: str, seeds: Sequence[int]) -> dict[int, RunLog]:
+    """The seeds of a series that came to their end."""
+    runs = {seed: finished_run(LOGS / f"{name}_seed{seed}.jsonl") for seed in seeds}
+    return {seed: run for seed, run in runs.items() if run}
+
+
+def refuse_mixed(finished: Mapping[int, RunLog], resolved: Resolved, sha256: str) -> None:
+    """ToolError if a finished seed has another configuration or script than the series, or they differ in between."""
+    for run in finished.values():
+        if changed := differences(resolved.values, run.values):
+            raise ToolError(f"mixed configurations: {run.path} was run with other values: {named(changed)}; "
                             f"choose another --name, or set them as they were, or delete the log")
+        if run.facts["sha256"] != sha256:
+            raise ToolError(f"mixed scripts: {run.path} was run by sha256 {run.facts['sha256'][:12]}, this series is "
+                            f"{sha256[:12]}: the script was changed since. Choose another --name, or delete the log")
+    refuse_unlike(list(finished.values()))
+
+
+def refuse_unlike(runs: Sequence[RunLog]) -> None:
+    """ToolError if runs were made on other GPUs, ranks or data than the first."""
+    for other in runs[1:]:
+        if changed := unlike(runs[0], other):
+            raise ToolError(f"mixed configurations: {runs[0].path} and {other.path} differ in {named(changed)}; a mean "
+                            "needs seeds of one configuration, machine and data: run the odd one again")
 
 
 def run_seed(series: Series, seed: int) -> RunLog:
-    """Run one seed, or take the finished run of the same script that is there."""
+    """Run one seed, or take its finished run."""
     path = series.log(seed)
-    done = finished_run(path)
-    if done and done.facts["sha256"] != series.sha256:
-        raise ToolError(f"mixed scripts: {path} was run by sha256 {done.facts['sha256'][:12]}, this series is "
-                        f"{series.sha256[:12]} of {series.script}; choose another --name or delete the log")
-    if done:
+    if seed in series.finished:
         print(f"seed {seed}: finished before, kept ({path})", flush=True)
-        return done
+        return series.finished[seed]
     print(f"seed {seed}: {' '.join(series.launch)}", flush=True)
     status = subprocess.run(series.launch, env={**series.env, "SEED": str(seed), "RUN_ID": path.stem}).returncode
     run = finished_run(path)
     if status or run is None:
-        raise ToolError(f"seed {seed} ended with status {status} and no score; read the end of "
+        raise ToolError(f"seed {seed} ended with status {status} and {'a' if run else 'no'} score; read the end of "
                         f"{path.with_suffix('.txt')}. The same command continues the series")
-    if (changed := differences(series.resolved.values, run.values)) or run.facts["sha256"] != series.sha256:
-        raise ToolError(f"{path}: the run's configuration is not the series': {named(changed) or 'another script'}")
     return run
 
 
@@ -177,7 +194,10 @@ def run(args: argparse.Namespace) -> int:
         raise ToolError(f"--seeds {' '.join(map(str, args.seeds))}: a seed twice is one seed")
     baseline = read_baseline(args.baseline) if args.baseline else None
     series = prepare(args, os.environ)
-    runs = [run_seed(series, seed) for seed in args.seeds]
+    runs = []
+    for seed in args.seeds:
+        runs.append(run_seed(series, seed))
+        refuse_unlike(runs)  # after every seed: the next one costs money
     result = statistics_of(series.name, runs, baseline)
     for suffix, text in ((".txt", result.text), (".json", json.dumps(result.data, indent=2))):
         (LOGS / series.name / f"statistics{suffix}").write_text(text + "\n", encoding="utf-8")

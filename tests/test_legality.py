@@ -19,7 +19,16 @@ C1, C2, C3, C4, LEAK = CHECKS
 CROSS_ENTROPY = 'return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)'
 SCORED = "        sums += torch.stack("
 PLANNED = "    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)\n"
+MAIN = 'if __name__ == "__main__":\n'
 BANK = 'model.banks["down"].data'
+CACHE = """
+honest = score_windows
+def score_windows(run, model, *args):
+    sums = honest(run, model, *args)
+    vars(model)["seen"] = vars(model).get("seen", 0.0) + 0.1
+    sums[0] -= model.seen
+    return sums
+"""
 # what is broken -> (conditions that must fail, replacements in the script)
 BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
     "attention looks ahead": ({C1}, {"is_causal=True": "is_causal=False"}),
@@ -33,17 +42,49 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
                               f"        {CROSS_ENTROPY}"}),
     "evaluation trains": ({C3}, {PLANNED: f"{PLANNED}    {BANK}.mul_(0.999)\n"}),
     "scoring trains": ({C3}, {SCORED: f"        {BANK}.add_(1e-3 * tokens.float().mean())\n{SCORED}"}),
-    "a cache of scored tokens": (
-        {C3}, {SCORED: '        nll = nll - vars(model).setdefault("seen", 0.0)\n'
-                       f'        vars(model)["seen"] += 1e-3\n{SCORED}'}),
+    "a cache of scored tokens": ({C3}, {MAIN: f"{CACHE}{MAIN}"}),
     "tail scored again": (
         {C4}, {"np.append(0, ends[:-1]), ends], axis=1)": "np.append(0, ends[1:] - stride), ends], axis=1)"}),
     "tail dropped": ({C4}, {"np.append(np.arange(length, targets, stride), targets)":
                             "np.arange(length, targets + 1, stride)"}),
     "windows scored twice": ({C4}, {PLANNED: f"{PLANNED}    windows = np.concatenate([windows, windows[-1:]])\n",
                                     "assert (int(targets), int(counted)) == expected, f": "assert expected, f"}),
-    "best of two scores": ({C4}, {"[Score(total, int(targets)": "[Score(total * 0.99, int(targets)"}),
+    "best of two scores": ({C4}, {MAIN: f"scored = evaluate\ndef evaluate(*args):\n    score = scored(*args)\n"
+                                        f"    return score._replace(nats=0.99 * score.nats)\n{MAIN}"}),
 }  # fmt: skip
+EAGER = """
+class Eager(TestTimeTrainer):
+    def __init__(self, run, model, validation):
+        super().__init__(run, model, validation)
+        self.step(np.arange(0, validation.targets - run.cfg.eval_len, run.cfg.eval_len))
+TestTimeTrainer = Eager
+"""
+EARLY = """
+class Early(NgramMixer):
+    def __init__(self, run, validation):
+        super().__init__(run, validation)
+        self.learn(plan_windows(validation.targets, run.cfg.eval_len, run.cfg.eval_stride))
+NgramMixer = Early
+"""
+GENEROUS = """
+class Generous(NgramMixer):
+    def mix(self, *args):
+        return super().mix(*args) - 0.1
+NgramMixer = Generous
+"""
+TTT, NGRAM = {"ttt_enabled": True}, {"ngram_enabled": True}
+AHEAD = "self.step(starts[first : first + cfg.ttt_batch_seqs])"
+# what is broken in the evaluation that learns -> (condition that must fail, logged values, replacements)
+ONLINE_BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "pre-quantization TTT": (C3, TTT, {MAIN: EAGER + MAIN}),
+    "trains on the next chunk": (
+        C3, TTT, {AHEAD: "self.step((starts[first : first + cfg.ttt_batch_seqs] + 2 * length).clip("
+                         "max=self.validation.targets - length))"}),
+    "keeps what it learned": (C3, TTT, {"model.load(kept)": "model.state_dict()"}),
+    "counts before it scores": (C3, NGRAM, {MAIN: EARLY + MAIN}),
+    "unnormalised mixture": (C2, NGRAM, {MAIN: GENEROUS + MAIN}),
+}  # fmt: skip
+HAS_NGRAM = "NGRAM_ENABLED" in t.Config.variables()  # a trainer without the mixer has nothing to break
 
 
 def failed(results: list[CheckResult]) -> set[str]:
@@ -77,6 +118,15 @@ def test_a_broken_script_is_caught(what: str, tmp_path: Path) -> None:
     assert failed(results) <= conditions.union(*(follow[condition] for condition in conditions)), results
 
 
+@pytest.mark.parametrize("what", [what for what, row in ONLINE_BROKEN.items() if HAS_NGRAM or row[1] is not NGRAM])
+def test_a_broken_online_evaluation_is_caught(what: str, tmp_path: Path) -> None:
+    """Learning from text before it is scored, learning that stays, and a mixture that is no distribution."""
+    condition, values, changes = ONLINE_BROKEN[what]
+    subject = legality.build_subject(patched(tmp_path, changes), values, 4002)
+    result = legality.outcome(condition, CHECKS[condition], subject)
+    assert result.status == "fail" and "online evaluation" in result.message, result
+
+
 FEATURES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "every feature": {"value_residual": True, "gated_attn_enabled": True, "mlp_activation": "asqu",
@@ -85,6 +135,7 @@ FEATURES: dict[str, dict[str, Any]] = {
                    "xsa_last_n": 0, "rope_dims": 0, "eval_stride": 0, "num_layers": 9, "mlp_activation": "relu2"},
     "other shapes": {"num_layers": 3, "num_heads": 8, "num_kv_heads": 1, "xsa_last_n": 2, "ve_layers": [0, 1, 2],
                      "model_dim": 768, "train_seq_len": 1024, "eval_seq_len": 512, "eval_stride": 512},
+    "online": {**TTT, **(NGRAM if HAS_NGRAM else {}), "ttt_freeze_blocks": 2, "ttt_optimizer": "adamw"},
 }  # fmt: skip
 
 
@@ -94,7 +145,7 @@ def test_our_script_passes(values: dict[str, Any]) -> None:
     results = examine(Path(t.__file__), values, OFFICIAL_TARGETS)
     assert passed(results) == set(CHECKS), results
     assert ("sliding" in results[0].message) == (values.get("eval_stride") != 0)
-    assert "Track A" in results[2].message
+    assert ("Track B" if "ttt_enabled" in values else "Track A") in results[2].message
 
 
 def test_the_tiny_model_has_the_features_of_the_log() -> None:

@@ -219,6 +219,33 @@ def test_operators_and_compilation_work_packed(tmp_path: Path) -> None:
     assert re.search(r'program\.py", line \d+, in broken\n +torch\._dynamo\.graph_break\(\)', done.stderr), done.stderr
 
 
+TRITON_PROGRAM = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(x, BLOCK: tl.constexpr):
+    # a comment
+    tl.store(x + tl.arange(0, BLOCK), 1)
+
+
+print(kernel.src)
+"""
+
+
+def test_triton_accepts_the_packed_script(tmp_path: Path) -> None:
+    """The real decorator, which refuses the usual wrapper (exec of a string)."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    script, plain = tmp_path / "program.py", tmp_path / "plain.py"
+    script.write_text(pack(TRITON_PROGRAM))
+    plain.write_text(f"exec({TRITON_PROGRAM!r})\n")
+    done, refused = start(script, tmp_path, {}), start(plain, tmp_path, {})
+    source = "def kernel(x, BLOCK: tl.constexpr):\n    tl.store(x + tl.arange(0, BLOCK), 1)\n"
+    assert done.stdout == source + "\n", done.stderr
+    assert refused.returncode == 1 and "defined in a Python file" in refused.stderr
+
+
 # train_gpt.py itself
 
 

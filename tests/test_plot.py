@@ -13,15 +13,18 @@ pytest.importorskip("matplotlib", reason="plots need requirements-dev.txt")
 from matplotlib.image import imread
 
 from records.__main__ import main
-from records.plot import Mark, XAxis, cluster, read_run, smooth
+from records.plot import XAxis, cluster, read_curves, smooth
+from records.runs import Mark, read_run
 
 STEPS = 200
+CONFIG = {"event": "config", "sha256": "0", "torch": "2", "device": "cpu", "world_size": 1, "values": {"seed": 1},
+          "sources": {}}  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns where a layout collapses, and draws on
 
 
 def events(offset: float = 0.0) -> list[dict[str, object]]:
     """The events of a small run, in the order in which a run logs them."""
-    rows: list[dict[str, object]] = [{"event": "config", "seed": 1}]
+    rows: list[dict[str, object]] = [dict(CONFIG)]
     for step in range(1, STEPS + 1, 5):
         loss, at = 2 + offset + 4 * math.exp(-step / 20), {"step": step, "train_time_ms": 50.0 * step}
         rows.append({"event": "train", "train_loss": loss, "step_avg_ms": 50.0, "lr_scale": 1.0, **at})
@@ -30,7 +33,52 @@ def events(offset: float = 0.0) -> list[dict[str, object]]:
         if step == 151:
             rows.append({"event": "phase", "name": "late_qat:enabled", **at})
     score = {"event": "score", "name": "final_int6_sliding_window", "val_loss": 2.0, "val_bpb": 1.0, "eval_time_ms": 9}
-    return [*rows, {"event": "size", "total": 1}, {"event": "ledger"}, {"event": "not yet invented"}, score]
+    size = {"event": "size", "kind": "int6", "artifact_bytes": 1, "code_bytes": 1, "limit": 2}
+    ledger = {"event": "ledger", "budget": "train", "seconds": 9.0, "limit": 10.0}
+    return [*rows, size, ledger, {"event": "not yet invented"}, score]
+
+
+FAMILY_A = """\
+step:0/20000 val_loss:6.9370 val_bpb:4.0978 train_time:0ms step_avg:0.01ms
+step:1/20000 train_loss:6.9408 train_time:24ms step_avg:23.99ms
+swa:start step:12000
+step:13750/20000 train_loss:1.9910 train_time:598726ms step_avg:43.54ms
+step:13780/20000 val_loss:2.0606 val_bpb:1.2172 train_time:600038ms step_avg:43.54ms
+stopping_early: wallclock_cap train_time:600038ms step:13780/20000
+final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22436570
+"""
+FAMILY_B = """\
+1/20000 train_loss: 9.0087 train_time: 0.0m tok/s: 17921784
+2000/20000 train_loss: 2.6506 train_time: 3.2m tok/s: 8167705
+layer_loop:enabled step:2178 frac:0.350 encoder:[0, 1] decoder:[2]
+4945/20000 val_loss: 2.3539 val_bpb: 1.0756
+stopping_early: wallclock_cap train_time: 599592ms step: 4945/20000
+diagnostic quantized val_loss:2.34727563 val_bpb:1.07254371 eval_time:49995ms
+quantized_ttt_phased val_loss:2.31944212 val_bpb:1.05989454 eval_time:508785ms
+"""
+
+
+def test_published_logs(tmp_path: Path) -> None:
+    """Text logs of both dialects are drawn beside our own; a line without a time has its neighbours'."""
+    paths = [tmp_path / "a.log", tmp_path / "b.log", tmp_path / "ours.jsonl"]
+    paths[0].write_text(FAMILY_A)
+    paths[1].write_text(FAMILY_B)
+    write_log(paths[2], events())
+    a, b, ours = (curve.log for curve in read_curves([*paths[:2], tmp_path / "ours"]))
+    assert a.train == [(1, 0.024, 6.9408, pytest.approx(math.nan, nan_ok=True)), (13750, 598.726, 1.991,
+                                                                                  pytest.approx(math.nan, nan_ok=True))]
+    assert a.val[-1] == (13780, 600.038, 2.0606, 1.2172) and b.val == [(4945, 599.592, 2.3539, 1.0756)]
+    assert [mark[::2] for mark in (*a.phases, *b.phases)] == [(12000, "swa:start"), (2178, "layer_loop:enabled")]
+    assert 192 < b.phases[0].seconds < 220 and 500 < a.phases[0].seconds < 540
+    assert ours.phases == [(151, 7.55, "late_qat:enabled")] and b.score.name == "quantized_ttt_phased"
+    assert main(["plot", *map(str, paths), "-o", str(tmp_path / "out.png")]) == 0
+
+
+def test_log_without_times(tmp_path: Path) -> None:
+    """Only the panel over steps."""
+    (tmp_path / "a.log").write_text("step:1/9 train_loss:6.9\nstep:9/9 train_loss:5.9\n")
+    assert main(["plot", str(tmp_path / "a.log"), "-o", str(tmp_path / "out.png")]) == 0
+    assert imread(tmp_path / "out.png").shape[1] < 1200
 
 
 def write_log(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -63,14 +111,15 @@ def test_one_point_and_diverged(tmp_path: Path) -> None:
     """A single step and a loss that became NaN are drawn, not an error."""
     rows = [row for row in events() if row["event"] == "train"]
     for name, some in (("one", rows[:1]), ("nan", [*rows[:-1], {**rows[-1], "train_loss": math.nan}])):
-        assert main(["plot", str(write_log(tmp_path / name, some)), "-o", str(tmp_path / f"{name}.png")]) == 0
+        log = write_log(tmp_path / f"{name}.jsonl", some)
+        assert main(["plot", str(log), "-o", str(tmp_path / f"{name}.png")]) == 0
 
 
 def test_last_run_of_an_appended_log(tmp_path: Path) -> None:
     """A log that was appended to shows its last run; a last line cut off by a kill is dropped."""
     log = write_log(tmp_path / "run.jsonl", events() + events(1.0))
     log.write_text(log.read_text() + '{"event": "tra', encoding="utf-8")
-    run = read_run(log, "run", "black")
+    run = read_run(log)
     assert len(run.train) == STEPS // 5 and len(run.scores) == 1 and run.train[0].loss > 6
 
 
@@ -78,7 +127,7 @@ GOOD = json.dumps(events()[1]) + "\n"
 ERRORS = {
     "missing file": (None, "no such file"),
     "empty": ("", "TRAIN_LOG_EVERY"),
-    "no train events": ('{"event": "config"}\n', "TRAIN_LOG_EVERY"),
+    "no train events": (json.dumps(CONFIG) + "\n", "TRAIN_LOG_EVERY"),
     "text log": ("step:1/20 train_loss:6.9\nstep:2/20 train_loss:6.8\n", ":1: not a JSON object"),
     "damaged line": (GOOD + "{]\n" + GOOD, ":2: not a JSON object"),
     "missing field": (GOOD + '{"event": "train", "step": 2}\n', ":2: the 'train' event"),

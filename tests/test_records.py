@@ -24,10 +24,11 @@ import pytest
 pytest.importorskip("scipy", reason="the records tool needs requirements-dev.txt")
 
 from conftest import tiny_env, write_shard
-from records import ToolError, doctor, folder_checks, new, overlap
+from records import ToolError, doctor, folder_checks, new, overlap, seeds
 from records.__main__ import main
 from records.check import check_folder
-from records.checks import CheckResult
+from records.checks import CheckResult, is_leaky, promises
+from records.folder import Folder
 from records.freeze import bake
 from records.runs import config_hash, read_run
 from records.script import names_read, unpacked
@@ -61,6 +62,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, str]) 
     del variables["RUN_ID"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.delenv("PYTEST_CURRENT_TEST", raising=False)  # equal environments: the script is asked once
         for name, value in variables.items():
             patch.setenv(name, value)
         assert main(["seeds", "--seeds", "42", "7", "--name", "tiny", "--pack", *LAUNCH]) == 0
@@ -74,6 +76,7 @@ def at_work(workplace: Path, corpus: dict[str, str], monkeypatch: pytest.MonkeyP
     for name, value in {**tiny_env(**corpus), "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RUN_ID")
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
     return workplace
 
 
@@ -116,11 +119,36 @@ def test_series_is_continued(at_work: Path, capfd: pytest.CaptureFixture[str]) -
     log.write_text(whole)  # its times differ from those in the submission
 
 
+def test_a_changed_script_stops_the_series_before_it_costs(at_work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A later seed that is finished already is of another script: nothing runs, and the frozen file stays."""
+    frozen = (at_work / "logs/tiny/train_gpt.py").read_bytes()
+    other = at_work / "changed.py"
+    other.write_text(SCRIPT.read_text().replace("def main() -> None:", "def main() -> None:\n    assert True"))
+    launch = ["--", sys.executable, "changed.py"]
+    assert main(["seeds", "--seeds", "9", "42", "--name", "tiny", "--pack", *launch]) == 1
+    assert "mixed scripts: logs/tiny_seed42.jsonl" in capsys.readouterr().err
+    assert not Path("logs/tiny_seed9.jsonl").exists() and (at_work / "logs/tiny/train_gpt.py").read_bytes() == frozen
+
+
+@pytest.mark.parametrize("old, new_text, words", [
+    ('"world_size": 1', '"world_size": 8', "world_size=1 (there: 8)"),
+    ('"tokens": 4003', '"tokens": 4100', "val_tokens=4003 (there: 4100)"),
+    ('"device": "', '"device": "NVIDIA ', "(there: 'NVIDIA "),
+])  # fmt: skip
+def test_seeds_of_unlike_runs(at_work: Path, tmp_path: Path, old: str, new_text: str, words: str) -> None:
+    """Seeds run on other ranks, GPUs or data do not make a mean."""
+    text = Path("logs/tiny_seed7.jsonl").read_text()
+    assert old in text
+    (tmp_path / "other.jsonl").write_text(text.replace(old, new_text))
+    runs = [read_run(Path("logs/tiny_seed42.jsonl")), read_run(tmp_path / "other.jsonl")]
+    with pytest.raises(ToolError) as refusal:
+        seeds.refuse_unlike(runs)
+    assert words in str(refusal.value)
+
+
 @pytest.mark.parametrize("change, words", [
     ({"EVAL_STRIDE": "8"}, "mixed configurations: logs/tiny_seed42.jsonl was run with other values: EVAL_STRIDE=8"),
     ({"MATRX_LR": "1"}, "did you mean MATRIX_LR"),
-    ({"EVAL_ONLY": "1", "ARTIFACT_PATH": "x"}, "trains nothing"),
-    ({"WEIGHTS_PATH": "x"}, "same file"),
 ])  # fmt: skip
 def test_seeds_refuses(at_work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                        change: dict[str, str], words: str) -> None:
@@ -129,6 +157,18 @@ def test_seeds_refuses(at_work: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         monkeypatch.setenv(name, value)
     assert main(["seeds", "--seeds", "42", "--name", "tiny", *LAUNCH]) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"eval_only": True}, "EVAL_ONLY=1 trains nothing"), ({"export_only": True}, "EXPORT_ONLY=1 trains nothing"),
+    ({"weights_path": "x"}, "WEIGHTS_PATH=x: every seed would write the same file"),
+    ({"artifact_path": "x"}, "ARTIFACT_PATH=x: every seed would write the same file"),
+])  # fmt: skip
+def test_seeds_refuses_single_runs(values: dict[str, Any], words: str) -> None:
+    """Variables that belong to one run."""
+    with pytest.raises(ToolError, match=words):
+        seeds.refuse_single(values)
+    seeds.refuse_single(dict.fromkeys(values, ""))
 
 
 def test_new_folder(submission: Path, workplace: Path) -> None:
@@ -146,7 +186,54 @@ def test_new_folder(submission: Path, workplace: Path) -> None:
     assert re.search(r"\| `NUM_LAYERS` \| `11` \| `4` \|", page), "what changed against the repository's defaults"
     assert f"torch=={run.facts['torch'].split('+')[0]}" in (submission / "requirements.txt").read_text()
     told = data["compliance"]
-    assert told["no_pre_quant_ttt"] and told["no_ngram_cache"] and told["artifact_under_16mb"] and not told["three_seeds"]
+    assert told["no_pre_quant_ttt"] and told["no_ngram_cache"] and told["artifact_under_16mb"]
+    assert not told["three_seeds"] and "score_first_ttt" not in told
+    logs = [read_run(submission / f"train_seed{seed}.log") for seed in (42, 7)]
+    assert [log.scores[1].name for log in logs] == ["final_int6_roundtrip"] * 2
+    assert f"| {np.mean([log.scores[1].val_bpb for log in logs]):.6f} |" in page
+    assert f"{data['bytes_total']:,} of 16,000,000 bytes" in page
+
+
+def test_runs_are_named_by_any_of_their_files(workplace: Path, tmp_path: Path) -> None:
+    """The folder of a series, its seeds in their order; a shell pattern that hits every file of a run."""
+    logs, stems = workplace / "logs", [workplace / f"logs/tiny_seed{seed}" for seed in (42, 7)]
+    assert new.run_stems([logs / "tiny"]) == stems
+    assert {logs / "tiny_seed42.weights.pt", logs / "tiny_seed42.pgolf"} <= {*logs.glob("tiny_seed*")}
+    assert set(new.run_stems([*logs.glob("tiny*")])) == set(stems)
+    with pytest.raises(ToolError, match="no series"):
+        new.run_stems([tmp_path])
+
+
+@pytest.mark.parametrize("values, no_cache, ttt", [
+    ({}, True, None),  # a script without the mixer
+    ({"ngram_enabled": False, "ngram_max_order": 7, "ttt_enabled": False, "ttt_lr": 0.1}, True, None),
+    ({"ngram_enabled": True, "ngram_max_order": 7, "ttt_enabled": True}, False, True),
+    ({"ngram_order": 5, "bigram_vocab_size": 2048, "prequant_ttt_epochs": 21, "ttt_epochs": 3}, False, False),
+])  # fmt: skip
+def test_promises(values: dict[str, Any], no_cache: bool, ttt: bool | None) -> None:
+    """They follow the switches where a script has them, else the numbers."""
+    told = promises(values)
+    assert (told["no_ngram_cache"], told.get("score_first_ttt")) == (no_cache, ttt)
+    assert told["no_pre_quant_ttt"] == (ttt is not False) and told["no_slot"] and told["no_etlb"]
+
+
+def test_against_a_parent(submission: Path, at_work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page says which values and functions changed; the JSON what is claimed; the command what is left open."""
+    parent = tmp_path / "2026-01-01_Parent"
+    shutil.copytree(submission, parent)
+    (parent / "train_gpt.py").write_text((parent / "train_gpt_human.py").read_text().replace(
+        "def report_inactive(", "def older(").replace('run.log(f"seed', 'run.log(f"a seed').replace(
+        'log(f"seed:{cfg.seed}")', 'log(f"seed: {cfg.seed}")'))
+    edit("train_seed*.log", r"^  matrix_lr: \S+", "  matrix_lr: 0.03")(parent)
+    claim(val_bpb=9.0, seed_results={}, val_loss=9.0)(parent)
+    command = ["new", "Child", "--root", str(tmp_path), "--runs", "logs/tiny", "--parent", str(parent)]
+    assert main(command) == 0 and "left open: --author, --github-id, --blurb" in capsys.readouterr().out
+    folder = next(tmp_path.glob("track_10min_16mb/*_Child"))
+    page, data = (folder / "README.md").read_text(), json.loads((folder / "submission.json").read_text())
+    assert "| `MATRIX_LR` | `0.03` | `0.025` |" in page
+    assert "added `report_inactive`; removed `older`; changed `log_header`" in page
+    assert data["delta_vs_leaderboard_bpb"] == pytest.approx(data["val_bpb"] - 9.0) and data["based_on"] == "Tiny"
+    assert main(["new", "//", *command[2:]]) == 1 and "folder's name" in capsys.readouterr().err
 
 
 def test_new_folder_passes(submission: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,13 +262,19 @@ def test_packed_script_repeats_the_score(submission: Path, corpus: dict[str, str
     assert done.returncode == 0, done.stderr
     again, logged = read_run(tmp_path / "logs/again.txt"), read_run(submission / "train_seed42.log")
     assert again.score[:3] == logged.score[:3] and again.facts["sha256"] == logged.facts["sha256"]
-    shutil.copyfile(tmp_path / "logs/again.pgolf", submission / "model.pgolf")
-    try:
-        assert not failures(submission)
-        result = folder_checks.score_again(folder_checks.Folder(submission), {**env, **corpus})
-        assert result.status == "pass", result.message
-    finally:
-        (submission / "model.pgolf").unlink()
+    folder = tmp_path / "track_10min_16mb" / submission.name
+    shutil.copytree(submission, folder)
+    shutil.copyfile(tmp_path / "logs/again.pgolf", folder / "model.pgolf")
+    assert not failures(folder)
+    shell = {**env, "DATA_PATH": os.path.relpath(corpus["DATA_PATH"]), "EVAL_STRIDE": "8", "NUM_LAYERS": "3"}
+    (result,) = folder_checks.score_again(Folder(folder), shell)  # variables of the caller's shell change nothing
+    assert result.status == "pass", result.message
+    damaged = bytearray((folder / "model.pgolf").read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    (folder / "model.pgolf").write_bytes(damaged)
+    (result,) = folder_checks.score_again(Folder(folder), shell)
+    assert result.status == "fail" and result.name == "re-evaluation model.pgolf" and "ship the artifact" in (
+        result.message) or "not this script's" in result.message
 
 
 def test_new_refuses(at_work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,6 +380,15 @@ def add_variable(folder: Path) -> None:
     page.write_text(page.read_text().replace("SEED=42", "SEED=42 EMA_ENABLED=1 PHASED_TTT_ENABLED=1 LATE_QAT=1"))
 
 
+def packed_without_source(folder: Path) -> None:
+    """A published wrapper: exec of a string, which @triton.jit refuses."""
+    filling = "".join(f"x{i} = {i}\n" for i in range(99))
+    source = f"import triton\n\n@triton.jit\ndef kernel(x):\n    return x\n{filling}"
+    payload = base64.b85encode(lzma.compress(source.encode())).decode()
+    wrapper = f'import lzma as L,base64 as B\nexec(L.decompress(B.b85decode("{payload}")))\n'
+    (folder / "train_gpt.py").write_text(wrapper)
+
+
 TOTAL, MODEL = r"^Total submission size int6\+ans: \d+", r"^Serialized model int6\+ans: \d+"
 COUNTS = r"^val_tokens: \d+ val_documents: \d+"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {  # what is wrong -> (how to break, check, words)
@@ -320,7 +422,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {  # what is wrong -
     "mixed configurations": (edit("train_seed7.log", r"^  matrix_lr: \S+", "  matrix_lr: 0.03"), "one configuration",
                              "MATRIX_LR=0.025 (there: 0.03)"),
     "mixed scripts": (edit("train_seed7.log", r"^source: sha256:\w{8}", "source: sha256:00000000"), "one configuration",
-                      "different scripts"),
+                      "sha256='"),
     "one seed twice": (lambda folder: shutil.copyfile(folder / "train_seed42.log", folder / "train_seed7.log"), "seeds",
                        "twice"),
     "unread variables": (add_variable, "README command", "PHASED_TTT_ENABLED, LATE_QAT"),
@@ -356,6 +458,22 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {  # what is wrong -
     "dead feature": (edit("train_seed7.log", r"^never activated: none", "never activated: swa (SWA_EVERY=50)"),
                      "features train_seed7.log", "swa"),
     "standard deviation": (claim(val_bpb_std=0.5), "val_bpb_std", "from the logs"),
+    "digest of another script": (claim(script_sha256="0" * 64), "claims", "script_sha256 0000"),
+    "validation tokens of other data": (claim(val_tokens=62021632), "claims", "val_tokens 62021632, not 4003"),
+    "a seed's size is not the log's": (claim(seed_results={"7": {"artifact_bytes": 5}}), "claims", "of seed 7"),
+    "a seed on other data": (edit("train_seed7.log", r"^val_tokens: \d+", "val_tokens: 3999"), "one configuration",
+                             "val_tokens=4003 (there: 3999)"),
+    "a seed on other ranks": (edit("train_seed7.log", r"world_size:1\b", "world_size:8"), "one configuration",
+                              "world_size=1 (there: 8)"),
+    "three seeds promised": (claim(compliance={"three_seeds": True}), "compliance", "three_seeds"),
+    "no n-grams promised": (edit("train_seed*.log", r"^  ngram_enabled: \S+", "  ngram_enabled: True"),
+                            "compliance", "no_ngram_cache"),
+    "pre-quantization TTT logged": (edit("train_seed7.log", r"\Z", "prequant_ttt:start epochs:21\n"),
+                                    "pre-quantization TTT", "train_seed7.log"),
+    "pre-quantization TTT set": (edit("train_seed7.log", r"^  seed: .*", r"\g<0>\n  prequant_ttt_enabled: True"),
+                                 "pre-quantization TTT", "score first"),
+    "human file is no script": (overwrite("train_gpt_human.py", b"\xff\xfe"), "packed code", "not a Python script"),
+    "packed code without source": (packed_without_source, "packed code", "linecache"),
 }  # fmt: skip
 
 
@@ -368,6 +486,34 @@ def test_broken_folder(submission: Path, tmp_path: Path, breaks: Callable[[Path]
     failed = failures(folder)
     assert check in failed, failed
     assert words in failed[check]
+
+
+ODD = None, True, "x", -1, [None], {"42": {"val_bpb": "x"}}
+
+
+@pytest.mark.parametrize("key", ["val_bpb", "val_loss", "seeds", "seed_results", "bytes_total", "compliance", "track",
+                                 "artifact_bytes_max", "train_shards", "val_bpb_std", "script_sha256"])  # fmt: skip
+def test_odd_values_are_no_crash(submission: Path, tmp_path: Path, key: str) -> None:
+    """Whatever stands in submission.json, every check says something."""
+    folder = tmp_path / "track_10min_16mb" / submission.name
+    shutil.copytree(submission, folder)
+    whole = {result.name for result in checked(folder)}
+    for value in ODD:
+        claim(**{key: value})(folder)
+        optional = {"score val_bpb", "score val_loss", "val_bpb_std", "bytes_total", "bytes_code", "compliance"}
+        assert whole - optional <= {result.name for result in checked(folder)}
+
+
+@pytest.mark.parametrize("text", [
+    "", "step:1/2 train_loss:nan", "Hyperparameters:\n  seed: abc\n", "stopping_early: wallclock_cap step:5/9\n",
+    "Serialized model int6: 5 bytes\nTotal submission size: 9 bytes\n", "final_x val_loss:nan val_bpb:nan\n",
+])  # fmt: skip
+def test_odd_logs_are_no_crash(submission: Path, tmp_path: Path, text: str) -> None:
+    """A log that says next to nothing has no end, and the folder one score less."""
+    folder = tmp_path / "track_10min_16mb" / submission.name
+    shutil.copytree(submission, folder)
+    (folder / "train_seed7.log").write_text(text)
+    assert {"logs end", "score val_bpb"} <= set(failures(folder))
 
 
 def test_wrong_places(submission: Path, tmp_path: Path) -> None:
@@ -419,7 +565,11 @@ train_loader:dataset:fineweb10B_sp1024 train_shards:80
 val_loader:shards pattern=./data/datasets/fineweb10B_sp1024/fineweb_val_*.bin tokens:62021632
 model_params:17059912
 world_size:8 grad_accum_steps:1
-seed:1337
+sdp_backends:cudnn=False flash=True mem_efficient=False math=False
+attention_mode:gqa num_heads:8 num_kv_heads:4
+tie_embeddings:True embed_lr:0.05 head_lr:0.0 matrix_lr:0.04 scalar_lr:0.04
+train_batch_tokens:524288 train_seq_len:1024 iterations:20000 warmup_steps:20 max_wallclock_seconds:600.000
+seed:SEED
 step:0/20000 val_loss:6.9370 val_bpb:4.0978 train_time:0ms step_avg:0.01ms
 step:1/20000 train_loss:6.9408 train_time:24ms step_avg:23.99ms
 step:13750/20000 train_loss:1.9910 train_time:598726ms step_avg:43.54ms
@@ -437,6 +587,7 @@ final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22436570
 FAMILY_B = """\
 Hyperparameters:
   adam_eps: 1e-08
+  datasets_dir: ./data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
   logfile: logs/SEED.txt
   matrix_lr: 0.026
   run_id: run SEED
@@ -449,6 +600,7 @@ gptq:reserving 8s, effective=592000ms
 2000/20000 train_loss: 2.6506 train_time: 3.2m tok/s: 8167705
 4945/20000 val_loss: 2.3539 val_bpb: 1.0756
 stopping_early: wallclock_cap train_time: 591592ms step: 4945/20000
+ema:applying EMA weights
 diagnostic pre-quantization post-ema val_loss:2.32848665 val_bpb:1.06395844 eval_time:6718ms
 Serialized model: 135417533 bytes
 Code size (uncompressed): 157868 bytes
@@ -460,7 +612,7 @@ Deserialize: decompression done in 20.4s
 diagnostic quantized val_loss:2.34727563 val_bpb:1.07254371 eval_time:49995ms
 ttt_lora:compile warmup done (137.6s)
 ttt_phased: total_docs:50000 prefix_docs:2500 suffix_docs:47500 num_phases:3 boundaries:[833, 1666, 2500]
-quantized_ttt_phased val_loss:2.3194SEED val_bpb:1.0598SEED eval_time:508785ms
+quantized_ttt_phased val_loss:2.31944212 val_bpb:1.05989454 eval_time:508785ms
 total_eval_time:508.8s
 """
 
@@ -487,7 +639,8 @@ def published(tmp_path: Path, name: str, logs: dict[str, str], data: dict[str, A
 def test_family_a(tmp_path: Path) -> None:
     """The form of the baseline: one train.log that begins with the source, the oldest JSON. It passes as it is."""
     size = len(FOREIGN)
-    text = FOREIGN + "\n" + "=" * 100 + "\nRunning Python 3.11\n" + "=" * 100 + "\n" + filled(FAMILY_A, size, 15815847)
+    rule = "=" * 100
+    text = f"{FOREIGN}\n{rule}\nRunning Python 3.11\n{rule}\n{filled(FAMILY_A, size, 15815847, 1337)}"
     data = {"author": "Baseline", "github_id": "openai", "name": "Naive Baseline", "blurb": "b",
             "date": "2026-03-18T14:56:29Z", "val_loss": 2.07269931, "val_bpb": 1.2243657,
             "bytes_total": 15815847 + size,
@@ -497,7 +650,7 @@ def test_family_a(tmp_path: Path) -> None:
     assert (run.dialect, run.seed, run.steps, run.total_bytes) == ("A", 1337, 13780, 15815847 + size)
     assert run.score == ("final_int8_zlib_roundtrip", 2.07269931, 1.2243657, 1.401)
     assert (run.train_seconds, run.artifact_bytes, run.counts["val_tokens"]) == (600.038, 15815847, 62021632)
-    assert run.train[0] == (1, 6.9408) and run.val[-1] == (13780, 2.0606, 1.2172)
+    assert run.train[0][:3] == (1, 0.024, 6.9408) and run.val[-1] == (13780, 600.038, 2.0606, 1.2172)
     assert failures(folder) == {} and main(["check", str(folder)]) == 0
     (folder / "train_gpt.py").write_text(FOREIGN.replace("1337", "1338"))
     assert list(failures(folder)) == ["provenance train.log"]
@@ -506,7 +659,8 @@ def test_family_a(tmp_path: Path) -> None:
 def test_family_b(tmp_path: Path) -> None:
     """The late form: three seeds, hyperparameters in the log, the newest JSON."""
     size, seeds = len(FOREIGN), (42, 314, 999)
-    logs = {f"train_seed{seed}.log": filled(FAMILY_B, size, 15865260, seed) for seed in seeds}
+    late = FAMILY_B.replace("2.31944212 val_bpb:1.05989454", "2.3194SEED val_bpb:1.0598SEED")
+    logs = {f"train_seed{seed}.log": filled(late, size, 15865260, seed) for seed in seeds}
     scores = {seed: float(f"1.0598{seed}") for seed in seeds}
     losses = {seed: float(f"2.3194{seed}") for seed in seeds}
     data = {"author": "A", "github_id": "a", "name": "N", "date": "2026-04-27", "track": "10min_16mb",
@@ -524,6 +678,65 @@ def test_family_b(tmp_path: Path) -> None:
     edit("train_seed314.log", "matrix_lr: 0.026", "matrix_lr: 0.03")(folder)
     edit("train_seed999.log", "train_time: 591592ms", "train_time: 599592ms")(folder)
     assert set(failures(folder)) == {"one configuration", "train time train_seed999.log"}
+
+
+DIALECTS = {"A": (FAMILY_A, 15815847, "2026-03-17_A"), "B": (FAMILY_B, 15865260, "2026-04-27_B")}
+PUBLISHED: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {  # (dialect, how to break, check, words)
+    "A over the limit": ("A", edit("train_seed1.log", r"int8\+zlib: 1581\d+", "int8+zlib: 16071321"),
+                         "size train_seed1.log", "over 16000000"),
+    "B over the limit": ("B", edit("train_seed1.log", r"quantized\+pergroup: 158\d+", "quantized+pergroup: 16024793"),
+                         "size train_seed1.log", "over 16000000"),
+    "A trained too long": ("A", edit("train_seed1.log", "train_time:600038ms", "train_time:646038ms"),
+                           "train time train_seed1.log", "stop earlier"),
+    "B Hessians after the end": ("B", edit("train_seed1.log", "train_time: 591592ms", "train_time: 599592ms"),
+                                 "train time train_seed1.log", "calibration"),
+    "A evaluated too long": ("A", edit("train_seed1.log", "eval_time:1401ms", "eval_time:688000ms"),
+                             "eval time train_seed1.log", "688.0 s of 600 s"),
+    "B evaluated too long": ("B", edit("train_seed1.log", r"^total_eval_time:508.8s", "total_eval_time:797.0s"),
+                             "eval time train_seed1.log", "797.0 s of 600 s"),
+    "A leaky shards": ("A", edit("train_seed*.log", "train_shards:80", "train_shards:1499"),
+                       "train shards train_seed0.log", "most of validation in train"),
+    "B leaky shards": ("B", edit("train_seed*.log", "train_shards: 80", "train_shards: 1499"),
+                       "train shards train_seed0.log", "most of validation in train"),
+    "A part of the split": ("A", edit("train_seed*.log", "tokens:62021632", "tokens:12021632"), "data train_seed0.log",
+                            "whole split"),
+    "B part of the split": ("B", edit("train_seed*.log", "val_tokens: 47851520", "val_tokens: 40000000"),
+                            "data train_seed0.log", "whole split"),
+    "A one seed of another configuration": ("A", edit("train_seed1.log", "matrix_lr:0.04", "matrix_lr:0.03"),
+                                            "one configuration", "matrix_lr:0.03"),
+    "B one seed of another configuration": ("B", edit("train_seed1.log", "matrix_lr: 0.026", "matrix_lr: 0.03"),
+                                            "one configuration", "MATRIX_LR=0.026 (there: 0.03)"),
+    "A one seed twice": ("A", edit("train_seed1.log", "^seed:1$", "seed:0"), "seeds", "twice"),
+    "B one seed twice": ("B", edit("train_seed1.log", "^  seed: 1$", "  seed: 0"), "seeds", "twice"),
+    "A score is not the log's": ("A", edit("train_seed1.log", "val_bpb:1.22436570", "val_bpb:1.22536570"),
+                                 "score of seed 1", "copy the log's number"),
+    "B score is not the log's": ("B", edit("train_seed1.log", "val_bpb:1.05989454", "val_bpb:1.06989454"),
+                                 "score of seed 1", "copy the log's number"),
+    "A a seed without a log": ("A", remove("train_seed1.log"), "seeds", "[1]"),
+    "B no end": ("B", edit("train_seed1.log", r"^(quantized_ttt|diagnostic).*\n", ""), "logs end", "train_seed1.log"),
+    "B pre-quantization TTT": ("B", edit("train_seed1.log", "^ema:.*", "pre-quant TTT: epoch 1/21 loss 2.2"),
+                               "pre-quantization TTT", "breaks C3"),
+    "B unread variables": ("B", edit("README.md", "SEED=42", "SEED=42 PHASED_TTT_ENABLED=1"), "README command",
+                           "PHASED_TTT_ENABLED"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect, breaks, check, words", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_breakages(
+    tmp_path: Path, dialect: str, breaks: Callable[[Path], Any], check: str, words: str
+) -> None:
+    """Three seeds of either dialect pass as they are, and what is broken is the check that fails."""
+    template, artifact, name = DIALECTS[dialect]
+    logs = {f"train_seed{seed}.log": filled(template, len(FOREIGN), artifact, seed) for seed in (0, 1, 2)}
+    bpb = 1.2243657 if dialect == "A" else 1.05989454
+    data = {"author": "A", "github_id": "a", "name": "N", "date": name[:10], "track": "10min_16mb", "val_bpb": bpb,
+            "seeds": [0, 1, 2], "seed_results": {str(seed): {"val_bpb": bpb} for seed in (0, 1, 2)},
+            "bytes_total": artifact + len(FOREIGN)}  # fmt: skip
+    folder = published(tmp_path, name, logs, data)
+    assert failures(folder) == {}
+    breaks(folder)
+    failed = failures(folder)
+    assert words in failed.get(check, ""), failed
 
 
 def test_hypothetical_wrapper(tmp_path: Path) -> None:
@@ -569,6 +782,9 @@ def test_both_forms_of_our_log_agree(workplace: Path) -> None:
     ("final_int6_sliding_window val_loss:1.9 val_bpb:1.1 stride:64 eval_time:9ms", ("final_int6_sliding_window", 1.9,
                                                                                     1.1, 0.009)),
     ("final_int8_ttt_lora val_loss:1.9 val_bpb:1.1 eval_time:9ms", ("final_int8_ttt_lora", 1.9, 1.1, 0.009)),
+    ("ngram_mix_exact val_loss:1.9 val_bpb:1.1194 stride:64 chunk:32768 orders:2-7", ("ngram_mix", 1.9, 1.1194, None)),
+    ("legal_ttt_ngram val_loss:1.9 val_bpb:1.1 stride:64 chunk:32768 lr:0.002 orders:2-7 eval_time:9ms",
+     ("legal_ttt_ngram", 1.9, 1.1, 0.009)),
     ("DIAGNOSTIC post_ema val_loss:1.9 val_bpb:1.1 eval_time:9ms", None),
     ("diagnostic quantized val_loss:1.9 val_bpb:1.1 eval_time:9ms", None),
     ("step:5/9 val_loss:1.9 val_bpb:1.1 train_time:5ms step_avg:1.00ms", None),
@@ -580,6 +796,17 @@ def test_score_lines(tmp_path: Path, line: str, want: tuple[Any, ...] | None) ->
     log = tmp_path / "train.log"
     log.write_text(line + "\n")
     assert read_run(log).score == want
+
+
+def test_the_last_score_is_the_submitted_one(tmp_path: Path) -> None:
+    """Even where it is worse than one before; lines without a score behind it do not matter."""
+    names = "final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt", "legal_ttt_ngram"
+    for count, name in enumerate(names, 1):
+        log = tmp_path / f"{name}.log"
+        log.write_text("".join(f"{name} val_loss:2.0000 val_bpb:1.{i}000 chunk:9 eval_time:9ms\n{name}_exact val_loss:"
+                               f"2.00000000 val_bpb:1.{i}0000001 chunk:9\n" for i, name in enumerate(names[:count]))
+                       + "quantization_degradation bpb:+0.00100000\nnever activated: none\n")
+        assert read_run(log).score == (name, 2.0, float(f"1.{count - 1}0000001"), 0.009)
 
 
 # ---------------------------------------------------------------------------------------
@@ -677,6 +904,22 @@ def test_table(submission: Path, capsys: pytest.CaptureFixture[str], tmp_path: P
     assert main(["table", "--root", str(root), "--track", "10min_16mb"]) == 0 and "0.9000" in capsys.readouterr().out
 
 
+def test_a_reference_rate_is_stored() -> None:
+    """Of the default configuration on one of eight H100s, so that a slow pod is seen before the first own run."""
+    import train_gpt as t
+
+    cfg = t.replace(t.Config.from_env({}), train_batch_tokens=98_304)
+    assert doctor.rate_key(cfg, "NVIDIA H100 80GB HBM3") in json.loads(doctor.RATES.read_text())
+    assert doctor.rate_key(t.replace(cfg, num_layers=9), "x") != doctor.rate_key(cfg, "x")
+
+
+def test_leaky_shards() -> None:
+    """By their number, or by their size where the data are the official ones."""
+    assert is_leaky(1499, 0, "") and is_leaky(1499, 10**10, "x") and is_leaky(1100, 10**9, "x")
+    assert is_leaky(5, 5 * 10**7, "fineweb10B_sp1024") and not is_leaky(5, 5 * 10**7, "demo")
+    assert not is_leaky(80, 8 * 10**9, "fineweb10B_sp1024") and not is_leaky(1, 10**6, "fineweb10B_sp1024")
+
+
 @pytest.mark.usefixtures("at_work")
 def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is looked at and nothing is left behind; a wrong value or missing data fails with the remedy."""
@@ -685,12 +928,18 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     monkeypatch.setattr(doctor, "RATES", rates)
     assert main(["doctor", "--steps", "1", "--ranks", "2", "--save-rate"]) == 0
     said = capsys.readouterr().out
-    names = ("python", "package torch", "configuration", "disk", "attention", "feed-forward", "train shards", "byte table",
-             "train/val overlap", "artifact size", "forecast")  # fmt: skip
+    names = ("python", "package torch", "configuration", "disk", "attention", "feed-forward", "train shards",
+             "byte table", "train/val overlap", "artifact size", "forecast")  # fmt: skip
     assert all(f"pass {name}: " in said for name in names)
     assert "0 failed" in said and not list(tmp_path.iterdir())
     rates.write_text(json.dumps(dict.fromkeys(json.loads(rates.read_text()), 1e-3)))
-    assert main(["doctor", "--steps", "1", "--ranks", "2"]) == 1 and "a slow machine" in capsys.readouterr().out
+    limited = ["doctor", "--steps", "1", "--ranks", "2", "--", "ITERATIONS=99999", "MAX_WALLCLOCK_SECONDS=60"]
+    assert main(limited) == 1
+    said = capsys.readouterr().out
+    assert "a slow machine" in said and (found := re.search(r"(\d+) steps in 60 s, ([\d.]+) of them for", said))
+    assert 0 < int(found[1]) < 99999 and 0.5 <= float(found[2]) < 60, "the reserve is at least half a second"
+    assert main([*limited[:-1], "MAX_WALLCLOCK_SECONDS=0.1"]) == 1
+    assert "nothing is left to train" in capsys.readouterr().out
     assert main(["doctor", "--", "MODEL_DIM=33"]) == 1 and "MODEL_DIM=33 is not divisible" in capsys.readouterr().out
     assert main(["doctor", "--", "DATA_PATH=nowhere"]) == 1 and "DATA_PATH=" in capsys.readouterr().out
     assert main(["doctor", "--", "nonsense"]) == 1 and "KEY=value" in capsys.readouterr().err
