@@ -1,0 +1,1068 @@
+"""Kernels that might replace what inductor makes of the model, timed beside it: adopted only after this table.
+
+    python -m benchmarks.candidates [NAMES] [--check] [--time]      # no flag: both
+
+A step is bound by what it reads and writes. Three ideas take bytes away, each exactly the same function as before:
+
+- The normalized input of a product is never written. With r = scale * rsqrt(mean(x^2) + eps) per row, the product of
+  the normalized row is r times the product of x. Whatever follows a product takes r along, in its ending.
+- The gradient of such a row needs no gradient of r: for a loss L(r x) and g = dL/dx with r held fixed, dL/dr is
+  <g, x> / r and dr/dx is -r^3 / (C scale^2) x, so dx = g - x (r^2 / (C scale^2)) <g, x>. One pass over g and x, in
+  which the residual gradient is added too. `residual` therefore returns x, its *twin* and r: the twin is never written
+  or read, it only carries g back; consumers take values from x and hand their gradient to the twin.
+- Queries and keys are normalized per head, so r cancels but for eps, which becomes eps / r^2.
+
+Bytes per layer in activations of (98,304, 512) bf16, 100.7 MB or 33.6 us at 3.0 TB/s; today's are what inductor's
+kernels read and write without products, as far as its measured times tell (see RESULTS.md):
+
+    candidate           today forward, backward               here
+    feed_forward   (A)  0, 0 (its gain is in `residual`)      0, 0
+    heads          (B)  3 (q and k, v is a view), 6 to 7      4 (v is scaled), 6
+    heads, ending  (B)  3, 6 to 7                             0 (in the product), 6
+    exclusive      (C)  2.5, 4 (measured 6)                   2.5, 4
+    residual       (D)  4 = x y -> x norm, 4                  3, 4
+    residual mixed (D)  5 = x y x0 -> x norm, 10 to 11        4, 8 = dx g new x y x0 -> dx dx0
+    product_residual    4 on top of the product's write       1 = x, r from the product's ending
+    loss, 1,024    (E)  2, 4                                  2, 4; with the gradient made forward 4, 0
+    loss, 8,192    (E)  16 to 32, 32                          16, 32; with the gradient made forward 32, 0
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import train_gpt as t
+
+EPS = 1e-6  # of train_gpt.rms_norm
+COPY_BYTES_PER_US = 3.0e6  # device copy of an H100, bytes read and written
+Tiling = list[int]  # rows (and columns) of a tile, ..., warps, stages
+
+
+def programs(device: torch.device, blocks: int, per_processor: int = 1) -> int:
+    """Programs of a grid that walks over `blocks`; two on the CPU, so that tests see both the walk and the partial sums."""
+    if device.type != "cuda":
+        return min(blocks, 2)
+    return min(blocks, per_processor * torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def carry(x: Tensor, twin: Tensor) -> Tensor:
+    """The values of x with a gradient that goes to `twin`: what the plain definitions make of a twin."""
+    return x.detach() + (twin - twin.detach())
+
+
+# ----------------------------------------------------------------------------------------------
+# A. Feed-forward that takes rows as they are and their factor
+# ----------------------------------------------------------------------------------------------
+
+
+def plain_feed_forward(x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor) -> Tensor:
+    """squared_unit(r x up^T) down^T for x (tokens, C) and r (tokens,), which gets no gradient."""
+    return F.linear(t.squared_unit(r.detach()[:, None] * F.linear(carry(x, twin), up), beta), down)
+
+
+@triton.jit
+def activate(value, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWARD: tl.constexpr,
+             BETA_GRAD: tl.constexpr):  # fmt: skip
+    """Ending of a tile: pre = r value and activations; backward, r times the gradient of pre."""
+    channel, place = column + tl.arange(0, value.shape[1]), row + tl.arange(0, value.shape[0])
+    below = tl.load(beta + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
+    factor = tl.load(r + place, mask=place < tokens, other=0.0)[:, None]
+    if BACKWARD:
+        h = pre.load([row, column]).to(tl.float32)
+        out.store([row, column], (value * factor * 2 * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
+        if BETA_GRAD:
+            part = tl.sum(tl.where(h > 0, 0.0, value * h * h), 0)
+            tl.store(sums + row // value.shape[0] * hidden + channel, part, mask=channel < hidden)
+    else:
+        h = (value * factor).to(pre.dtype)
+        pre.store([row, column], h)
+        h = h.to(tl.float32)
+        out.store([row, column], (h * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
+
+
+@triton.jit
+def feed_forward_tiles(a, b, pre, out, r, beta, sums, tokens, hidden, length, BACKWARD: tl.constexpr,
+                       BETA_GRAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+    """Tiles of a (tokens, length) times b (hidden, length) transposed, each ended by `activate` in two halves."""
+    across = tl.cdiv(hidden, COLS)
+    for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
+        row, column = tile // across * ROWS, tile % across * COLS
+        total = tl.zeros((ROWS, COLS), tl.float32)
+        for k in range(0, length, INNER):
+            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+        activate(left, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWARD, BETA_GRAD)
+        activate(right, r, pre, out, beta, sums, row, column + COLS // 2, tokens, hidden, BACKWARD, BETA_GRAD)
+
+
+def run_feed_forward(
+    factors: tuple[Tensor, Tensor], r: Tensor, pre: Tensor, beta: Tensor, backward: tuple[bool, bool], tiling: Tiling
+) -> list[Tensor]:
+    """`feed_forward_tiles` over pre (tokens, hidden): activations or r dpre, and the gradient of beta.
+
+    `backward` says whether it is the backward pass and whether beta's gradient is wanted.
+    """
+    (rows, cols, inner, warps, stages), (tokens, hidden), out = tiling, pre.shape, torch.empty_like(pre)
+    sums = pre.new_empty((triton.cdiv(tokens, rows) if backward[1] else 1, hidden), dtype=torch.float32)
+    a, b = (TensorDescriptor.from_tensor(f, [n, inner]) for f, n in zip(factors, (rows, cols)))
+    results = (TensorDescriptor.from_tensor(f, [rows, cols // 2]) for f in (pre, out))
+    grid = (programs(pre.device, triton.cdiv(tokens, rows) * triton.cdiv(hidden, cols)),)
+    feed_forward_tiles[grid](a, b, *results, r, beta, sums, tokens, hidden, factors[0].shape[1], *backward,
+                             rows, cols, inner, num_warps=warps, num_stages=stages)  # fmt: skip
+    return [out, sums.sum(0) if backward[1] else sums[0]]
+
+
+@torch.library.custom_op("candidates::feed_forward", mutates_args=())
+def feed_forward(
+    x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, tiling: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`plain_feed_forward`, and its activations and pre-activations."""
+    pre = x.new_empty((len(x), len(up)))
+    act = run_feed_forward((x, up), r, pre, beta, (False, False), tiling)[0]
+    return act @ down.T, act, pre
+
+
+@torch.library.custom_op("candidates::feed_forward_backward", mutates_args=())
+def feed_forward_backward(
+    dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool, tiling: list[int]
+) -> list[Tensor]:
+    """r times the gradient of the pre-activations, and the gradient of beta."""
+    return run_feed_forward((dy.contiguous(), down.T.contiguous()), r, pre, beta, (True, beta_grad), tiling)
+
+
+@feed_forward.register_fake
+def _(x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, tiling: list[int]) -> tuple:
+    return torch.empty_like(x), x.new_empty((len(x), len(up))), x.new_empty((len(x), len(up)))
+
+
+@feed_forward_backward.register_fake
+def _(dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool, tiling: list[int]) -> list:
+    return [torch.empty_like(pre), pre.new_empty((pre.shape[1],), dtype=torch.float32)]
+
+
+def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, _, r, up, down, beta, ctx.tiling = inputs
+    ctx.save_for_backward(x, r, up, down, beta, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def feed_forward_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple:
+    """Gradients of the twin, up, down and beta; `carried` is the twin's."""
+    x, r, up, down, beta, act, pre = ctx.saved_tensors
+    beta_grad = ctx.needs_input_grad[5]
+    carried, dbeta = feed_forward_backward(dy, down, r, pre, beta, beta_grad, ctx.tiling)
+    return None, carried @ up, None, carried.T @ x, dy.T @ act, dbeta.to(beta.dtype) if beta_grad else None, None
+
+
+feed_forward.register_autograd(feed_forward_gradients, setup_context=save_feed_forward)
+
+# ----------------------------------------------------------------------------------------------
+# B. Queries, keys and values of the attention in one pass over the product
+# ----------------------------------------------------------------------------------------------
+
+
+def plain_heads(
+    x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (tokens, H, D), k and v (tokens, KV, D) of x (tokens, C) with weight ((H + 2 KV) D, C), gain (H,).
+
+    q and k are normalized per head and rotated by rotary (2, T, half), cosines and sines at position row % T;
+    `extra` (tokens, KV, D) is added to v. r (tokens,) gets no gradient.
+    """
+    heads, length = len(gain), rotary.shape[1]
+    size = x.shape[1] // heads
+    rows = r.detach()[:, None] * F.linear(carry(x, twin), weight)
+    q, k, v = rows.view(-1, length, len(weight) // size, size).tensor_split([heads, (heads + len(weight) // size) // 2], 2)
+    cos, sin = rotary[:, :, None, :]
+    q = t.apply_rotary(t.rms_norm(q), cos, sin) * gain[:, None]
+    k, v = t.apply_rotary(t.rms_norm(k), cos, sin).flatten(0, 1), v.flatten(0, 1)
+    return q.flatten(0, 1), k, v if extra is None else v + extra
+
+
+@triton.jit
+def spots(row, width, HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """Offsets (ROWS, HEADS, SIZE / 2 HALF, HALF) of what is first in its pair; its partner is HALF further.
+
+    Both halves of a pair are loaded as vectors into the same place of two tiles: no thread needs another's values.
+    """
+    head = tl.arange(0, HEADS)[None, :, None, None]
+    block = tl.arange(0, SIZE // (2 * HALF))[None, None, :, None]
+    return row * width + head * SIZE + block * (2 * HALF) + tl.arange(0, HALF)[None, None, None, :]
+
+
+@triton.jit
+def angles(rotary, row, tokens, length, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """Cosines and sines for `spots`: 1 and 0 where nothing rotates."""
+    block = tl.arange(0, SIZE // (2 * HALF))[None, None, :, None]
+    at = row % length * HALF + tl.arange(0, HALF)[None, None, None, :] + 0 * block
+    turns = (block == 0) & (row < tokens)
+    cos = tl.load(rotary + at, mask=turns, other=1.0).to(tl.float32)
+    return cos, tl.load(rotary + length * HALF + at, mask=turns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def per_head(tile):
+    """Sums (ROWS, HEADS, 1, 1) over a tile of `spots`."""
+    return tl.sum(tl.sum(tile, 3), 2)[:, :, None, None]
+
+
+@triton.jit
+def place_heads(u, out, gain, cos, sin, row, tokens, eps, width, FIRST: tl.constexpr, HEADS: tl.constexpr,
+                SIZE: tl.constexpr, HALF: tl.constexpr, GAIN: tl.constexpr):  # fmt: skip
+    """Normalize, rotate and store HEADS heads of u from head FIRST on."""
+    source, live = spots(row, width, HEADS, SIZE, HALF) + FIRST * SIZE, row < tokens
+    a = tl.load(u + source, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(u + source + HALF, mask=live, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(per_head(a * a + b * b) / SIZE + eps)
+    if GAIN:
+        factor *= tl.load(gain + tl.arange(0, HEADS)).to(tl.float32)[None, :, None, None]
+    a, b = a * factor, b * factor
+    target = spots(row, HEADS * SIZE, HEADS, SIZE, HALF)
+    tl.store(out + target, (a * cos + b * sin).to(out.dtype.element_ty), mask=live)
+    tl.store(out + target + HALF, (b * cos - a * sin).to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def heads_tiles(u, r, gain, rotary, extra, q, k, v, tokens, length, EPS: tl.constexpr, ROWS: tl.constexpr,
+                HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+                EXTRA: tl.constexpr):  # fmt: skip
+    """q, k and v of ROWS rows of the product u (tokens, (HEADS + 2 KV) SIZE)."""
+    first, width = tl.program_id(0) * ROWS, (HEADS + 2 * KV) * SIZE
+    row = (first + tl.arange(0, ROWS))[:, None, None, None]
+    factor = tl.load(r + row, mask=row < tokens, other=1.0)
+    cos, sin = angles(rotary, row, tokens, length, SIZE, HALF)
+    eps = EPS / (factor * factor)
+    place_heads(u, q, gain, cos, sin, row, tokens, eps, width, 0, HEADS, SIZE, HALF, True)
+    place_heads(u, k, gain, cos, sin, row, tokens, eps, width, HEADS, KV, SIZE, HALF, False)
+    flat, channel = (first + tl.arange(0, ROWS))[:, None], tl.arange(0, KV * SIZE)[None, :]
+    live = (flat < tokens) & (channel < KV * SIZE)
+    value = tl.load(u + flat * width + (HEADS + KV) * SIZE + channel, mask=live, other=0.0).to(tl.float32)
+    value *= tl.load(r + flat, mask=flat < tokens, other=1.0)
+    if EXTRA:
+        value += tl.load(extra + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
+    tl.store(v + flat * (KV * SIZE) + channel, value.to(v.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def replace_heads(u, dout, du, gain, cos, sin, row, tokens, eps, width, FIRST: tl.constexpr, HEADS: tl.constexpr,
+                  SIZE: tl.constexpr, HALF: tl.constexpr, GAIN: tl.constexpr):  # fmt: skip
+    """Backward of `place_heads`: store the gradient of u; returns <gradient, normalized> (ROWS, HEADS, 1, 1)."""
+    source, live = spots(row, width, HEADS, SIZE, HALF) + FIRST * SIZE, row < tokens
+    target = spots(row, HEADS * SIZE, HEADS, SIZE, HALF)
+    a = tl.load(u + source, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(u + source + HALF, mask=live, other=0.0).to(tl.float32)
+    left = tl.load(dout + target, mask=live, other=0.0).to(tl.float32)
+    right = tl.load(dout + target + HALF, mask=live, other=0.0).to(tl.float32)
+    da, db = left * cos - right * sin, left * sin + right * cos
+    factor = tl.rsqrt(per_head(a * a + b * b) / SIZE + eps)
+    a, b = a * factor, b * factor
+    inner = per_head(a * da + b * db)
+    shrink = inner / SIZE
+    if GAIN:
+        factor *= tl.load(gain + tl.arange(0, HEADS)).to(tl.float32)[None, :, None, None]
+    tl.store(du + source, (factor * (da - a * shrink)).to(du.dtype.element_ty), mask=live)
+    tl.store(du + source + HALF, (factor * (db - b * shrink)).to(du.dtype.element_ty), mask=live)
+    return inner
+
+
+@triton.jit
+def heads_backward_tiles(u, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, tokens, length, EPS: tl.constexpr,
+                         ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
+                         HALF: tl.constexpr, TWIN: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
+    """The whole gradient of u, walking over blocks of ROWS rows; sums (programs, HEADS) of the gain's gradient."""
+    width = (HEADS + 2 * KV) * SIZE
+    gains = tl.zeros((ROWS, HEADS, 1, 1), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+        row = (block * ROWS + tl.arange(0, ROWS))[:, None, None, None]
+        factor = tl.load(r + row, mask=row < tokens, other=1.0)
+        cos, sin = angles(rotary, row, tokens, length, SIZE, HALF)
+        eps = EPS / (factor * factor)
+        gains += replace_heads(u, dq, du, gain, cos, sin, row, tokens, eps, width, 0, HEADS, SIZE, HALF, True)
+        replace_heads(u, dk, du, gain, cos, sin, row, tokens, eps, width, HEADS, KV, SIZE, HALF, False)
+        flat, channel = (block * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, KV * SIZE)[None, :]
+        live = (flat < tokens) & (channel < KV * SIZE)
+        value = tl.load(dv + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
+        if TWIN:
+            value += tl.load(dtwin + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
+        if EXTRA:
+            tl.store(dextra + flat * (KV * SIZE) + channel, value.to(dextra.dtype.element_ty), mask=live)
+        value *= tl.load(r + flat, mask=flat < tokens, other=1.0)
+        tl.store(du + flat * width + (HEADS + KV) * SIZE + channel, value.to(du.dtype.element_ty), mask=live)
+    total = tl.sum(tl.reshape(gains, (ROWS, HEADS)), 0)
+    tl.store(sums + tl.program_id(0) * HEADS + tl.arange(0, HEADS), total)
+
+
+class HeadSizes(NamedTuple):
+    """Query heads, key/value heads, head size, half of the rotated dimensions."""
+
+    heads: int
+    kv: int
+    size: int
+    half: int
+
+
+def head_sizes(width: int, weight: Tensor, gain: Tensor, rotary: Tensor) -> HeadSizes:
+    """Sizes that the shapes imply; the kernels want powers of two."""
+    size = width // len(gain)
+    sizes = HeadSizes(len(gain), (len(weight) // size - len(gain)) // 2, size, rotary.shape[2])
+    if any(n & (n - 1) for n in sizes):
+        raise ValueError(f"{sizes}: not powers of two")
+    return sizes
+
+
+@torch.library.custom_op("candidates::heads", mutates_args=())
+def heads(
+    x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
+    tiling: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`plain_heads`, v's twin for `exclusive`, and the product for the backward pass."""
+    n, sizes, u = len(x), head_sizes(x.shape[1], weight, gain, rotary), x @ weight.T
+    q, k, v, v_twin = (x.new_empty((n, count, sizes.size)) for count in (sizes.heads, sizes.kv, sizes.kv, sizes.kv))
+    rows, warps, stages = tiling[:3]
+    heads_tiles[(triton.cdiv(n, rows),)](u, r, gain, rotary, u if extra is None else extra, q, k, v, n, rotary.shape[1],
+                                         EPS, rows, *sizes, extra is not None, num_warps=warps, num_stages=stages)  # fmt: skip
+    return q, k, v, v_twin, u
+
+
+@torch.library.custom_op("candidates::heads_backward", mutates_args=())
+def heads_backward(
+    upstream: list[Tensor], u: Tensor, r: Tensor, gain: Tensor, rotary: Tensor, has_extra: bool, tiling: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the product, of the gain, and of v (written only where `extra` wants it).
+
+    `upstream` are the gradients of q, k, v and, where something used it, of v's twin.
+    """
+    dq, dk, dv, dtwin = [d.contiguous() for d in (*upstream, upstream[2])[:4]]
+    (n, count, size), kv, (rows, warps, stages, per_processor) = dq.shape, dk.shape[1], tiling[-4:]
+    grid = (programs(u.device, triton.cdiv(n, rows), per_processor),)
+    du, dextra = torch.empty_like(u), torch.empty_like(dv) if has_extra else dv.new_empty(0)
+    sums = u.new_empty((grid[0], count), dtype=torch.float32)
+    heads_backward_tiles[grid](u, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, n, rotary.shape[1], EPS, rows,
+                               count, kv, size, rotary.shape[2], len(upstream) == 4, has_extra, num_warps=warps,
+                               num_stages=stages)  # fmt: skip
+    return du, sums.sum(0).to(gain.dtype), dextra
+
+
+@heads.register_fake
+def _(x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
+      tiling: list[int]) -> tuple:  # fmt: skip
+    size = x.shape[1] // len(gain)
+    kv = (len(weight) // size - len(gain)) // 2
+    shapes = [(len(x), count, size) for count in (len(gain), kv, kv, kv)]
+    return *(x.new_empty(shape) for shape in shapes), x.new_empty((len(x), len(weight)))
+
+
+@heads_backward.register_fake
+def _(upstream: list[Tensor], u: Tensor, r: Tensor, gain: Tensor, rotary: Tensor, has_extra: bool,
+      tiling: list[int]) -> tuple:  # fmt: skip
+    dextra = upstream[2].new_empty(upstream[2].shape if has_extra else 0)
+    return u.new_empty(u.shape), torch.empty_like(gain), dextra
+
+
+def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, _, r, weight, gain, rotary, extra, ctx.tiling = inputs
+    ctx.has_extra = extra is not None
+    ctx.save_for_backward(x, r, weight, gain, rotary, output[4])
+    ctx.set_materialize_grads(False)
+
+
+def heads_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, _: Any) -> tuple:
+    """Gradients of the twin, the weight, the gain and `extra`."""
+    x, r, weight, gain, rotary, u = ctx.saved_tensors
+    upstream = [dq, dk, dv] + ([] if dtwin is None else [dtwin])
+    du, dgain, dextra = heads_backward(upstream, u, r, gain, rotary, ctx.has_extra, ctx.tiling)
+    return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None, None
+
+
+heads.register_autograd(heads_gradients, setup_context=save_heads)
+
+# ----------------------------------------------------------------------------------------------
+# C. Exclusive self-attention
+# ----------------------------------------------------------------------------------------------
+
+
+def plain_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+    """`train_gpt.exclusive` of y (tokens, H, D) and v (tokens, KV, D), whose gradient goes to `twin`."""
+    grouped, own = y.unflatten(1, (v.shape[1], -1)), carry(v, twin).unsqueeze(2)
+    share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
+    return (grouped - share * own).flatten(1, 2)
+
+
+@triton.jit
+def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, SIZE: tl.constexpr, ITEMS: tl.constexpr,
+                    BACKWARD: tl.constexpr):  # fmt: skip
+    """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy and the heads' sum of dv."""
+    item, d = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None], tl.arange(0, SIZE)[None, :]
+    live = (item < items) & (d < SIZE)
+    own = tl.load(v + item * SIZE + d, mask=live, other=0.0).to(tl.float32)
+    power = tl.sum(own * own, 1)[:, None]
+    inverse = 1.0 / tl.maximum(power, 1e-12)
+    total = tl.zeros((ITEMS, SIZE), tl.float32)
+    for head in tl.static_range(GROUP):
+        at = (item * GROUP + head) * SIZE + d
+        value = tl.load(y + at, mask=live, other=0.0).to(tl.float32)
+        share = tl.sum(value * own, 1)[:, None] * inverse
+        if BACKWARD:
+            upstream = tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
+            along = tl.sum(upstream * own, 1)[:, None] * inverse
+            tl.store(out + at, (upstream - along * own).to(out.dtype.element_ty), mask=live)
+            total -= share * upstream + along * value - tl.where(power > 1e-12, 2 * along * share, 0.0) * own
+        else:
+            tl.store(out + at, (value - share * own).to(out.dtype.element_ty), mask=live)
+    if BACKWARD:
+        tl.store(dv + item * SIZE + d, total.to(dv.dtype.element_ty), mask=live)
+
+
+def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    """z, or the gradients of y and v."""
+    y, v, (items, warps, stages) = y.contiguous(), v.contiguous(), tiling
+    out, dv, pairs = torch.empty_like(y), v if dz is None else torch.empty_like(v), v.shape[0] * v.shape[1]
+    exclusive_tiles[(triton.cdiv(pairs, items),)](y, v, y if dz is None else dz.contiguous(), out, dv, pairs,
+                                                  y.shape[1] // v.shape[1], y.shape[2], items, dz is not None,
+                                                  num_warps=warps, num_stages=stages)  # fmt: skip
+    return out, dv
+
+
+@torch.library.custom_op("candidates::exclusive", mutates_args=())
+def exclusive(y: Tensor, v: Tensor, twin: Tensor, tiling: list[int]) -> Tensor:
+    """`plain_exclusive`."""
+    return run_exclusive(y, v, None, tiling)[0]
+
+
+@torch.library.custom_op("candidates::exclusive_backward", mutates_args=())
+def exclusive_backward(y: Tensor, v: Tensor, dz: Tensor, tiling: list[int]) -> tuple[Tensor, Tensor]:
+    """Gradients of y and v."""
+    return run_exclusive(y, v, dz, tiling)
+
+
+@exclusive.register_fake
+def _(y: Tensor, v: Tensor, twin: Tensor, tiling: list[int]) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+@exclusive_backward.register_fake
+def _(y: Tensor, v: Tensor, dz: Tensor, tiling: list[int]) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), v.new_empty(v.shape)
+
+
+def save_exclusive(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    y, v, _, ctx.tiling = inputs
+    ctx.save_for_backward(y, v)
+    ctx.set_materialize_grads(False)
+
+
+def exclusive_gradients(ctx: Any, dz: Tensor) -> tuple:
+    dy, dv = exclusive_backward(*ctx.saved_tensors, dz, ctx.tiling)
+    return dy, None, dv, None
+
+
+exclusive.register_autograd(exclusive_gradients, setup_context=save_exclusive)
+
+# ----------------------------------------------------------------------------------------------
+# D. The step of the residual stream between two parts of a layer
+# ----------------------------------------------------------------------------------------------
+
+
+def plain_residual(
+    x: Tensor, y: Tensor | None, skip: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new x (tokens, C), its twin, and r = scale * rsqrt(mean(x^2) + eps) (tokens,).
+
+    The new x is x + y, or with mix (3, C): mix[0] (x + y) + mix[1] skip + mix[2] x0; y and skip may be absent.
+    The twin's gradient g, taken with r held fixed, counts as that of x and of r.
+    """
+    new = x if y is None else x + y
+    if mix is not None:
+        new = mix[0] * new + mix[2] * x0 + (0 if skip is None else mix[1] * skip)
+    r = scale * torch.rsqrt(new.square().mean(-1) + EPS)
+    return new, new * (r / r.detach())[:, None], r
+
+
+@triton.jit
+def residual_tiles(x, y, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr, WIDTH: tl.constexpr,
+                   COLS: tl.constexpr, ROWS: tl.constexpr, SUM: tl.constexpr, SKIP: tl.constexpr,
+                   MIX: tl.constexpr):  # fmt: skip
+    """The new x and r of ROWS rows; COLS is WIDTH rounded up to a power of two."""
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
+    at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
+    value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+    if SUM:
+        value += tl.load(y + at, mask=live, other=0.0).to(tl.float32)
+    if MIX:
+        value *= tl.load(mix + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        first = tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
+        value += first * tl.load(mix + 2 * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    if SKIP:
+        other = tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
+        value += other * tl.load(mix + WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    rounded = value.to(new.dtype.element_ty)
+    tl.store(new + at, rounded, mask=live)
+    value = rounded.to(tl.float32)
+    tl.store(factors + row, scale * tl.rsqrt(tl.sum(value * value, 1) / WIDTH + EPS), mask=row < tokens)
+
+
+@triton.jit
+def residual_backward_tiles(x, y, skip, x0, mix, new, factors, dnew, dtwin, dx, dskip, dx0, sums, tokens, scale,
+                            WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+                            SUM: tl.constexpr, SKIP: tl.constexpr, MIX: tl.constexpr):  # fmt: skip
+    """Gradients of x (and y: the same), skip and x0, walking over blocks of rows; sums (programs, 3, WIDTH) of mix's.
+
+    The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
+    """
+    column = tl.arange(0, COLS)[None, :]
+    within = column < WIDTH
+    if MIX:
+        keep = tl.load(mix + column, mask=within, other=0.0).to(tl.float32)
+        first = tl.load(mix + 2 * WIDTH + column, mask=within, other=0.0).to(tl.float32)
+        dkeep, dfirst = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    if SKIP:
+        other = tl.load(mix + WIDTH + column, mask=within, other=0.0).to(tl.float32)
+        dother = tl.zeros((ROWS, COLS), tl.float32)
+    blocks = tl.cdiv(tokens, ROWS)
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=STAGES):
+        row = block * ROWS + tl.arange(0, ROWS)
+        at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & within
+        g = tl.load(dtwin + at, mask=live, other=0.0).to(tl.float32)
+        value = tl.load(new + at, mask=live, other=0.0).to(tl.float32)
+        upstream = tl.load(dnew + at, mask=live, other=0.0).to(tl.float32)
+        r = tl.load(factors + row, mask=row < tokens, other=0.0)
+        shrink = r * r / (WIDTH * scale * scale) * tl.sum(g * value, 1)
+        d = upstream + g - value * shrink[:, None]
+        if MIX:
+            old = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+            if SUM:
+                old += tl.load(y + at, mask=live, other=0.0).to(tl.float32)
+            dkeep += d * old
+            dfirst += d * tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
+            tl.store(dx0 + at, (d * first).to(dx0.dtype.element_ty), mask=live)
+            if SKIP:
+                dother += d * tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
+                tl.store(dskip + at, (d * other).to(dskip.dtype.element_ty), mask=live)
+            d *= keep
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=live)
+    line = sums + tl.program_id(0) * 3 * WIDTH + tl.arange(0, COLS)
+    inside = tl.arange(0, COLS) < WIDTH
+    if MIX:
+        tl.store(line, tl.sum(dkeep, 0), mask=inside)
+        tl.store(line + 2 * WIDTH, tl.sum(dfirst, 0), mask=inside)
+    if SKIP:
+        tl.store(line + WIDTH, tl.sum(dother, 0), mask=inside)
+
+
+@torch.library.custom_op("candidates::residual", mutates_args=())
+def residual(
+    x: Tensor, y: Tensor | None, skip: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float,
+    tiling: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`plain_residual`; the twin is memory that nobody writes or reads."""
+    (n, width), (rows, warps, stages) = x.shape, tiling[:3]
+    new, twin, r = torch.empty_like(x), torch.empty_like(x), x.new_empty(n, dtype=torch.float32)
+    inputs = [x if given is None else given for given in (x, y, skip, x0, mix)]
+    residual_tiles[(triton.cdiv(n, rows),)](*inputs, new, r, n, scale, EPS, width, triton.next_power_of_2(width), rows,
+                                            y is not None, skip is not None, mix is not None, num_warps=warps,
+                                            num_stages=stages)  # fmt: skip
+    return new, twin, r
+
+
+@torch.library.custom_op("candidates::residual_backward", mutates_args=())
+def residual_backward(
+    upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float, tiling: list[int]
+) -> list[Tensor]:
+    """Gradients of x, skip, x0 and mix (empty where absent) from those of the new x and its twin.
+
+    `saved`: new x, r, then x, y, skip, x0 and mix as far as `present` (y, skip, mix) and needed.
+    """
+    (new, r, *rest), (has_y, has_skip, has_mix) = saved, present
+    left = iter(rest)
+    inputs = [next(left) if has_mix and here else new for here in (True, has_y, has_skip, True, True)]
+    (n, width), (rows, warps, stages, per_processor) = new.shape, tiling[-4:]
+    dx, dskip, dx0 = (torch.empty_like(new) if here else new.new_empty(0) for here in (True, has_skip, has_mix))
+    grid = (programs(new.device, triton.cdiv(n, rows), per_processor),)
+    sums = new.new_zeros((grid[0] if has_mix else 0, 3, width), dtype=torch.float32)
+    residual_backward_tiles[grid](*inputs, new, r, *upstream, dx, dskip, dx0, sums, n, scale, width,
+                                  triton.next_power_of_2(width), rows, stages, has_y, has_skip, has_mix,
+                                  num_warps=warps)  # fmt: skip
+    return [dx, dskip, dx0, sums.sum(0).to(new.dtype)]
+
+
+@residual.register_fake
+def _(x: Tensor, y: Tensor | None, skip: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float,
+      tiling: list[int]) -> tuple:  # fmt: skip
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+
+
+@residual_backward.register_fake
+def _(upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float, tiling: list[int]) -> list:
+    new, (_, has_skip, has_mix) = saved[0], present
+    shapes = (new.shape, new.shape if has_skip else (0,), new.shape if has_mix else (0,), (3, new.shape[1]))
+    return [new.new_empty(shape) for shape in shapes]
+
+
+def save_residual(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, y, skip, x0, mix, ctx.scale, ctx.tiling = inputs
+    ctx.present = [y is not None, skip is not None, mix is not None]
+    needed = [x, y, skip, x0, mix] if mix is not None else []
+    ctx.save_for_backward(output[0], output[2], *(tensor for tensor in needed if tensor is not None))
+    ctx.set_materialize_grads(False)
+
+
+def residual_gradients(ctx: Any, dnew: Tensor, dtwin: Tensor, _: None) -> tuple:
+    """Gradients of x, y, skip, x0 and mix."""
+    saved, (has_y, has_skip, has_mix) = list(ctx.saved_tensors), ctx.present
+    upstream = [dnew.contiguous(), dtwin.contiguous()]
+    dx, dskip, dx0, dmix = residual_backward(upstream, saved, ctx.present, ctx.scale, ctx.tiling)
+    mixed = (dskip if has_skip else None, dx0, dmix) if has_mix else (None, None, None)
+    return dx, dx if has_y else None, *mixed, None, None
+
+
+residual.register_autograd(residual_gradients, setup_context=save_residual)
+
+# ----------------------------------------------------------------------------------------------
+# E. Loss: softcapped logits and cross-entropy
+# ----------------------------------------------------------------------------------------------
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Nats (tokens,) of targets (tokens,) under cap tanh(hidden weight^T / cap); hidden (tokens, C), weight (V, C)."""
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(cap * torch.tanh(logits / cap), targets, reduction="none")
+
+
+@triton.jit
+def loss_tiles(logits, targets, nll, total, upstream, grad, tokens, vocab, cap, ROWS: tl.constexpr, COLS: tl.constexpr,
+               BACKWARD: tl.constexpr, GRADIENT: tl.constexpr):  # fmt: skip
+    """Whole rows in registers. Forward: nll, and `total`, the sum of exp(capped logits), or at once the gradient of
+    nll in the logits (GRADIENT); BACKWARD: that gradient times upstream, from `total`.
+
+    Capped logits need no maximum before exp: exp(cap) fits into float32 for any cap below 80.
+    """
+    row, piece = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
+    at, live = row.to(tl.int64)[:, None] * vocab + piece, (row[:, None] < tokens) & (piece < vocab)
+    bent = 1.0 - 2.0 / (1.0 + tl.exp(tl.load(logits + at, mask=live, other=0.0).to(tl.float32) * (2.0 / cap)))
+    target = tl.load(targets + row, mask=row < tokens, other=0)
+    powers = tl.where(piece < vocab, tl.exp(bent * cap), 0.0)
+    if BACKWARD:
+        mass = tl.load(total + row, mask=row < tokens, other=1.0)
+        weight = tl.load(upstream + row, mask=row < tokens, other=0.0)
+    else:
+        mass = tl.sum(powers, 1)
+        chosen = tl.sum(tl.where(piece == target[:, None], bent, 0.0), 1) * cap
+        tl.store(nll + row, tl.log(mass) - chosen, mask=row < tokens)
+        weight = tl.full((ROWS,), 1.0, tl.float32)
+        if not GRADIENT:
+            tl.store(total + row, mass, mask=row < tokens)
+    if GRADIENT:
+        d = powers / mass[:, None] - tl.where(piece == target[:, None], 1.0, 0.0)
+        tl.store(grad + at, (weight[:, None] * d * (1.0 - bent * bent)).to(grad.dtype.element_ty), mask=live)
+
+
+def run_loss(logits: Tensor, targets: Tensor, cap: float, tiling: Tiling, backward: list[Tensor] | None,
+             in_place: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """nll and sums of exp; with backward = [sums of exp, upstream], or in place of the logits, the gradient too."""
+    (n, vocab), (rows, warps, stages) = logits.shape, tiling
+    nll, total = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
+    upstream, grad = total, logits
+    if backward is not None:
+        (total, upstream), grad = backward, torch.empty_like(logits)
+    loss_tiles[(triton.cdiv(n, rows),)](logits, targets, nll, total, upstream, grad, n, vocab, cap, rows,
+                                        triton.next_power_of_2(vocab), backward is not None,
+                                        in_place or backward is not None, num_warps=warps, num_stages=stages)  # fmt: skip
+    return nll, total if backward is None else grad
+
+
+@torch.library.custom_op("candidates::loss", mutates_args=())
+def loss(logits: Tensor, targets: Tensor, cap: float, tiling: list[int]) -> tuple[Tensor, Tensor]:
+    """nll (tokens,) and sums of exp for the backward pass."""
+    return run_loss(logits, targets, cap, tiling, None)
+
+
+@torch.library.custom_op("candidates::loss_backward", mutates_args=())
+def loss_backward(
+    logits: Tensor, targets: Tensor, cap: float, total: Tensor, upstream: Tensor, tiling: list[int]
+) -> Tensor:
+    """Gradient of the logits."""
+    return run_loss(logits, targets, cap, tiling, [total, upstream.contiguous()])[1]
+
+
+@torch.library.custom_op("candidates::head_loss", mutates_args=())
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, tiling: list[int]
+) -> tuple[Tensor, Tensor]:
+    """`plain_loss`, and its gradient in the logits, which replaces them: nothing of that size is read afterwards but by
+    the products. For training only: without a backward pass it writes in vain."""
+    logits = hidden @ weight.T
+    return run_loss(logits, targets, cap, tiling, None, in_place=True)[0], logits
+
+
+@loss.register_fake
+def _(logits: Tensor, targets: Tensor, cap: float, tiling: list[int]) -> tuple[Tensor, Tensor]:
+    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+
+
+@loss_backward.register_fake
+def _(logits: Tensor, targets: Tensor, cap: float, total: Tensor, upstream: Tensor, tiling: list[int]) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@head_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, tiling: list[int]) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty((len(hidden), len(weight)))
+
+
+def save_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    logits, targets, ctx.cap, ctx.tiling = inputs
+    ctx.save_for_backward(logits, targets, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def loss_gradients(ctx: Any, dnll: Tensor, _: None) -> tuple:
+    logits, targets, total = ctx.saved_tensors
+    return loss_backward(logits, targets, ctx.cap, total, dnll, ctx.tiling), None, None, None
+
+
+def save_head_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.set_materialize_grads(False)
+
+
+def head_loss_gradients(ctx: Any, dnll: Tensor, _: None) -> tuple:
+    """The factor of a row goes onto (tokens, C) tensors instead of onto the gradient of the logits."""
+    hidden, weight, grad = ctx.saved_tensors
+    factor = dnll[:, None]  # stays float32: a mean's 1 / tokens, rounded, would scale every gradient
+    return (factor * (grad @ weight)).to(hidden.dtype), grad.T @ (factor * hidden).to(hidden.dtype), None, None, None
+
+
+loss.register_autograd(loss_gradients, setup_context=save_loss)
+head_loss.register_autograd(head_loss_gradients, setup_context=save_head_loss)
+
+# ----------------------------------------------------------------------------------------------
+# Checking and timing
+# ----------------------------------------------------------------------------------------------
+
+Tensors = dict[str, Tensor | None]
+Outputs = tuple[list[Tensor], list[Tensor]]  # what is compared, and twins, which only carry a gradient back
+
+
+class Sizes(NamedTuple):
+    """What the inputs of all candidates are made of."""
+
+    sequences: int
+    length: int
+    width: int
+    heads: int
+    kv: int
+    hidden: int
+    half: int  # of the rotated dimensions of a head
+    vocab: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+FULL = Sizes(48, 2048, 512, 8, 4, 1536, 8, 1024)
+CHECKED = FULL._replace(sequences=3, length=67)  # no tile divides it
+CAP = 30.0
+SCALE = 0.5  # of a layer's normalized input
+FIXED = ("r", "rotary", "targets")  # inputs without a gradient
+
+
+class Case(NamedTuple):
+    """A candidate: its inputs, three functions of them, tilings, and what is read and written."""
+
+    inputs: Callable[[Sizes, Callable[..., Tensor]], Tensors]
+    plain: Callable[[Tensors], Outputs]
+    today: Callable[[Tensors], Outputs]
+    variants: dict[str, Callable[[Tensors], Outputs]]
+    values: tuple[str, ...]  # inputs whose gradient goes to their twin
+    traffic: tuple[float, float, float, float]  # today's and ours, forward and backward, in activations
+    per_step: int  # how often in a training step
+    vocab: int = FULL.vocab
+
+
+def feed_forward_inputs(s: Sizes, draw: Callable[..., Tensor]) -> Tensors:
+    x = draw(s.tokens, s.width)
+    up, down = draw(s.hidden, s.width) / s.width**0.5, draw(s.width, s.hidden) / s.hidden**0.5
+    return {"x": x, "twin": x.clone(), "r": 0.5 + draw(s.tokens).abs(), "up": up, "down": down, "beta": draw(s.hidden)}
+
+
+def heads_inputs(s: Sizes, draw: Callable[..., Tensor], extra: bool = False) -> Tensors:
+    x, size = draw(s.tokens, s.width), s.width // s.heads
+    angle = 3 * draw(s.length, s.half)
+    return {"x": x, "twin": x.clone(), "r": 0.5 + draw(s.tokens).abs(),
+            "weight": draw((s.heads + 2 * s.kv) * size, s.width) / s.width**0.5, "gain": draw(s.heads),
+            "rotary": torch.stack([angle.cos(), angle.sin()]),
+            "extra": draw(s.tokens, s.kv, size) if extra else None}  # fmt: skip
+
+
+def exclusive_inputs(s: Sizes, draw: Callable[..., Tensor]) -> Tensors:
+    size = s.width // s.heads
+    v = draw(s.tokens, s.kv, size)
+    return {"y": draw(s.tokens, s.heads, size), "v": v, "twin": v.clone()}
+
+
+def residual_inputs(s: Sizes, draw: Callable[..., Tensor], summed: bool, mixed: bool, skipped: bool) -> Tensors:
+    x, y, skip, x0 = (draw(s.tokens, s.width) for _ in range(4))
+    return {"x": x, "y": y if summed else None, "skip": skip if skipped else None, "x0": x0 if mixed else None,
+            "mix": draw(3, s.width) if mixed else None}  # fmt: skip
+
+
+def loss_inputs(s: Sizes, draw: Callable[..., Tensor]) -> Tensors:
+    targets = (draw(s.tokens).abs() * 1e6).long() % s.vocab
+    return {"hidden": draw(s.tokens, s.width), "weight": draw(s.vocab, s.width), "targets": targets}
+
+
+def only(*outputs: Tensor) -> Outputs:
+    return [*outputs], []
+
+
+def today_feed_forward(i: Tensors) -> Outputs:
+    """What train_gpt.py runs on a normalized input."""
+    return only(t.fused_feed_forward()(i["x"], i["up"], i["down"], i["beta"])[0])
+
+
+def today_heads(i: Tensors) -> Outputs:
+    """`GPT.attention` as far as q, k and v; v's gradient comes whole, which spares today half an activation."""
+    count, length = len(i["gain"]), i["rotary"].shape[1]
+    size = i["x"].shape[1] // count
+    qkv = F.linear(i["x"], i["weight"]).view(-1, length, len(i["weight"]) // size, size)
+    q, k, v = qkv.tensor_split([count, (count + qkv.shape[2]) // 2], 2)
+    cos, sin = i["rotary"][:, :, None]
+    q = t.apply_rotary(t.rms_norm(q), cos, sin) * i["gain"][:, None].expand(*q.shape[:3], 1)
+    k = t.apply_rotary(t.rms_norm(k), cos, sin)
+    return only(q, k, v if i["extra"] is None else v + i["extra"].view_as(v))
+
+
+def today_residual(i: Tensors) -> Outputs:
+    """The residual step of `GPT.hidden` and the norm after it."""
+    x = i["x"] if i["y"] is None else i["x"] + i["y"]
+    if i["skip"] is not None:
+        x = x + i["mix"][1] * i["skip"]
+    if i["mix"] is not None:
+        x = i["mix"][0] * x + i["mix"][2] * i["x0"]
+    return only(x, t.rms_norm(x) * SCALE)
+
+
+def today_loss(i: Tensors) -> Outputs:
+    """`GPT.logits` and `GPT.nll`."""
+    logits = CAP * torch.tanh(F.linear(i["hidden"], i["weight"]).float() / CAP)
+    return only(F.cross_entropy(logits, i["targets"], reduction="none"))
+
+
+def with_twin(outputs: tuple[Tensor, ...], compared: int) -> Outputs:
+    """The first outputs are compared, the next is a twin, the rest is saved memory."""
+    return [*outputs[:compared]], [outputs[compared]]
+
+
+def residual_outputs(outputs: tuple[Tensor, ...]) -> Outputs:
+    """New x and r are compared; only new x and the twin have gradients."""
+    new, twin, r = outputs
+    return [new, r.detach()], [twin]
+
+
+def plain_heads_outputs(i: Tensors) -> Outputs:
+    q, k, v = plain_heads(**i)
+    return [q, k, v], [v]
+
+
+def separate_loss(i: Tensors, tiling: Tiling) -> Outputs:
+    return only(loss(F.linear(i["hidden"], i["weight"]), i["targets"], CAP, tiling)[0])
+
+
+PRODUCT_TILINGS = ([128, 256, 64, 8, 3], [128, 256, 64, 8, 4], [128, 128, 64, 4, 3], [128, 128, 64, 8, 4])
+HEADS_TILINGS = ([4, 4, 2, 4, 4, 2, 8], [8, 8, 2, 8, 8, 2, 4], [2, 4, 2, 2, 4, 2, 8], [4, 8, 2, 4, 8, 2, 4])
+EXCLUSIVE_TILINGS = ([32, 4, 2], [64, 4, 2], [64, 8, 2], [16, 2, 2])
+RESIDUAL_TILINGS = ([4, 4, 2, 4, 4, 1, 4], [8, 4, 2, 4, 4, 2, 4], [8, 8, 2, 8, 8, 1, 2], [4, 4, 2, 4, 4, 3, 3])
+LOSS_TILINGS = {1024: ([4, 4, 2], [8, 8, 2], [2, 4, 2]), 8192: ([1, 8, 2], [1, 4, 2], [1, 16, 2])}
+
+
+def named(tilings: tuple[Tiling, ...], make: Callable[[Tensors, Tiling], Outputs], head: str = "") -> dict[str, Callable]:
+    return {head + " ".join(map(str, tiling)): partial(make, tiling=tiling) for tiling in tilings}
+
+
+def residual_case(traffic: tuple[float, ...], per_step: int, **flags: bool) -> Case:
+    return Case(partial(residual_inputs, **flags), lambda i: residual_outputs(plain_residual(**i, scale=SCALE)),
+                today_residual, named(RESIDUAL_TILINGS, lambda i, tiling: residual_outputs(
+                    residual(**i, scale=SCALE, tiling=tiling))), (), traffic, per_step)  # fmt: skip
+
+
+def heads_case(extra: bool, traffic: tuple[float, ...], per_step: int) -> Case:
+    return Case(partial(heads_inputs, extra=extra), plain_heads_outputs, today_heads,
+                named(HEADS_TILINGS, lambda i, tiling: with_twin(heads(**i, tiling=tiling), 3)), ("x",),
+                traffic, per_step)  # fmt: skip
+
+
+def loss_case(vocab: int, traffic: tuple[float, ...]) -> Case:
+    variants = named(LOSS_TILINGS[vocab], separate_loss) | named(
+        LOSS_TILINGS[vocab], lambda i, tiling: only(head_loss(**i, cap=CAP, tiling=tiling)[0]), "gradient forward ")
+    return Case(loss_inputs, lambda i: only(plain_loss(**i, cap=CAP)), today_loss, variants, (), traffic, 1, vocab)
+
+
+CASES: dict[str, Case] = {
+    "feed_forward": Case(
+        feed_forward_inputs, lambda i: only(plain_feed_forward(**i)), today_feed_forward,
+        named(PRODUCT_TILINGS, lambda i, tiling: only(feed_forward(**i, tiling=tiling)[0])), ("x",), (0, 0, 0, 0), 11),
+    "heads": heads_case(False, (3, 6, 4, 6), 9),
+    "heads_extra": heads_case(True, (4, 6.5, 4.5, 6.5), 2),
+    "exclusive": Case(
+        exclusive_inputs, lambda i: only(plain_exclusive(**i)), lambda i: only(t.exclusive(i["y"][None], i["v"][None])),
+        named(EXCLUSIVE_TILINGS, lambda i, tiling: only(exclusive(**i, tiling=tiling))), ("v",), (2.5, 6, 2.5, 4), 11),
+    "residual": residual_case((4, 4, 3, 4), 11, summed=True, mixed=False, skipped=False),
+    "residual_mixed": residual_case((5, 11, 4, 8), 6, summed=True, mixed=True, skipped=False),
+    "residual_skip": residual_case((6, 14, 5, 10), 5, summed=True, mixed=True, skipped=True),
+    "loss": loss_case(1024, (2, 4, 2, 4)),
+    "loss_8192": loss_case(8192, (16, 32, 16, 32)),
+}  # fmt: skip
+
+
+def draw_inputs(case: Case, sizes: Sizes, device: torch.device, seed: int) -> tuple[Tensors, Callable[..., Tensor]]:
+    """Random inputs in the compute type (r stays float32), and the generator's `draw`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = partial(torch.randn, generator=generator, device=device)
+    inputs = case.inputs(sizes, draw)
+    dtype = t.compute_dtype(device)
+    keep = ("r", "targets")
+    return {n: v if v is None or n in keep else v.to(dtype) for n, v in inputs.items()}, draw
+
+
+def leaves(case: Case, inputs: Tensors, dtype: torch.dtype | None = None) -> Tensors:
+    """Copies that require gradients where the case has one, in `dtype` where given."""
+
+    def leaf(name: str, value: Tensor | None) -> Tensor | None:
+        if value is None or name == "targets":
+            return value
+        copy = value.detach().clone() if dtype is None else value.detach().to(dtype)
+        return copy.requires_grad_(name not in FIXED and name not in case.values)
+
+    return {name: leaf(name, value) for name, value in inputs.items()}
+
+
+def outputs_and_gradients(function: Callable, inputs: Tensors, upstream: list[Tensor]) -> list[Tensor]:
+    """What is compared: outputs, then gradients in the order of the inputs."""
+    compared, twins = function(inputs)
+    ends = [y for y in (*compared, *twins) if y.requires_grad]
+    wanted = [v for v in inputs.values() if v is not None and v.requires_grad]
+    gradients = torch.autograd.grad(ends, wanted, [u.view_as(y).to(y.dtype) for u, y in zip(upstream, ends)])
+    return [y.detach() for y in compared] + list(gradients)
+
+
+def error_of(case: Case, function: Callable, sizes: Sizes, device: torch.device, seed: int = 0) -> float:
+    """Largest relative error over outputs and gradients against the plain definition in float64 on the same inputs."""
+    inputs, draw = draw_inputs(case, sizes, device, seed)
+    exact = leaves(case, inputs, torch.float64)
+    shapes = [y.shape for outputs in case.plain(exact) for y in outputs if y.requires_grad]
+    upstream = [draw(*shape).to(t.compute_dtype(device)) for shape in shapes]
+    want = outputs_and_gradients(case.plain, exact, upstream)
+    got = outputs_and_gradients(function, leaves(case, inputs), upstream)
+    return t.relative_error(got, [w.cpu() for w in want])
+
+
+def median_us(function: Callable[[], Any], repeats: int = 15) -> float:
+    """Median device time. A sleeping kernel ahead of each call gives the host time to queue all of its launches."""
+    function()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
+        torch.cuda._sleep(2_000_000)  # about 1 ms
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events) * 1000
+
+
+def times_of(case: Case, function: Callable, sizes: Sizes, values: tuple[str, ...]) -> tuple[float, float]:
+    """Median microseconds of forward and backward on random data; the gradients of `values` are not asked for."""
+    device = torch.device("cuda")
+    inputs, draw = draw_inputs(case, sizes, device, 0)
+    inputs = leaves(case._replace(values=values), inputs)
+    compared, twins = function(inputs)
+    ends = [y for y in (*compared, *twins) if y.requires_grad]
+    upstream = [draw(*y.shape).to(y.dtype) for y in ends]
+    wanted = [v for n, v in inputs.items() if v is not None and v.requires_grad and (n != "twin" or values)]
+    forward = median_us(lambda: function(inputs))
+    return forward, median_us(lambda: torch.autograd.grad(ends, wanted, upstream, retain_graph=True))
+
+
+FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, KeyError, NotImplementedError,
+            triton.CompilationError, triton.OutOfResources)  # fmt: skip
+
+
+def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
+    """Result and no reason, or None and why there is none."""
+    try:
+        return function(), ""
+    except FAILURES as error:
+        lines = str(error).strip().splitlines() or [""]
+        return None, f"{type(error).__name__}: {lines[0][:80]}"
+
+
+def compiled_times(case: Case, sizes: Sizes) -> tuple[tuple[float, float] | None, str]:
+    """Times of what inductor makes of today's function; one static graph, as in training."""
+    torch._dynamo.reset()
+    function = torch.compile(case.today, dynamic=False, fullgraph=True)
+    result = attempt(lambda: times_of(case, function, sizes, ()))
+    torch.cuda.empty_cache()
+    return result
+
+
+HEAD = ("| candidate | variant | forward us | backward us | today forward us | today backward us | floor us, without products "
+        "| predicted ms per step | measured ms per step | error |")  # fmt: skip
+
+
+def report(name: str, check: bool, time: bool, sizes: Sizes, device: torch.device) -> list[str]:
+    """Rows of the table for one candidate."""
+    case = CASES[name]
+    sizes = sizes._replace(vocab=case.vocab) if sizes == FULL else sizes
+    today, reason = compiled_times(case, sizes) if time else (None, "")
+    unit = sizes.tokens * sizes.width * 2 / COPY_BYTES_PER_US
+    before, after = sum(case.traffic[:2]), sum(case.traffic[2:])
+    rows = []
+    for variant, function in case.variants.items():
+        checked = CHECKED._replace(vocab=case.vocab) if sizes == FULL or sizes.vocab == case.vocab else sizes
+        error, wrong = attempt(lambda: error_of(case, function, checked, device)) if check else (math.nan, "")
+        if not wrong and check and not error < 2e-2:
+            wrong = "wrong"
+        times, slow = attempt(lambda: times_of(case, function, sizes, case.values)) if time and not wrong else (None, "")
+        cells = [f"{value:.0f}" for value in (*(times or (math.nan,) * 2), *(today or (math.nan,) * 2))]
+        gain = (sum(today) - sum(times)) * case.per_step / 1000 if times and today else math.nan
+        note = wrong or slow or reason
+        shown = f"{error:.1e}" if error is not None else ""
+        rows.append(f"| {name} | {variant} | {' | '.join(cells)} | {after * unit:.0f} | "
+                    f"{(before - after) * unit * case.per_step / 1000:.2f} | {gain:.2f} | {shown} {note} |")  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main(arguments: list[str] | None = None, sizes: Sizes = FULL) -> None:
+    """Check and time the candidates that are named, or all; the table is printed last."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.candidates")
+    parser.add_argument("names", nargs="*", metavar="NAMES", help=", ".join(CASES))
+    parser.add_argument("--check", action="store_true", help="only compare with float64")
+    parser.add_argument("--time", action="store_true", help="only time")
+    given = parser.parse_args(arguments)
+    if unknown := [name for name in given.names if name not in CASES]:
+        parser.error(f"no candidate {', '.join(unknown)}; there are {', '.join(CASES)}")
+    both = given.check == given.time
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch._functorch.config.donated_buffer = False  # the backward pass is timed again and again on one graph
+    rows = []
+    for name in given.names or CASES:
+        rows += report(name, both or given.check, device.type == "cuda" and (both or given.time), sizes, device)
+    print(f"\n{torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'} torch {torch.__version__} "
+          f"triton {triton.__version__}, {sizes.tokens:,} rows\n\n{HEAD}\n|{'---|' * 10}")  # fmt: skip
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
