@@ -112,7 +112,8 @@ def run_feed_forward(
 
     `backward` says whether it is the backward pass and whether beta's gradient is wanted.
     """
-    (rows, cols, inner, warps, stages), (tokens, hidden), out = tiling, pre.shape, torch.empty_like(pre)
+    rows, cols, inner, warps, stages = tiling[-5:] if backward[0] else tiling[:5]
+    (tokens, hidden), out = pre.shape, torch.empty_like(pre)
     sums = pre.new_empty((triton.cdiv(tokens, rows) if backward[1] else 1, hidden), dtype=torch.float32)
     a, b = (TensorDescriptor.from_tensor(f, [n, inner]) for f, n in zip(factors, (rows, cols)))
     results = (TensorDescriptor.from_tensor(f, [rows, cols // 2]) for f in (pre, out))
@@ -124,12 +125,12 @@ def run_feed_forward(
 
 @torch.library.custom_op("candidates::feed_forward", mutates_args=())
 def feed_forward(
-    x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, tiling: list[int]
+    x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, add: bool, tiling: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`plain_feed_forward`, and its activations and pre-activations."""
+    """`plain_feed_forward`, its activations and pre-activations; `add`: x plus that, x has a gradient of its own."""
     pre = x.new_empty((len(x), len(up)))
     act = run_feed_forward((x, up), r, pre, beta, (False, False), tiling)[0]
-    return act @ down.T, act, pre
+    return run_residual_product(x, act, down, tiling[5:10])[0] if add else act @ down.T, act, pre
 
 
 @torch.library.custom_op("candidates::feed_forward_backward", mutates_args=())
@@ -141,7 +142,7 @@ def feed_forward_backward(
 
 
 @feed_forward.register_fake
-def _(x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, tiling: list[int]) -> tuple:
+def _(x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, add: bool, tiling: list[int]) -> tuple:
     return torch.empty_like(x), x.new_empty((len(x), len(up))), x.new_empty((len(x), len(up)))
 
 
@@ -151,17 +152,18 @@ def _(dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad:
 
 
 def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, _, r, up, down, beta, ctx.tiling = inputs
+    x, _, r, up, down, beta, ctx.add, ctx.tiling = inputs
     ctx.save_for_backward(x, r, up, down, beta, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def feed_forward_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple:
-    """Gradients of the twin, up, down and beta; `carried` is the twin's."""
+    """Gradients of x (of its sum), the twin, up, down and beta."""
     x, r, up, down, beta, act, pre = ctx.saved_tensors
     beta_grad = ctx.needs_input_grad[5]
-    carried, dbeta = feed_forward_backward(dy, down, r, pre, beta, beta_grad, ctx.tiling)
-    return None, carried @ up, None, carried.T @ x, dy.T @ act, dbeta.to(beta.dtype) if beta_grad else None, None
+    dpre, dbeta = feed_forward_backward(dy, down, r, pre, beta, beta_grad, ctx.tiling)
+    dx, dbeta = dy if ctx.add else None, dbeta.to(beta.dtype) if beta_grad else None
+    return dx, dpre @ up, None, dpre.T @ x, dy.T @ act, dbeta, None, None
 
 
 feed_forward.register_autograd(feed_forward_gradients, setup_context=save_feed_forward)
@@ -254,31 +256,97 @@ def heads_tiles(u, r, gain, rotary, extra, q, k, v, tokens, length, EPS: tl.cons
 
 
 @triton.jit
-def replace_heads(u, dout, du, gain, cos, sin, row, tokens, eps, width, FIRST: tl.constexpr, HEADS: tl.constexpr,
-                  SIZE: tl.constexpr, HALF: tl.constexpr, GAIN: tl.constexpr):  # fmt: skip
-    """Backward of `place_heads`: store the gradient of u; returns <gradient, normalized> (ROWS, HEADS, 1, 1)."""
+def end_heads(value, r, gain, rotary, extra, q, k, v, factors, row, column, tokens, length, EPS: tl.constexpr,
+              HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
+    """Ending of a tile (ROWS, whole heads of one kind) of the product: what `heads_tiles` does to it, in registers."""
+    ROWS: tl.constexpr = value.shape[0]
+    GROUP: tl.constexpr = value.shape[1] // SIZE
+    place, head = row + tl.arange(0, ROWS), column // SIZE + tl.arange(0, GROUP)
+    is_value = column >= (HEADS + KV) * SIZE
+    r = tl.load(r + place, mask=place < tokens, other=1.0)[:, None, None, None]
+    pairs = tl.reshape(value, (ROWS, GROUP, SIZE // (2 * HALF), 2, HALF))
+    a, b = tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
+    factor = tl.rsqrt(per_head(a * a + b * b) / SIZE + EPS / (r * r))
+    normed = (place[:, None] < tokens) & (head[None, :] < HEADS + KV)
+    tl.store(factors + place[:, None] * (HEADS + KV) + head[None, :], tl.reshape(factor, (ROWS, GROUP)), mask=normed)
+    gains = tl.load(gain + head, mask=head < HEADS, other=1.0).to(tl.float32)[None, :, None, None]
+    factor = tl.where(is_value, r, factor * gains)
+    until = tl.where(is_value, 0, tokens)  # nothing rotates in v
+    cos, sin = angles(rotary, place[:, None, None, None], until, length, SIZE, HALF)
+    a, b = a * factor, b * factor
+    both = tl.permute(tl.join(a * cos + b * sin, b * cos - a * sin), (0, 1, 2, 4, 3))
+    value = tl.reshape(both, (ROWS, GROUP * SIZE))
+    if EXTRA:
+        at = place[:, None] * (KV * SIZE) + column - (HEADS + KV) * SIZE + tl.arange(0, GROUP * SIZE)[None, :]
+        value += tl.load(extra + at, mask=is_value & (place[:, None] < tokens), other=0.0).to(tl.float32)
+    if column < HEADS * SIZE:
+        q.store([row, column], value.to(q.dtype))
+    elif column < (HEADS + KV) * SIZE:
+        k.store([row, column - HEADS * SIZE], value.to(k.dtype))
+    else:
+        v.store([row, column - (HEADS + KV) * SIZE], value.to(v.dtype))
+
+
+@triton.jit
+def heads_product_tiles(x, weight, r, gain, rotary, extra, q, k, v, factors, tokens, length, width, EPS: tl.constexpr,
+                        ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, HEADS: tl.constexpr,
+                        KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
+    """The product x weight^T, each tile ended by `end_heads` in two halves; x is (tokens, width)."""
+    across: tl.constexpr = (HEADS + 2 * KV) * SIZE // COLS
+    for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
+        row, column = tile // across * ROWS, tile % across * COLS
+        total = tl.zeros((ROWS, COLS), tl.float32)
+        for inner in range(0, width, INNER):
+            total = tl.dot(x.load([row, inner]), weight.load([column, inner]).T, total)
+        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+        end_heads(left, r, gain, rotary, extra, q, k, v, factors, row, column, tokens, length, EPS, HEADS, KV, SIZE,
+                  HALF, EXTRA)
+        end_heads(right, r, gain, rotary, extra, q, k, v, factors, row, column + COLS // 2, tokens, length, EPS, HEADS,
+                  KV, SIZE, HALF, EXTRA)  # fmt: skip
+
+
+@triton.jit
+def replace_heads(u, final, factors, dout, du, gain, cos, sin, row, tokens, eps, width, FIRST: tl.constexpr,
+                  HEADS: tl.constexpr, NORMED: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+                  GAIN: tl.constexpr, PRODUCT: tl.constexpr):  # fmt: skip
+    """Backward of `place_heads`: store the gradient of u; returns <gradient, normalized> (ROWS, HEADS, 1, 1).
+
+    The normalized heads come from the product u, or (not PRODUCT) from what was made of it: turned back, over gain.
+    """
     source, live = spots(row, width, HEADS, SIZE, HALF) + FIRST * SIZE, row < tokens
-    target = spots(row, HEADS * SIZE, HEADS, SIZE, HALF)
-    a = tl.load(u + source, mask=live, other=0.0).to(tl.float32)
-    b = tl.load(u + source + HALF, mask=live, other=0.0).to(tl.float32)
+    target, head = spots(row, HEADS * SIZE, HEADS, SIZE, HALF), tl.arange(0, HEADS)[None, :, None, None]
     left = tl.load(dout + target, mask=live, other=0.0).to(tl.float32)
     right = tl.load(dout + target + HALF, mask=live, other=0.0).to(tl.float32)
     da, db = left * cos - right * sin, left * sin + right * cos
-    factor = tl.rsqrt(per_head(a * a + b * b) / SIZE + eps)
-    a, b = a * factor, b * factor
+    if GAIN:
+        gains = tl.load(gain + head).to(tl.float32)
+    if PRODUCT:
+        a = tl.load(u + source, mask=live, other=0.0).to(tl.float32)
+        b = tl.load(u + source + HALF, mask=live, other=0.0).to(tl.float32)
+        factor = tl.rsqrt(per_head(a * a + b * b) / SIZE + eps)
+        a, b = a * factor, b * factor
+    else:
+        left = tl.load(final + target, mask=live, other=0.0).to(tl.float32)
+        right = tl.load(final + target + HALF, mask=live, other=0.0).to(tl.float32)
+        factor = tl.load(factors + row * NORMED + FIRST + head, mask=live, other=0.0)
+        length = cos * cos + sin * sin  # 1 but for the table's rounding
+        if GAIN:
+            length *= tl.where(gains == 0, float("inf"), gains)
+        a, b = (left * cos - right * sin) / length, (left * sin + right * cos) / length
     inner = per_head(a * da + b * db)
     shrink = inner / SIZE
     if GAIN:
-        factor *= tl.load(gain + tl.arange(0, HEADS)).to(tl.float32)[None, :, None, None]
+        factor *= gains
     tl.store(du + source, (factor * (da - a * shrink)).to(du.dtype.element_ty), mask=live)
     tl.store(du + source + HALF, (factor * (db - b * shrink)).to(du.dtype.element_ty), mask=live)
     return inner
 
 
 @triton.jit
-def heads_backward_tiles(u, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, tokens, length, EPS: tl.constexpr,
-                         ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
-                         HALF: tl.constexpr, TWIN: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
+def heads_backward_tiles(u, q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, tokens, length,
+                         EPS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr,
+                         SIZE: tl.constexpr, HALF: tl.constexpr, TWIN: tl.constexpr, EXTRA: tl.constexpr,
+                         PRODUCT: tl.constexpr):  # fmt: skip
     """The whole gradient of u, walking over blocks of ROWS rows; sums (programs, HEADS) of the gain's gradient."""
     width = (HEADS + 2 * KV) * SIZE
     gains = tl.zeros((ROWS, HEADS, 1, 1), tl.float32)
@@ -287,8 +355,10 @@ def heads_backward_tiles(u, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums
         factor = tl.load(r + row, mask=row < tokens, other=1.0)
         cos, sin = angles(rotary, row, tokens, length, SIZE, HALF)
         eps = EPS / (factor * factor)
-        gains += replace_heads(u, dq, du, gain, cos, sin, row, tokens, eps, width, 0, HEADS, SIZE, HALF, True)
-        replace_heads(u, dk, du, gain, cos, sin, row, tokens, eps, width, HEADS, KV, SIZE, HALF, False)
+        gains += replace_heads(u, q, factors, dq, du, gain, cos, sin, row, tokens, eps, width, 0, HEADS, HEADS + KV,
+                               SIZE, HALF, True, PRODUCT)  # fmt: skip
+        replace_heads(u, k, factors, dk, du, gain, cos, sin, row, tokens, eps, width, HEADS, KV, HEADS + KV, SIZE, HALF,
+                      False, PRODUCT)  # fmt: skip
         flat, channel = (block * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, KV * SIZE)[None, :]
         live = (flat < tokens) & (channel < KV * SIZE)
         value = tl.load(dv + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
@@ -320,15 +390,42 @@ def head_sizes(width: int, weight: Tensor, gain: Tensor, rotary: Tensor) -> Head
     return sizes
 
 
+def heads_product(
+    x: Tensor, weight: Tensor, places: list[Tensor], outputs: list[Tensor], sizes: HeadSizes, tiling: Tiling
+) -> Tensor:
+    """Run `heads_product_tiles` into outputs q, k, v; the factors of the norms (tokens, H + KV).
+
+    `places`: r, gain, rotary and, where given, extra.
+    """
+    n, (rows, cols, inner, warps, stages) = len(x), tiling[:5]
+    if sizes.kv * sizes.size % (cols // 2):
+        raise ValueError(f"half a tile of {cols} columns holds heads of two kinds")
+    factors = x.new_empty((n, sizes.heads + sizes.kv), dtype=torch.float32)
+    a, b = (TensorDescriptor.from_tensor(f, [count, inner]) for f, count in ((x, rows), (weight, cols)))
+    results = [TensorDescriptor.from_tensor(out.flatten(1), [rows, cols // 2]) for out in outputs]
+    r, gain, rotary, extra = (*places, x)[:4]
+    grid = (programs(x.device, triton.cdiv(n, rows) * triton.cdiv(len(weight), cols)),)
+    heads_product_tiles[grid](a, b, r, gain, rotary, extra, *results, factors, n, rotary.shape[1], x.shape[1], EPS, rows,
+                              cols, inner, *sizes, len(places) == 4, num_warps=warps, num_stages=stages)  # fmt: skip
+    return factors
+
+
 @torch.library.custom_op("candidates::heads", mutates_args=())
 def heads(
     x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
     tiling: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`plain_heads`, v's twin for `exclusive`, and the product for the backward pass."""
-    n, sizes, u = len(x), head_sizes(x.shape[1], weight, gain, rotary), x @ weight.T
+    """`plain_heads`, v's twin for `exclusive`, and for the backward pass the product or the factors of the norms.
+
+    A tiling of 7 numbers is a pass over cuBLAS's product; of 9, our own product with that pass as its ending.
+    """
+    n, sizes = len(x), head_sizes(x.shape[1], weight, gain, rotary)
     q, k, v, v_twin = (x.new_empty((n, count, sizes.size)) for count in (sizes.heads, sizes.kv, sizes.kv, sizes.kv))
+    if len(tiling) == 9:
+        places = [place for place in (r, gain, rotary, extra) if place is not None]
+        return q, k, v, v_twin, heads_product(x, weight, places, [q, k, v], sizes, tiling)
     rows, warps, stages = tiling[:3]
+    u = x @ weight.T
     heads_tiles[(triton.cdiv(n, rows),)](u, r, gain, rotary, u if extra is None else extra, q, k, v, n, rotary.shape[1],
                                          EPS, rows, *sizes, extra is not None, num_warps=warps, num_stages=stages)  # fmt: skip
     return q, k, v, v_twin, u
@@ -336,20 +433,22 @@ def heads(
 
 @torch.library.custom_op("candidates::heads_backward", mutates_args=())
 def heads_backward(
-    upstream: list[Tensor], u: Tensor, r: Tensor, gain: Tensor, rotary: Tensor, has_extra: bool, tiling: list[int]
+    upstream: list[Tensor], saved: list[Tensor], has_extra: bool, tiling: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the product, of the gain, and of v (written only where `extra` wants it).
 
-    `upstream` are the gradients of q, k, v and, where something used it, of v's twin.
+    `upstream` are the gradients of q, k, v and, where something used it, of v's twin; `saved` r, gain, rotary and the
+    product, or the factors of the norms, q and k.
     """
     dq, dk, dv, dtwin = [d.contiguous() for d in (*upstream, upstream[2])[:4]]
     (n, count, size), kv, (rows, warps, stages, per_processor) = dq.shape, dk.shape[1], tiling[-4:]
-    grid = (programs(u.device, triton.cdiv(n, rows), per_processor),)
-    du, dextra = torch.empty_like(u), torch.empty_like(dv) if has_extra else dv.new_empty(0)
-    sums = u.new_empty((grid[0], count), dtype=torch.float32)
-    heads_backward_tiles[grid](u, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, n, rotary.shape[1], EPS, rows,
-                               count, kv, size, rotary.shape[2], len(upstream) == 4, has_extra, num_warps=warps,
-                               num_stages=stages)  # fmt: skip
+    r, gain, rotary, basis, q, k = (*saved, *saved[3:], *saved[3:])[:6]
+    grid = (programs(dq.device, triton.cdiv(n, rows), per_processor),)
+    du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), torch.empty_like(dv) if has_extra else dv.new_empty(0)
+    sums = dq.new_empty((grid[0], count), dtype=torch.float32)
+    heads_backward_tiles[grid](basis, q, k, basis, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, n,
+                               rotary.shape[1], EPS, rows, count, kv, size, rotary.shape[2], len(upstream) == 4,
+                               has_extra, len(saved) == 4, num_warps=warps, num_stages=stages)  # fmt: skip
     return du, sums.sum(0).to(gain.dtype), dextra
 
 
@@ -358,29 +457,31 @@ def _(x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: 
       tiling: list[int]) -> tuple:  # fmt: skip
     size = x.shape[1] // len(gain)
     kv = (len(weight) // size - len(gain)) // 2
-    shapes = [(len(x), count, size) for count in (len(gain), kv, kv, kv)]
-    return *(x.new_empty(shape) for shape in shapes), x.new_empty((len(x), len(weight)))
+    outputs = tuple(x.new_empty((len(x), count, size)) for count in (len(gain), kv, kv, kv))
+    if len(tiling) == 9:
+        return *outputs, x.new_empty((len(x), len(gain) + kv), dtype=torch.float32)
+    return *outputs, x.new_empty((len(x), len(weight)))
 
 
 @heads_backward.register_fake
-def _(upstream: list[Tensor], u: Tensor, r: Tensor, gain: Tensor, rotary: Tensor, has_extra: bool,
-      tiling: list[int]) -> tuple:  # fmt: skip
-    dextra = upstream[2].new_empty(upstream[2].shape if has_extra else 0)
-    return u.new_empty(u.shape), torch.empty_like(gain), dextra
+def _(upstream: list[Tensor], saved: list[Tensor], has_extra: bool, tiling: list[int]) -> tuple:
+    dq, dk, dv = upstream[:3]
+    width = (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2]
+    return dq.new_empty((len(dq), width)), torch.empty_like(saved[1]), dv.new_empty(dv.shape if has_extra else 0)
 
 
 def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, _, r, weight, gain, rotary, extra, ctx.tiling = inputs
     ctx.has_extra = extra is not None
-    ctx.save_for_backward(x, r, weight, gain, rotary, output[4])
+    ctx.save_for_backward(x, weight, r, gain, rotary, output[4], *(output[:2] if len(ctx.tiling) == 9 else ()))
     ctx.set_materialize_grads(False)
 
 
-def heads_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, _: Any) -> tuple:
+def heads_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, _: None) -> tuple:
     """Gradients of the twin, the weight, the gain and `extra`."""
-    x, r, weight, gain, rotary, u = ctx.saved_tensors
+    x, weight, *saved = ctx.saved_tensors
     upstream = [dq, dk, dv] + ([] if dtwin is None else [dtwin])
-    du, dgain, dextra = heads_backward(upstream, u, r, gain, rotary, ctx.has_extra, ctx.tiling)
+    du, dgain, dextra = heads_backward(upstream, saved, ctx.has_extra, ctx.tiling)
     return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None, None
 
 
@@ -495,16 +596,17 @@ def residual_tiles(x, y, skip, x0, mix, new, factors, tokens, scale, EPS: tl.con
     """The new x and r of ROWS rows; COLS is WIDTH rounded up to a power of two."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
     at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
+    every = mix + column + 0 * row[:, None]  # a whole tile of each vector: one line of it would change its layout in shared memory
     value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     if SUM:
         value += tl.load(y + at, mask=live, other=0.0).to(tl.float32)
     if MIX:
-        value *= tl.load(mix + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        value *= tl.load(every, mask=live, other=0.0).to(tl.float32)
         first = tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
-        value += first * tl.load(mix + 2 * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        value += first * tl.load(every + 2 * WIDTH, mask=live, other=0.0).to(tl.float32)
     if SKIP:
         other = tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
-        value += other * tl.load(mix + WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        value += other * tl.load(every + WIDTH, mask=live, other=0.0).to(tl.float32)
     rounded = value.to(new.dtype.element_ty)
     tl.store(new + at, rounded, mask=live)
     value = rounded.to(tl.float32)
@@ -520,18 +622,19 @@ def residual_backward_tiles(x, y, skip, x0, mix, new, factors, dnew, dtwin, dx, 
     The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
     """
     column = tl.arange(0, COLS)[None, :]
-    within = column < WIDTH
+    every = mix + column + 0 * tl.arange(0, ROWS)[:, None]  # whole tiles, as in the forward pass
+    within = column + 0 * tl.arange(0, ROWS)[:, None] < WIDTH
     if MIX:
-        keep = tl.load(mix + column, mask=within, other=0.0).to(tl.float32)
-        first = tl.load(mix + 2 * WIDTH + column, mask=within, other=0.0).to(tl.float32)
+        keep = tl.load(every, mask=within, other=0.0).to(tl.float32)
+        first = tl.load(every + 2 * WIDTH, mask=within, other=0.0).to(tl.float32)
         dkeep, dfirst = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     if SKIP:
-        other = tl.load(mix + WIDTH + column, mask=within, other=0.0).to(tl.float32)
+        other = tl.load(every + WIDTH, mask=within, other=0.0).to(tl.float32)
         dother = tl.zeros((ROWS, COLS), tl.float32)
     blocks = tl.cdiv(tokens, ROWS)
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
-        at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & within
+        at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
         g = tl.load(dtwin + at, mask=live, other=0.0).to(tl.float32)
         value = tl.load(new + at, mask=live, other=0.0).to(tl.float32)
         upstream = tl.load(dnew + at, mask=live, other=0.0).to(tl.float32)
@@ -626,6 +729,80 @@ def residual_gradients(ctx: Any, dnew: Tensor, dtwin: Tensor, _: None) -> tuple:
 
 
 residual.register_autograd(residual_gradients, setup_context=save_residual)
+
+
+def plain_residual_product(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`plain_residual` of x (tokens, C) and z weight^T, z (tokens, inputs)."""
+    return plain_residual(x, F.linear(z, weight), None, None, None, scale)
+
+
+@triton.jit
+def end_residual(value, x, new, squares, row, column, tokens):
+    """Ending of a tile of the product: add x, store, and store each row's sum of squares over the tile's columns."""
+    place = row + tl.arange(0, value.shape[0])
+    rounded = (value + x.load([row, column]).to(tl.float32)).to(new.dtype)
+    new.store([row, column], rounded)
+    total = rounded.to(tl.float32)
+    tl.store(squares + column // value.shape[1] * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
+
+
+@triton.jit
+def residual_product_tiles(a, b, x, new, squares, tokens, width, length, ROWS: tl.constexpr, COLS: tl.constexpr,
+                           INNER: tl.constexpr):  # fmt: skip
+    """x + a b^T for a (tokens, length) and b (width, length), each tile ended by `end_residual` in two halves."""
+    across = tl.cdiv(width, COLS)
+    for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
+        row, column = tile // across * ROWS, tile % across * COLS
+        total = tl.zeros((ROWS, COLS), tl.float32)
+        for k in range(0, length, INNER):
+            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+        end_residual(left, x, new, squares, row, column, tokens)
+        end_residual(right, x, new, squares, row, column + COLS // 2, tokens)
+
+
+def run_residual_product(x: Tensor, z: Tensor, weight: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    """x + z weight^T, and the sums of squares (pieces, tokens) of its rows."""
+    (n, width), (rows, cols, inner, warps, stages), new = x.shape, tiling, torch.empty_like(x)
+    pieces = 2 * triton.cdiv(width, cols)
+    squares = x.new_empty((pieces, n), dtype=torch.float32)
+    a, b = (TensorDescriptor.from_tensor(f, [count, inner]) for f, count in ((z, rows), (weight, cols)))
+    ends = (TensorDescriptor.from_tensor(f, [rows, cols // 2]) for f in (x, new))
+    grid = (programs(x.device, triton.cdiv(n, rows) * triton.cdiv(width, cols)),)
+    residual_product_tiles[grid](a, b, *ends, squares, n, width, z.shape[1], rows, cols, inner, num_warps=warps,
+                                 num_stages=stages)  # fmt: skip
+    return new, squares
+
+
+@torch.library.custom_op("candidates::residual_product", mutates_args=())
+def residual_product(
+    x: Tensor, z: Tensor, weight: Tensor, scale: float, tiling: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`plain_residual_product`: the product is never written by itself; the twin is memory that nobody touches."""
+    new, squares = run_residual_product(x, z, weight, tiling[:5])
+    return new, torch.empty_like(x), scale * torch.rsqrt(squares.sum(0) / x.shape[1] + EPS)
+
+
+@residual_product.register_fake
+def _(x: Tensor, z: Tensor, weight: Tensor, scale: float, tiling: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+
+
+def save_residual_product(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, z, weight, ctx.scale, ctx.tiling = inputs
+    ctx.save_for_backward(z, weight, output[0], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def residual_product_gradients(ctx: Any, dnew: Tensor, dtwin: Tensor, _: None) -> tuple:
+    """Gradients of x, z and weight."""
+    z, weight, *saved = ctx.saved_tensors
+    upstream = [dnew.contiguous(), dtwin.contiguous()]
+    dx = residual_backward(upstream, saved, [True, False, False], ctx.scale, ctx.tiling)[0]
+    return dx, dx @ weight, dx.T @ z, None, None
+
+
+residual_product.register_autograd(residual_product_gradients, setup_context=save_residual_product)
 
 # ----------------------------------------------------------------------------------------------
 # E. Loss: softcapped logits and cross-entropy
@@ -775,7 +952,7 @@ FULL = Sizes(48, 2048, 512, 8, 4, 1536, 8, 1024)
 CHECKED = FULL._replace(sequences=3, length=67)  # no tile divides it
 CAP = 30.0
 SCALE = 0.5  # of a layer's normalized input
-FIXED = ("r", "rotary", "targets")  # inputs without a gradient
+FIXED = ("r", "rotary", "targets", "beta")  # inputs without a gradient
 
 
 class Case(NamedTuple):
@@ -823,6 +1000,11 @@ def loss_inputs(s: Sizes, draw: Callable[..., Tensor]) -> Tensors:
     return {"hidden": draw(s.tokens, s.width), "weight": draw(s.vocab, s.width), "targets": targets}
 
 
+def product_inputs(s: Sizes, draw: Callable[..., Tensor]) -> Tensors:
+    weight = draw(s.width, s.width) / s.width**0.5
+    return {"x": draw(s.tokens, s.width), "z": draw(s.tokens, s.width), "weight": weight}
+
+
 def only(*outputs: Tensor) -> Outputs:
     return [*outputs], []
 
@@ -860,6 +1042,17 @@ def today_loss(i: Tensors) -> Outputs:
     return only(F.cross_entropy(logits, i["targets"], reduction="none"))
 
 
+def today_residual_product(i: Tensors) -> Outputs:
+    """The output product of the attention, the sum, and the norm after it."""
+    x = i["x"] + F.linear(i["z"], i["weight"])
+    return only(x, t.rms_norm(x) * SCALE)
+
+
+def today_feed_forward_sum(i: Tensors) -> Outputs:
+    """The feed-forward part and the sum after it."""
+    return only(i["x"] + today_feed_forward(i)[0][0])
+
+
 def with_twin(outputs: tuple[Tensor, ...], compared: int) -> Outputs:
     """The first outputs are compared, the next is a twin, the rest is saved memory."""
     return [*outputs[:compared]], [outputs[compared]]
@@ -880,10 +1073,15 @@ def separate_loss(i: Tensors, tiling: Tiling) -> Outputs:
     return only(loss(F.linear(i["hidden"], i["weight"]), i["targets"], CAP, tiling)[0])
 
 
-PRODUCT_TILINGS = ([128, 256, 64, 8, 3], [128, 256, 64, 8, 4], [128, 128, 64, 4, 3], [128, 128, 64, 8, 4])
-HEADS_TILINGS = ([4, 4, 2, 4, 4, 2, 8], [8, 8, 2, 8, 8, 2, 4], [2, 4, 2, 2, 4, 2, 8], [4, 8, 2, 4, 8, 2, 4])
+WIDE, SQUARE = [128, 256, 64, 8, 3], [128, 128, 64, 4, 3]
+FEED_FORWARD_TILINGS = (WIDE, [*SQUARE, *WIDE], [128, 256, 64, 8, 4, *WIDE])
+ADDED_TILINGS = ([*WIDE, *WIDE, *WIDE], [*WIDE, *SQUARE, *WIDE])
+HEADS_TILINGS = ([4, 4, 2, 4, 4, 2, 6], [8, 4, 2, 4, 4, 2, 24], [4, 2, 2, 4, 2, 2, 8], [8, 8, 2, 8, 4, 2, 4])
+ENDING_TILINGS = ([*WIDE, 4, 4, 2, 6], [*SQUARE, 4, 4, 2, 24], [128, 128, 64, 8, 4, 4, 2, 2, 8], [*SQUARE[:4], 4, 8, 4, 2, 4])
+SUM_TILINGS = ([*WIDE, 4, 4, 1, 4], [*SQUARE, 2, 2, 2, 8], [128, 128, 64, 8, 4, 1, 1, 1, 16], [*SQUARE[:4], 4, 4, 4, 2, 4])
 EXCLUSIVE_TILINGS = ([32, 4, 2], [64, 4, 2], [64, 8, 2], [16, 2, 2])
-RESIDUAL_TILINGS = ([4, 4, 2, 4, 4, 1, 4], [8, 4, 2, 4, 4, 2, 4], [8, 8, 2, 8, 8, 1, 2], [4, 4, 2, 4, 4, 3, 3])
+RESIDUAL_TILINGS = ([4, 4, 2, 4, 4, 1, 4], [8, 4, 2, 4, 4, 2, 4], [2, 1, 2, 1, 1, 1, 16], [4, 2, 2, 2, 2, 2, 8],
+                    [1, 1, 2, 1, 1, 3, 16])
 LOSS_TILINGS = {1024: ([4, 4, 2], [8, 8, 2], [2, 4, 2]), 8192: ([1, 8, 2], [1, 4, 2], [1, 16, 2])}
 
 
@@ -897,10 +1095,19 @@ def residual_case(traffic: tuple[float, ...], per_step: int, **flags: bool) -> C
                     residual(**i, scale=SCALE, tiling=tiling))), (), traffic, per_step)  # fmt: skip
 
 
-def heads_case(extra: bool, traffic: tuple[float, ...], per_step: int) -> Case:
+def heads_case(tilings: tuple[Tiling, ...], extra: bool, traffic: tuple[float, ...], per_step: int) -> Case:
     return Case(partial(heads_inputs, extra=extra), plain_heads_outputs, today_heads,
-                named(HEADS_TILINGS, lambda i, tiling: with_twin(heads(**i, tiling=tiling), 3)), ("x",),
+                named(tilings, lambda i, tiling: with_twin(heads(**i, tiling=tiling), 3)), ("x",),
                 traffic, per_step)  # fmt: skip
+
+
+def feed_forward_case(tilings: tuple[Tiling, ...], add: bool, traffic: tuple[float, ...]) -> Case:
+    def plain(i: Tensors) -> Outputs:
+        return only(plain_feed_forward(**i) + (i["x"] if add else 0))
+
+    return Case(feed_forward_inputs, plain, today_feed_forward_sum if add else today_feed_forward,
+                named(tilings, lambda i, tiling: only(feed_forward(**i, add=add, tiling=tiling)[0])),
+                () if add else ("x",), traffic, 11)  # fmt: skip
 
 
 def loss_case(vocab: int, traffic: tuple[float, ...]) -> Case:
@@ -910,15 +1117,20 @@ def loss_case(vocab: int, traffic: tuple[float, ...]) -> Case:
 
 
 CASES: dict[str, Case] = {
-    "feed_forward": Case(
-        feed_forward_inputs, lambda i: only(plain_feed_forward(**i)), today_feed_forward,
-        named(PRODUCT_TILINGS, lambda i, tiling: only(feed_forward(**i, tiling=tiling)[0])), ("x",), (0, 0, 0, 0), 11),
-    "heads": heads_case(False, (3, 6, 4, 6), 9),
-    "heads_extra": heads_case(True, (4, 6.5, 4.5, 6.5), 2),
+    "feed_forward": feed_forward_case(FEED_FORWARD_TILINGS, False, (0, 0, 0, 0)),
+    "feed_forward_sum": feed_forward_case(ADDED_TILINGS, True, (3, 0, 1, 0)),
+    "heads": heads_case(HEADS_TILINGS, False, (3, 6, 4, 6), 9),
+    "heads_ending": heads_case(ENDING_TILINGS, False, (3, 6, 0, 6), 9),
+    "heads_extra": heads_case(HEADS_TILINGS[:1] + ENDING_TILINGS[:1], True, (4, 6.5, 4.5, 6.5), 2),
     "exclusive": Case(
         exclusive_inputs, lambda i: only(plain_exclusive(**i)), lambda i: only(t.exclusive(i["y"][None], i["v"][None])),
         named(EXCLUSIVE_TILINGS, lambda i, tiling: only(exclusive(**i, tiling=tiling))), ("v",), (2.5, 6, 2.5, 4), 11),
     "residual": residual_case((4, 4, 3, 4), 11, summed=True, mixed=False, skipped=False),
+    "residual_product": Case(
+        product_inputs, lambda i: residual_outputs(plain_residual_product(**i, scale=SCALE)), today_residual_product,
+        named(SUM_TILINGS, lambda i, tiling: residual_outputs(residual_product(**i, scale=SCALE, tiling=tiling))), (),
+        (4, 4, 1, 4), 11),
+    "residual_mixed_alone": residual_case((4, 10, 3, 7), 6, summed=False, mixed=True, skipped=False),
     "residual_mixed": residual_case((5, 11, 4, 8), 6, summed=True, mixed=True, skipped=False),
     "residual_skip": residual_case((6, 14, 5, 10), 5, summed=True, mixed=True, skipped=True),
     "loss": loss_case(1024, (2, 4, 2, 4)),
