@@ -203,13 +203,16 @@ def spots(row, width, HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexp
 
 
 @triton.jit
-def angles(rotary, row, tokens, length, SIZE: tl.constexpr, HALF: tl.constexpr):
-    """Cosines and sines for `spots`: 1 and 0 where nothing rotates."""
-    block = tl.arange(0, SIZE // (2 * HALF))[None, None, :, None]
-    at = row % length * HALF + tl.arange(0, HALF)[None, None, None, :] + 0 * block
-    turns = (block == 0) & (row < tokens)
-    cos = tl.load(rotary + at, mask=turns, other=1.0).to(tl.float32)
-    return cos, tl.load(rotary + length * HALF + at, mask=turns, other=0.0).to(tl.float32)
+def angles(rotary, place, tokens, length, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """Cosines and sines (ROWS, 1, SIZE / 2 HALF, HALF) for `spots` of rows place (ROWS,): 1 and 0 where nothing rotates.
+
+    Loaded as a small tile, so that it takes on the layout of the large one and not the other way round.
+    """
+    at, live = (place % length * HALF)[:, None] + tl.arange(0, HALF)[None, :], place[:, None] < tokens
+    cos = tl.load(rotary + at, mask=live, other=1.0).to(tl.float32)
+    sin = tl.load(rotary + length * HALF + at, mask=live, other=0.0).to(tl.float32)
+    turns = tl.arange(0, SIZE // (2 * HALF))[None, None, :, None] == 0
+    return tl.where(turns, cos[:, None, None, :], 1.0), tl.where(turns, sin[:, None, None, :], 0.0)
 
 
 @triton.jit
@@ -240,13 +243,14 @@ def heads_tiles(u, r, gain, rotary, extra, q, k, v, tokens, length, EPS: tl.cons
                 EXTRA: tl.constexpr):  # fmt: skip
     """q, k and v of ROWS rows of the product u (tokens, (HEADS + 2 KV) SIZE)."""
     first, width = tl.program_id(0) * ROWS, (HEADS + 2 * KV) * SIZE
-    row = (first + tl.arange(0, ROWS))[:, None, None, None]
+    place = first + tl.arange(0, ROWS)
+    row = place[:, None, None, None]
     factor = tl.load(r + row, mask=row < tokens, other=1.0)
-    cos, sin = angles(rotary, row, tokens, length, SIZE, HALF)
+    cos, sin = angles(rotary, place, tokens, length, SIZE, HALF)
     eps = EPS / (factor * factor)
     place_heads(u, q, gain, cos, sin, row, tokens, eps, width, 0, HEADS, SIZE, HALF, True)
     place_heads(u, k, gain, cos, sin, row, tokens, eps, width, HEADS, KV, SIZE, HALF, False)
-    flat, channel = (first + tl.arange(0, ROWS))[:, None], tl.arange(0, KV * SIZE)[None, :]
+    flat, channel = place[:, None], tl.arange(0, KV * SIZE)[None, :]
     live = (flat < tokens) & (channel < KV * SIZE)
     value = tl.load(u + flat * width + (HEADS + KV) * SIZE + channel, mask=live, other=0.0).to(tl.float32)
     value *= tl.load(r + flat, mask=flat < tokens, other=1.0)
@@ -272,19 +276,19 @@ def end_heads(value, r, gain, rotary, extra, q, k, v, factors, row, column, toke
     gains = tl.load(gain + head, mask=head < HEADS, other=1.0).to(tl.float32)[None, :, None, None]
     factor = tl.where(is_value, r, factor * gains)
     until = tl.where(is_value, 0, tokens)  # nothing rotates in v
-    cos, sin = angles(rotary, place[:, None, None, None], until, length, SIZE, HALF)
+    cos, sin = angles(rotary, place, until, length, SIZE, HALF)
     a, b = a * factor, b * factor
     both = tl.permute(tl.join(a * cos + b * sin, b * cos - a * sin), (0, 1, 2, 4, 3))
     value = tl.reshape(both, (ROWS, GROUP * SIZE))
     if EXTRA:
         at = place[:, None] * (KV * SIZE) + column - (HEADS + KV) * SIZE + tl.arange(0, GROUP * SIZE)[None, :]
         value += tl.load(extra + at, mask=is_value & (place[:, None] < tokens), other=0.0).to(tl.float32)
-    if column < HEADS * SIZE:
-        q.store([row, column], value.to(q.dtype))
-    elif column < (HEADS + KV) * SIZE:
-        k.store([row, column - HEADS * SIZE], value.to(k.dtype))
-    else:
-        v.store([row, column - (HEADS + KV) * SIZE], value.to(v.dtype))
+    # Selected, not branched: Triton 3.6 cannot flatten a loop with a branch in it.
+    is_query = column < HEADS * SIZE
+    out = tl.where(is_query, q, tl.where(is_value, v, k))
+    column -= tl.where(is_query, 0, tl.where(is_value, HEADS + KV, HEADS) * SIZE)
+    at = place[:, None] * (tl.where(is_query, HEADS, KV) * SIZE) + column + tl.arange(0, GROUP * SIZE)[None, :]
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=place[:, None] < tokens)
 
 
 @triton.jit
@@ -351,15 +355,16 @@ def heads_backward_tiles(u, q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, d
     width = (HEADS + 2 * KV) * SIZE
     gains = tl.zeros((ROWS, HEADS, 1, 1), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
-        row = (block * ROWS + tl.arange(0, ROWS))[:, None, None, None]
+        place = block * ROWS + tl.arange(0, ROWS)
+        row = place[:, None, None, None]
         factor = tl.load(r + row, mask=row < tokens, other=1.0)
-        cos, sin = angles(rotary, row, tokens, length, SIZE, HALF)
+        cos, sin = angles(rotary, place, tokens, length, SIZE, HALF)
         eps = EPS / (factor * factor)
         gains += replace_heads(u, q, factors, dq, du, gain, cos, sin, row, tokens, eps, width, 0, HEADS, HEADS + KV,
                                SIZE, HALF, True, PRODUCT)  # fmt: skip
         replace_heads(u, k, factors, dk, du, gain, cos, sin, row, tokens, eps, width, HEADS, KV, HEADS + KV, SIZE, HALF,
                       False, PRODUCT)  # fmt: skip
-        flat, channel = (block * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, KV * SIZE)[None, :]
+        flat, channel = place[:, None], tl.arange(0, KV * SIZE)[None, :]
         live = (flat < tokens) & (channel < KV * SIZE)
         value = tl.load(dv + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
         if TWIN:
@@ -402,10 +407,9 @@ def heads_product(
         raise ValueError(f"half a tile of {cols} columns holds heads of two kinds")
     factors = x.new_empty((n, sizes.heads + sizes.kv), dtype=torch.float32)
     a, b = (TensorDescriptor.from_tensor(f, [count, inner]) for f, count in ((x, rows), (weight, cols)))
-    results = [TensorDescriptor.from_tensor(out.flatten(1), [rows, cols // 2]) for out in outputs]
     r, gain, rotary, extra = (*places, x)[:4]
     grid = (programs(x.device, triton.cdiv(n, rows) * triton.cdiv(len(weight), cols)),)
-    heads_product_tiles[grid](a, b, r, gain, rotary, extra, *results, factors, n, rotary.shape[1], x.shape[1], EPS, rows,
+    heads_product_tiles[grid](a, b, r, gain, rotary, extra, *outputs, factors, n, rotary.shape[1], x.shape[1], EPS, rows,
                               cols, inner, *sizes, len(places) == 4, num_warps=warps, num_stages=stages)  # fmt: skip
     return factors
 
