@@ -1,6 +1,7 @@
 """Kernels that might replace what inductor makes of the model, timed beside it: adopted only after this table.
 
-    python -m benchmarks.candidates [NAMES] [--check] [--time]      # no flag: both
+    python -m benchmarks.candidates [NAMES] [--check] [--time]      # no flag: both; within 5 minutes on one GPU
+    python -m benchmarks.candidates [NAMES] --resources             # registers and spills for sm_90, without a GPU
 
 A step is bound by what it reads and writes. Three ideas take bytes away, each exactly the same function as before:
 
@@ -28,17 +29,28 @@ kernels read and write without products, as far as its measured times tell (see 
 """
 
 import argparse
+import contextlib
 import math
+import re
+import shutil
 import statistics
+import subprocess
+import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import train_gpt as t
@@ -49,10 +61,15 @@ Tiling = list[int]  # rows (and columns) of a tile, ..., warps, stages
 
 
 def programs(device: torch.device, blocks: int, per_processor: int = 1) -> int:
-    """Programs of a grid that walks over `blocks`; two on the CPU, so that tests see both the walk and the partial sums."""
+    """Programs of a grid that walks over `blocks`; two on the CPU, so that tests see the walk and the partial sums."""
     if device.type != "cuda":
         return min(blocks, 2)
     return min(blocks, per_processor * torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def kernel(counts: list[str]) -> Callable:
+    """triton.jit without one more compilation for each kind of number that these arguments, counts of rows, can be."""
+    return triton.jit(do_not_specialize=counts)
 
 
 def carry(x: Tensor, twin: Tensor) -> Tensor:
@@ -90,9 +107,10 @@ def activate(value, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWA
         out.store([row, column], (h * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
 
 
-@triton.jit
+@kernel(["tokens"])
 def feed_forward_tiles(a, b, pre, out, r, beta, sums, tokens, hidden, length, BACKWARD: tl.constexpr,
-                       BETA_GRAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+                       BETA_GRAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                       INNER: tl.constexpr):  # fmt: skip
     """Tiles of a (tokens, length) times b (hidden, length) transposed, each ended by `activate` in two halves."""
     across = tl.cdiv(hidden, COLS)
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
@@ -142,7 +160,8 @@ def feed_forward_backward(
 
 
 @feed_forward.register_fake
-def _(x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, add: bool, tiling: list[int]) -> tuple:
+def _(x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, add: bool,
+      tiling: list[int]) -> tuple:  # fmt: skip
     return torch.empty_like(x), x.new_empty((len(x), len(up))), x.new_empty((len(x), len(up)))
 
 
@@ -183,8 +202,8 @@ def plain_heads(
     """
     heads, length = len(gain), rotary.shape[1]
     size = x.shape[1] // heads
-    rows = r.detach()[:, None] * F.linear(carry(x, twin), weight)
-    q, k, v = rows.view(-1, length, len(weight) // size, size).tensor_split([heads, (heads + len(weight) // size) // 2], 2)
+    rows = (r.detach()[:, None] * F.linear(carry(x, twin), weight)).view(-1, length, len(weight) // size, size)
+    q, k, v = rows.tensor_split([heads, (heads + rows.shape[2]) // 2], 2)
     cos, sin = rotary[:, :, None, :]
     q = t.apply_rotary(t.rms_norm(q), cos, sin) * gain[:, None]
     k, v = t.apply_rotary(t.rms_norm(k), cos, sin).flatten(0, 1), v.flatten(0, 1)
@@ -204,7 +223,7 @@ def spots(row, width, HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexp
 
 @triton.jit
 def angles(rotary, place, tokens, length, SIZE: tl.constexpr, HALF: tl.constexpr):
-    """Cosines and sines (ROWS, 1, SIZE / 2 HALF, HALF) for `spots` of rows place (ROWS,): 1 and 0 where nothing rotates.
+    """Cosines and sines (ROWS, 1, SIZE / 2 HALF, HALF) for `spots` of rows `place`; 1 and 0 where nothing rotates.
 
     Loaded as a small tile, so that it takes on the layout of the large one and not the other way round.
     """
@@ -237,7 +256,7 @@ def place_heads(u, out, gain, cos, sin, row, tokens, eps, width, FIRST: tl.const
     tl.store(out + target + HALF, (b * cos - a * sin).to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@kernel(["tokens", "length"])
 def heads_tiles(u, r, gain, rotary, extra, q, k, v, tokens, length, EPS: tl.constexpr, ROWS: tl.constexpr,
                 HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
                 EXTRA: tl.constexpr):  # fmt: skip
@@ -261,7 +280,8 @@ def heads_tiles(u, r, gain, rotary, extra, q, k, v, tokens, length, EPS: tl.cons
 
 @triton.jit
 def end_heads(value, r, gain, rotary, extra, q, k, v, factors, row, column, tokens, length, EPS: tl.constexpr,
-              HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
+              HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+              EXTRA: tl.constexpr):  # fmt: skip
     """Ending of a tile (ROWS, whole heads of one kind) of the product: what `heads_tiles` does to it, in registers."""
     ROWS: tl.constexpr = value.shape[0]
     GROUP: tl.constexpr = value.shape[1] // SIZE
@@ -291,7 +311,7 @@ def end_heads(value, r, gain, rotary, extra, q, k, v, factors, row, column, toke
     tl.store(out + at, value.to(out.dtype.element_ty), mask=place[:, None] < tokens)
 
 
-@triton.jit
+@kernel(["tokens", "length"])
 def heads_product_tiles(x, weight, r, gain, rotary, extra, q, k, v, factors, tokens, length, width, EPS: tl.constexpr,
                         ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, HEADS: tl.constexpr,
                         KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
@@ -346,7 +366,7 @@ def replace_heads(u, final, factors, dout, du, gain, cos, sin, row, tokens, eps,
     return inner
 
 
-@triton.jit
+@kernel(["tokens", "length"])
 def heads_backward_tiles(u, q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, tokens, length,
                          EPS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr,
                          SIZE: tl.constexpr, HALF: tl.constexpr, TWIN: tl.constexpr, EXTRA: tl.constexpr,
@@ -409,8 +429,9 @@ def heads_product(
     a, b = (TensorDescriptor.from_tensor(f, [count, inner]) for f, count in ((x, rows), (weight, cols)))
     r, gain, rotary, extra = (*places, x)[:4]
     grid = (programs(x.device, triton.cdiv(n, rows) * triton.cdiv(len(weight), cols)),)
-    heads_product_tiles[grid](a, b, r, gain, rotary, extra, *outputs, factors, n, rotary.shape[1], x.shape[1], EPS, rows,
-                              cols, inner, *sizes, len(places) == 4, num_warps=warps, num_stages=stages)  # fmt: skip
+    heads_product_tiles[grid](a, b, r, gain, rotary, extra, *outputs, factors, n, rotary.shape[1], x.shape[1], EPS,
+                              rows, cols, inner, *sizes, len(places) == 4, num_warps=warps,
+                              num_stages=stages)  # fmt: skip
     return factors
 
 
@@ -430,8 +451,9 @@ def heads(
         return q, k, v, v_twin, heads_product(x, weight, places, [q, k, v], sizes, tiling)
     rows, warps, stages = tiling[:3]
     u = x @ weight.T
-    heads_tiles[(triton.cdiv(n, rows),)](u, r, gain, rotary, u if extra is None else extra, q, k, v, n, rotary.shape[1],
-                                         EPS, rows, *sizes, extra is not None, num_warps=warps, num_stages=stages)  # fmt: skip
+    heads_tiles[(triton.cdiv(n, rows),)](u, r, gain, rotary, u if extra is None else extra, q, k, v, n,
+                                         rotary.shape[1], EPS, rows, *sizes, extra is not None, num_warps=warps,
+                                         num_stages=stages)  # fmt: skip
     return q, k, v, v_twin, u
 
 
@@ -503,7 +525,7 @@ def plain_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
     return (grouped - share * own).flatten(1, 2)
 
 
-@triton.jit
+@kernel(["items"])
 def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, SIZE: tl.constexpr, ITEMS: tl.constexpr,
                     BACKWARD: tl.constexpr):  # fmt: skip
     """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy and the heads' sum of dv."""
@@ -583,7 +605,8 @@ def plain_residual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new x (tokens, C), its twin, and r = scale * rsqrt(mean(x^2) + eps) (tokens,).
 
-    The new x is x + y, or with mix (3, C): mix[0] (x + y) + mix[1] skip + mix[2] x0; y and skip may be absent.
+    The new x is x + y, or with mix (3, C): mix[0] (x + y) + mix[1] skip + mix[2] x0; y and skip may be absent. In the
+    model mix[1] is resid_mix[0] * skip_weight, a product of two vectors that autograd takes apart.
     The twin's gradient g, taken with r held fixed, counts as that of x and of r.
     """
     new = x if y is None else x + y
@@ -593,14 +616,14 @@ def plain_residual(
     return new, new * (r / r.detach())[:, None], r
 
 
-@triton.jit
+@kernel(["tokens"])
 def residual_tiles(x, y, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr, WIDTH: tl.constexpr,
                    COLS: tl.constexpr, ROWS: tl.constexpr, SUM: tl.constexpr, SKIP: tl.constexpr,
                    MIX: tl.constexpr):  # fmt: skip
     """The new x and r of ROWS rows; COLS is WIDTH rounded up to a power of two."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
     at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
-    every = mix + column + 0 * row[:, None]  # a whole tile of each vector: one line of it would change its layout in shared memory
+    every = mix + column + 0 * row[:, None]  # whole tiles: a line would change its layout through shared memory
     value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     if SUM:
         value += tl.load(y + at, mask=live, other=0.0).to(tl.float32)
@@ -617,7 +640,7 @@ def residual_tiles(x, y, skip, x0, mix, new, factors, tokens, scale, EPS: tl.con
     tl.store(factors + row, scale * tl.rsqrt(tl.sum(value * value, 1) / WIDTH + EPS), mask=row < tokens)
 
 
-@triton.jit
+@kernel(["tokens"])
 def residual_backward_tiles(x, y, skip, x0, mix, new, factors, dnew, dtwin, dx, dskip, dx0, sums, tokens, scale,
                             WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
                             SUM: tl.constexpr, SKIP: tl.constexpr, MIX: tl.constexpr):  # fmt: skip
@@ -726,7 +749,7 @@ def save_residual(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def residual_gradients(ctx: Any, dnew: Tensor, dtwin: Tensor, _: None) -> tuple:
     """Gradients of x, y, skip, x0 and mix."""
     saved, (has_y, has_skip, has_mix) = list(ctx.saved_tensors), ctx.present
-    upstream = [dnew.contiguous(), dtwin.contiguous()]
+    upstream = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
     dx, dskip, dx0, dmix = residual_backward(upstream, saved, ctx.present, ctx.scale, ctx.tiling)
     mixed = (dskip if has_skip else None, dx0, dmix) if has_mix else (None, None, None)
     return dx, dx if has_y else None, *mixed, None, None
@@ -750,7 +773,7 @@ def end_residual(value, x, new, squares, row, column, tokens):
     tl.store(squares + column // value.shape[1] * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
 
 
-@triton.jit
+@kernel(["tokens"])
 def residual_product_tiles(a, b, x, new, squares, tokens, width, length, ROWS: tl.constexpr, COLS: tl.constexpr,
                            INNER: tl.constexpr):  # fmt: skip
     """x + a b^T for a (tokens, length) and b (width, length), each tile ended by `end_residual` in two halves."""
@@ -801,7 +824,7 @@ def save_residual_product(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -
 def residual_product_gradients(ctx: Any, dnew: Tensor, dtwin: Tensor, _: None) -> tuple:
     """Gradients of x, z and weight."""
     z, weight, *saved = ctx.saved_tensors
-    upstream = [dnew.contiguous(), dtwin.contiguous()]
+    upstream = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
     dx = residual_backward(upstream, saved, [True, False, False], ctx.scale, ctx.tiling)[0]
     return dx, dx @ weight, dx.T @ z, None, None
 
@@ -820,7 +843,7 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> T
     return F.cross_entropy(cap * torch.tanh(logits / cap), targets, reduction="none")
 
 
-@triton.jit
+@kernel(["tokens"])
 def loss_tiles(logits, targets, nll, total, upstream, grad, tokens, vocab, cap, ROWS: tl.constexpr, COLS: tl.constexpr,
                BACKWARD: tl.constexpr, GRADIENT: tl.constexpr):  # fmt: skip
     """Whole rows in registers. Forward: nll, and `total`, the sum of exp(capped logits), or at once the gradient of
@@ -858,7 +881,8 @@ def run_loss(logits: Tensor, targets: Tensor, cap: float, tiling: Tiling, backwa
         (total, upstream), grad = backward, torch.empty_like(logits)
     loss_tiles[(triton.cdiv(n, rows),)](logits, targets, nll, total, upstream, grad, n, vocab, cap, rows,
                                         triton.next_power_of_2(vocab), backward is not None,
-                                        in_place or backward is not None, num_warps=warps, num_stages=stages)  # fmt: skip
+                                        in_place or backward is not None, num_warps=warps,
+                                        num_stages=stages)  # fmt: skip
     return nll, total if backward is None else grad
 
 
@@ -931,6 +955,7 @@ head_loss.register_autograd(head_loss_gradients, setup_context=save_head_loss)
 # Checking and timing
 # ----------------------------------------------------------------------------------------------
 
+BACK_ENDS: dict[str, Callable] = {"feed_forward": t.plain_feed_forward}  # what today's functions call
 Tensors = dict[str, Tensor | None]
 Outputs = tuple[list[Tensor], list[Tensor]]  # what is compared, and twins, which only carry a gradient back
 
@@ -1015,7 +1040,7 @@ def only(*outputs: Tensor) -> Outputs:
 
 def today_feed_forward(i: Tensors) -> Outputs:
     """What train_gpt.py runs on a normalized input."""
-    return only(t.fused_feed_forward()(i["x"], i["up"], i["down"], i["beta"])[0])
+    return only(BACK_ENDS["feed_forward"](i["x"], i["up"], i["down"], i["beta"])[0])
 
 
 def today_heads(i: Tensors) -> Outputs:
@@ -1080,16 +1105,17 @@ def separate_loss(i: Tensors, tiling: Tiling) -> Outputs:
 WIDE, SQUARE = [128, 256, 64, 8, 3], [128, 128, 64, 4, 3]
 FEED_FORWARD_TILINGS = (WIDE, [*SQUARE, *WIDE], [128, 256, 64, 8, 4, *WIDE])
 ADDED_TILINGS = ([*WIDE, *WIDE, *WIDE], [*WIDE, *SQUARE, *WIDE])
-HEADS_TILINGS = ([4, 4, 2, 4, 4, 2, 6], [8, 4, 2, 4, 4, 2, 24], [4, 2, 2, 4, 2, 2, 8], [8, 8, 2, 8, 4, 2, 4])
-ENDING_TILINGS = ([*WIDE, 4, 4, 2, 6], [*SQUARE, 4, 4, 2, 24], [128, 128, 64, 8, 4, 4, 2, 2, 8], [*SQUARE[:4], 4, 8, 4, 2, 4])
-SUM_TILINGS = ([*WIDE, 4, 4, 1, 4], [*SQUARE, 2, 2, 2, 8], [128, 128, 64, 8, 4, 1, 1, 1, 16], [*SQUARE[:4], 4, 4, 4, 2, 4])
+HEADS_TILINGS = ([4, 4, 2, 4, 4, 2, 6], [8, 4, 2, 8, 4, 2, 4], [4, 2, 2, 4, 2, 2, 8], [8, 8, 2, 4, 4, 2, 24])
+ENDING_TILINGS = ([*WIDE, 4, 4, 2, 6], [*SQUARE, 4, 4, 2, 24], [128, 128, 64, 8, 4, 4, 2, 2, 8])
+SUM_TILINGS = ([*WIDE, 4, 4, 1, 4], [*SQUARE, 2, 2, 2, 8], [128, 128, 64, 8, 4, 1, 1, 1, 16])
 EXCLUSIVE_TILINGS = ([32, 4, 2], [64, 4, 2], [64, 8, 2], [16, 2, 2])
 RESIDUAL_TILINGS = ([4, 4, 2, 4, 4, 1, 4], [8, 4, 2, 4, 4, 2, 4], [2, 1, 2, 1, 1, 1, 16], [4, 2, 2, 2, 2, 2, 8],
                     [1, 1, 2, 1, 1, 3, 16])
 LOSS_TILINGS = {1024: ([4, 4, 2], [8, 8, 2], [2, 4, 2]), 8192: ([1, 8, 2], [1, 4, 2], [1, 16, 2])}
 
 
-def named(tilings: tuple[Tiling, ...], make: Callable[[Tensors, Tiling], Outputs], head: str = "") -> dict[str, Callable]:
+def named(tilings: tuple[Tiling, ...], make: Callable[..., Outputs], head: str = "") -> dict[str, Callable]:
+    """Variants by their tilings."""
     return {head + " ".join(map(str, tiling)): partial(make, tiling=tiling) for tiling in tilings}
 
 
@@ -1197,9 +1223,10 @@ def median_us(function: Callable[[], Any], repeats: int = 15) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in events) * 1000
 
 
-def times_of(case: Case, function: Callable, sizes: Sizes, values: tuple[str, ...]) -> tuple[float, float]:
+def times_of(
+    case: Case, function: Callable, sizes: Sizes, device: torch.device, values: tuple[str, ...]
+) -> tuple[float, float]:
     """Median microseconds of forward and backward on random data; the gradients of `values` are not asked for."""
-    device = torch.device("cuda")
     inputs, draw = draw_inputs(case, sizes, device, 0)
     inputs = leaves(case._replace(values=values), inputs)
     compared, twins = function(inputs)
@@ -1223,39 +1250,64 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
         return None, f"{type(error).__name__}: {lines[0][:80]}"
 
 
-def compiled_times(case: Case, sizes: Sizes) -> tuple[tuple[float, float] | None, str]:
+def compiled_times(case: Case, sizes: Sizes, device: torch.device) -> tuple[tuple[float, float] | None, str]:
     """Times of what inductor makes of today's function; one static graph, as in training."""
     torch._dynamo.reset()
+    if BACK_ENDS["feed_forward"] is t.plain_feed_forward:  # made here, because tracing cannot register operators
+        BACK_ENDS["feed_forward"] = t.fused_feed_forward()
     function = torch.compile(case.today, dynamic=False, fullgraph=True)
-    result = attempt(lambda: times_of(case, function, sizes, ()))
+    result = attempt(lambda: times_of(case, function, sizes, device, ()))
     torch.cuda.empty_cache()
     return result
 
 
-HEAD = ("| candidate | variant | forward us | backward us | today forward us | today backward us | floor us, without products "
-        "| predicted ms per step | measured ms per step | error |")  # fmt: skip
+HEAD = ("| candidate | variant | forward us | backward us | today forward us | today backward us | floor us, without "
+        "products | predicted ms per step | measured ms per step | error |")  # fmt: skip
+SECONDS = 285  # after which nothing new is begun: what is not reached is a row that says so
 
 
-def report(name: str, check: bool, time: bool, sizes: Sizes, device: torch.device) -> list[str]:
-    """Rows of the table for one candidate."""
+class Plan(NamedTuple):
+    """What a run does: check against float64, time, sizes, and the moment after which it begins nothing."""
+
+    check: bool
+    time: bool
+    sizes: Sizes
+    device: torch.device
+    deadline: float
+
+
+def measure(case: Case, function: Callable, plan: Plan) -> tuple[float, tuple[float, float], str]:
+    """Error, forward and backward microseconds of a variant (NaN where not taken), and what went wrong."""
+    error, times, reason = math.nan, (math.nan, math.nan), ""
+    if time.monotonic() > plan.deadline:
+        return error, times, "not reached"
+    if plan.check:
+        small = CHECKED._replace(vocab=case.vocab) if plan.sizes.tokens > CHECKED.tokens else plan.sizes
+        found, reason = attempt(lambda: error_of(case, function, small, plan.device))
+        error = math.nan if found is None else found
+        if not reason and not error < 2e-2:
+            reason = "WRONG"
+    if plan.time and not reason:
+        found, reason = attempt(lambda: times_of(case, function, plan.sizes, plan.device, case.values))
+        times = times if found is None else found
+    return error, times, reason
+
+
+def report(name: str, plan: Plan) -> list[str]:
+    """Rows of the table for one candidate, printed as they come."""
     case = CASES[name]
-    sizes = sizes._replace(vocab=case.vocab) if sizes == FULL else sizes
-    today, reason = compiled_times(case, sizes) if time else (None, "")
-    unit = sizes.tokens * sizes.width * 2 / COPY_BYTES_PER_US
-    before, after = sum(case.traffic[:2]), sum(case.traffic[2:])
-    rows = []
+    plan = plan._replace(sizes=plan.sizes._replace(vocab=min(case.vocab, plan.sizes.vocab * 8)))
+    today, fault = None, ""
+    if plan.time and time.monotonic() < plan.deadline:
+        today, fault = compiled_times(case, plan.sizes, plan.device)
+    unit, rows = plan.sizes.tokens * plan.sizes.width * 2 / COPY_BYTES_PER_US, []
+    before, after = sum(case.traffic[:2]) * unit, sum(case.traffic[2:]) * unit
     for variant, function in case.variants.items():
-        checked = CHECKED._replace(vocab=case.vocab) if sizes == FULL or sizes.vocab == case.vocab else sizes
-        error, wrong = attempt(lambda: error_of(case, function, checked, device)) if check else (math.nan, "")
-        if not wrong and check and not error < 2e-2:
-            wrong = "wrong"
-        times, slow = attempt(lambda: times_of(case, function, sizes, case.values)) if time and not wrong else (None, "")
-        cells = [f"{value:.0f}" for value in (*(times or (math.nan,) * 2), *(today or (math.nan,) * 2))]
-        gain = (sum(today) - sum(times)) * case.per_step / 1000 if times and today else math.nan
-        note = wrong or slow or reason
-        shown = f"{error:.1e}" if error is not None else ""
-        rows.append(f"| {name} | {variant} | {' | '.join(cells)} | {after * unit:.0f} | "
-                    f"{(before - after) * unit * case.per_step / 1000:.2f} | {gain:.2f} | {shown} {note} |")  # fmt: skip
+        error, times, reason = measure(case, function, plan)
+        us = " | ".join(f"{value:.0f}" for value in (*times, *(today or (math.nan, math.nan))))
+        gain = (sum(today or (math.nan,)) - sum(times)) * case.per_step / 1000
+        rows.append(f"| {name} | {variant} | {us} | {after:.0f} | {(before - after) * case.per_step / 1000:.2f} "
+                    f"| {gain:.2f} | {error:.1e} {reason} {fault and 'today: ' + fault} |")  # fmt: skip
         print(rows[-1], flush=True)
     return rows
 
@@ -1266,18 +1318,82 @@ def main(arguments: list[str] | None = None, sizes: Sizes = FULL) -> None:
     parser.add_argument("names", nargs="*", metavar="NAMES", help=", ".join(CASES))
     parser.add_argument("--check", action="store_true", help="only compare with float64")
     parser.add_argument("--time", action="store_true", help="only time")
+    parser.add_argument("--resources", action="store_true", help="only compile for sm_90 (needs no GPU)")
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.names if name not in CASES]:
         parser.error(f"no candidate {', '.join(unknown)}; there are {', '.join(CASES)}")
-    both = given.check == given.time
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch._functorch.config.donated_buffer = False  # the backward pass is timed again and again on one graph
-    rows = []
-    for name in given.names or CASES:
-        rows += report(name, both or given.check, device.type == "cuda" and (both or given.time), sizes, device)
+    names = given.names or list(CASES)
+    if given.resources:
+        return resources(names)
+    device, both = torch.device("cuda" if torch.cuda.is_available() else "cpu"), given.check == given.time
+    functorch_config.donated_buffer = False  # the backward pass is timed again and again on one graph
+    plan = Plan(both or given.check, device.type == "cuda" and (both or given.time), sizes, device,
+                time.monotonic() + SECONDS)  # fmt: skip
+    rows = [row for name in names for row in report(name, plan)]
     print(f"\n{torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'} torch {torch.__version__} "
-          f"triton {triton.__version__}, {sizes.tokens:,} rows\n\n{HEAD}\n|{'---|' * 10}")  # fmt: skip
+          f"triton {triton.__version__}, {sizes.tokens:,} rows, {time.monotonic() - plan.deadline + SECONDS:.0f} s\n\n"
+          f"{HEAD}\n|{'---|' * 10}")  # fmt: skip
     print("\n".join(rows))
+
+
+# ----------------------------------------------------------------------------------------------
+# Registers, without a GPU
+# ----------------------------------------------------------------------------------------------
+
+
+class Compiler:
+    """Stands in for Triton's launch: compiles each kernel for sm_90 as it would be launched, prints what it takes."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self.label = ""
+        folder = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        self.disassembler = str(folder) if folder.exists() else shutil.which("cuobjdump") or "cuobjdump"
+
+    def launch(self, function: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: int) -> None:
+        """Compile with the types of `arguments`; pointers and counts divisible by 16 are declared so, as Triton does."""
+        signature, constants, hints = {}, {}, {}
+        for place, (parameter, value) in enumerate(zip(function.params, arguments, strict=True)):
+            is_count = isinstance(value, int) and not isinstance(value, bool) and not parameter.do_not_specialize
+            if parameter.is_constexpr or is_count and value == 1:
+                signature[parameter.name], constants[place,] = "constexpr", value
+                continue
+            signature[parameter.name] = mangle_type(value)
+            if isinstance(value, Tensor) or is_count and value % 16 == 0:
+                hints[place,] = [["tt.divisibility", 16]]
+        key = f"{function.fn.__name__} {signature} {constants} {options}"
+        if key not in self.seen:
+            self.seen.add(key)
+            source = ASTSource(function, signature, constants, hints)
+            _, reason = attempt(lambda: self.show(function.fn.__name__, source, options))
+            print(end=f"| {self.label} | {function.fn.__name__} | {reason} |\n" if reason else "", flush=True)
+
+    def show(self, name: str, source: Any, options: dict[str, int]) -> None:
+        """Compile and print one row."""
+        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(binary.asm["cubin"])
+            command = [self.disassembler, "--dump-resource-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+        note = "SPILLS" if int(stack) else "NO ROOM" if binary.metadata.shared > 232_448 else ""
+        print(f"| {self.label} | {name} | {options.get('num_warps', 4)} | {registers} | {stack} "
+              f"| {binary.metadata.shared:,} | {note} |", flush=True)  # fmt: skip
+
+
+def resources(names: list[str]) -> None:
+    """Compile every variant of `names` for sm_90 in bf16 and print registers, stack (spills) and shared memory."""
+    if torch.cuda.is_available() or triton.knobs.runtime.interpret:
+        raise SystemExit("--resources replaces launches: run it where there is no GPU, without TRITON_INTERPRET")
+    compiler, sizes = Compiler(), CHECKED._replace(sequences=1, length=96)
+    JITFunction.run = lambda function, *arguments, **options: compiler.launch(function, *arguments, **options)
+    t.compute_dtype = lambda device: torch.bfloat16
+    print("| variant | kernel | warps | registers | stack | shared memory | |\n|---|---|---|---|---|---|---|")
+    for name in names:
+        for variant, function in CASES[name].variants.items():
+            compiler.label = f"{name} {variant}"
+            with contextlib.suppress(*FAILURES):  # nothing was computed, so that the comparison may well stumble
+                error_of(CASES[name], function, sizes._replace(vocab=CASES[name].vocab), torch.device("cpu"))
 
 
 if __name__ == "__main__":
