@@ -13,19 +13,27 @@ A step is bound by what it reads and writes. Three ideas take bytes away, each e
   or read, it only carries g back; consumers take values from x and hand their gradient to the twin.
 - Queries and keys are normalized per head, so r cancels but for eps, which becomes eps / r^2.
 
-Bytes per layer in activations of (98,304, 512) bf16, 100.7 MB or 33.6 us at 3.0 TB/s; today's are what inductor's
-kernels read and write without products, as far as its measured times tell (see RESULTS.md):
+Twins also chain gradients that meet in one tensor: x0 mixes into every layer and x returns as a skip, and without them
+each meeting were a kernel of its own (three activations), since inductor cannot add inside an operator.
 
-    candidate           today forward, backward               here
-    feed_forward   (A)  0, 0 (its gain is in `residual`)      0, 0
-    heads          (B)  3 (q and k, v is a view), 6 to 7      4 (v is scaled), 6
-    heads, ending  (B)  3, 6 to 7                             0 (in the product), 6
-    exclusive      (C)  2.5, 4 (measured 6)                   2.5, 4
-    residual       (D)  4 = x y -> x norm, 4                  3, 4
-    residual mixed (D)  5 = x y x0 -> x norm, 10 to 11        4, 8 = dx g new x y x0 -> dx dx0
-    product_residual    4 on top of the product's write       1 = x, r from the product's ending
-    loss, 1,024    (E)  2, 4                                  2, 4; with the gradient made forward 4, 0
-    loss, 8,192    (E)  16 to 32, 32                          16, 32; with the gradient made forward 32, 0
+Activations of (98,304, 512) bf16 that are read and written per layer beside the products, 100.7 MB or 33.6 us each at
+3.0 TB/s, forward and backward. Today's are what inductor's kernels touch as far as their measured times tell (see
+RESULTS.md): the sums over tokens for resid_mix and skip_weights are a pass of their own over the gradient.
+
+    candidate             today       here                                                    gain, ms per step
+    feed_forward      (A) 0, 0        0, 0      its gain is that `residual` writes no norm     0
+    feed_forward_sum      3, 0        1, 0      x is added in the product's ending             0.74
+    heads             (B) 3, 6        4, 6      v is written scaled; today it is a view        -0.30 (9 layers)
+    heads_ending      (B) 3, 6        0, 6      in the product's ending                        0.91 (9 layers)
+    heads_extra       (B) 4, 6.5      4.5, 6.5  with a value embedding; the ending: 0.5, 6.5   0.27 (2 layers)
+    exclusive         (C) 2.5, 6      2.5, 4                                                   0.74
+    residual          (D) 4, 4        3, 4      x y -> x r; dx g x -> dx                       0.37
+    residual_product      4, 4        1, 4      the same in the product's ending               1.11
+    residual_mixed    (D) 5, 11       4, 8      x y x0 -> x r; dx g new x y x0 -> dx dx0       0.81 (6 layers)
+    residual_mixed_alone  4, 10       3, 7      the same after feed_forward_sum                0.81
+    residual_skip     (D) 6, 14       5, 10                                                    0.84 (5 layers)
+    loss              (E) 2, 4        2, 4      the gradient made forward: 4, 0                0 or 0.07
+    loss_8192         (E) 16, 32      16, 32    the gradient made forward: 32, 0               0 or 0.54
 """
 
 import argparse
@@ -601,19 +609,23 @@ exclusive.register_autograd(exclusive_gradients, setup_context=save_exclusive)
 
 
 def plain_residual(
-    x: Tensor, y: Tensor | None, skip: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The new x (tokens, C), its twin, and r = scale * rsqrt(mean(x^2) + eps) (tokens,).
+    x: Tensor, y: Tensor | None, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor | None,
+    x0_twin: Tensor | None, mix: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The new x (tokens, C), its twin, r = scale * rsqrt(mean(x^2) + eps) (tokens,), and twins of x + y and x0.
 
     The new x is x + y, or with mix (3, C): mix[0] (x + y) + mix[1] skip + mix[2] x0; y and skip may be absent. In the
     model mix[1] is resid_mix[0] * skip_weight, a product of two vectors that autograd takes apart.
-    The twin's gradient g, taken with r held fixed, counts as that of x and of r.
+    The twin's gradient g, taken with r held fixed, counts as that of x and of r. The last two let the gradients that
+    x + y (as a skip) and x0 (in the next layer) receive elsewhere be added here, and not by kernels of their own.
     """
-    new = x if y is None else x + y
+    old = x if y is None else x + y
+    new = old
     if mix is not None:
-        new = mix[0] * new + mix[2] * x0 + (0 if skip is None else mix[1] * skip)
+        new = mix[0] * old + mix[2] * carry(x0, x0_twin)
+        new = new if skip is None else new + mix[1] * carry(skip, skip_twin)
     r = scale * torch.rsqrt(new.square().mean(-1) + EPS)
-    return new, new * (r / r.detach())[:, None], r
+    return new, new * (r / r.detach())[:, None], r, old, x0_twin
 
 
 @kernel(["tokens"])
@@ -641,9 +653,10 @@ def residual_tiles(x, y, skip, x0, mix, new, factors, tokens, scale, EPS: tl.con
 
 
 @kernel(["tokens"])
-def residual_backward_tiles(x, y, skip, x0, mix, new, factors, dnew, dtwin, dx, dskip, dx0, sums, tokens, scale,
-                            WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-                            SUM: tl.constexpr, SKIP: tl.constexpr, MIX: tl.constexpr):  # fmt: skip
+def residual_backward_tiles(x, y, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnext, dx, dskip, dx0, sums, tokens,
+                            scale, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+                            STAGES: tl.constexpr, SUM: tl.constexpr, SKIP: tl.constexpr, MIX: tl.constexpr,
+                            KEPT: tl.constexpr, NEXT: tl.constexpr):  # fmt: skip
     """Gradients of x (and y: the same), skip and x0, walking over blocks of rows; sums (programs, 3, WIDTH) of mix's.
 
     The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
@@ -674,11 +687,16 @@ def residual_backward_tiles(x, y, skip, x0, mix, new, factors, dnew, dtwin, dx, 
                 old += tl.load(y + at, mask=live, other=0.0).to(tl.float32)
             dkeep += d * old
             dfirst += d * tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
-            tl.store(dx0 + at, (d * first).to(dx0.dtype.element_ty), mask=live)
+            begun = d * first
+            if NEXT:
+                begun += tl.load(dnext + at, mask=live, other=0.0).to(tl.float32)
+            tl.store(dx0 + at, begun.to(dx0.dtype.element_ty), mask=live)
             if SKIP:
                 dother += d * tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
                 tl.store(dskip + at, (d * other).to(dskip.dtype.element_ty), mask=live)
             d *= keep
+        if KEPT:
+            d += tl.load(dkept + at, mask=live, other=0.0).to(tl.float32)
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=live)
     line = sums + tl.program_id(0) * 3 * WIDTH + tl.arange(0, COLS)
     inside = tl.arange(0, COLS) < WIDTH
@@ -691,67 +709,74 @@ def residual_backward_tiles(x, y, skip, x0, mix, new, factors, dnew, dtwin, dx, 
 
 @torch.library.custom_op("candidates::residual", mutates_args=())
 def residual(
-    x: Tensor, y: Tensor | None, skip: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float,
-    tiling: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`plain_residual`; the twin is memory that nobody writes or reads."""
+    x: Tensor, y: Tensor | None, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor | None,
+    x0_twin: Tensor | None, mix: Tensor | None, scale: float, tiling: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`plain_residual`; twins are memory that nobody writes or reads."""
     (n, width), (rows, warps, stages) = x.shape, tiling[:3]
-    new, twin, r = torch.empty_like(x), torch.empty_like(x), x.new_empty(n, dtype=torch.float32)
+    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
+    r = x.new_empty(n, dtype=torch.float32)
     inputs = [x if given is None else given for given in (x, y, skip, x0, mix)]
     residual_tiles[(triton.cdiv(n, rows),)](*inputs, new, r, n, scale, EPS, width, triton.next_power_of_2(width), rows,
                                             y is not None, skip is not None, mix is not None, num_warps=warps,
                                             num_stages=stages)  # fmt: skip
-    return new, twin, r
+    return new, twin, r, kept, following
 
 
 @torch.library.custom_op("candidates::residual_backward", mutates_args=())
 def residual_backward(
     upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float, tiling: list[int]
 ) -> list[Tensor]:
-    """Gradients of x, skip, x0 and mix (empty where absent) from those of the new x and its twin.
+    """Gradients of x, skip, x0 and mix (empty where absent).
 
-    `saved`: new x, r, then x, y, skip, x0 and mix as far as `present` (y, skip, mix) and needed.
+    `upstream`: of the new x, its twin, and those present of the twins of x + y and x0; `saved`: new x, r and, with mix,
+    those present of x, y, skip, x0, mix; `present`: y, skip, mix, the two upstream.
     """
-    (new, r, *rest), (has_y, has_skip, has_mix) = saved, present
-    left = iter(rest)
-    inputs = [next(left) if has_mix and here else new for here in (True, has_y, has_skip, True, True)]
+    (new, r, *rest), (has_y, has_skip, has_mix, *more) = saved, present
     (n, width), (rows, warps, stages, per_processor) = new.shape, tiling[-4:]
+    left, others = iter(rest), iter(upstream[2:])
+    inputs = [next(left) if has_mix and here else new for here in (True, has_y, has_skip, True, True)]
+    others = [next(others) if here else new for here in more]
     dx, dskip, dx0 = (torch.empty_like(new) if here else new.new_empty(0) for here in (True, has_skip, has_mix))
     grid = (programs(new.device, triton.cdiv(n, rows), per_processor),)
     sums = new.new_zeros((grid[0] if has_mix else 0, 3, width), dtype=torch.float32)
-    residual_backward_tiles[grid](*inputs, new, r, *upstream, dx, dskip, dx0, sums, n, scale, width,
-                                  triton.next_power_of_2(width), rows, stages, has_y, has_skip, has_mix,
-                                  num_warps=warps)  # fmt: skip
+    residual_backward_tiles[grid](*inputs, new, r, *upstream[:2], *others, dx, dskip, dx0, sums, n, scale, width,
+                                  triton.next_power_of_2(width), rows, stages, *present, num_warps=warps)  # fmt: skip
     return [dx, dskip, dx0, sums.sum(0).to(new.dtype)]
 
 
 @residual.register_fake
-def _(x: Tensor, y: Tensor | None, skip: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float,
-      tiling: list[int]) -> tuple:  # fmt: skip
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+def _(x: Tensor, y: Tensor | None, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor | None,
+      x0_twin: Tensor | None, mix: Tensor | None, scale: float, tiling: list[int]) -> tuple:  # fmt: skip
+    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
+    return new, twin, x.new_empty(len(x), dtype=torch.float32), kept, following
 
 
 @residual_backward.register_fake
 def _(upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float, tiling: list[int]) -> list:
-    new, (_, has_skip, has_mix) = saved[0], present
+    new, (_, has_skip, has_mix) = saved[0], present[:3]
     shapes = (new.shape, new.shape if has_skip else (0,), new.shape if has_mix else (0,), (3, new.shape[1]))
     return [new.new_empty(shape) for shape in shapes]
 
 
 def save_residual(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, y, skip, x0, mix, ctx.scale, ctx.tiling = inputs
+    x, y, skip, _, x0, _, mix, ctx.scale, ctx.tiling = inputs
     ctx.present = [y is not None, skip is not None, mix is not None]
     needed = [x, y, skip, x0, mix] if mix is not None else []
     ctx.save_for_backward(output[0], output[2], *(tensor for tensor in needed if tensor is not None))
     ctx.set_materialize_grads(False)
 
 
-def residual_gradients(ctx: Any, dnew: Tensor, dtwin: Tensor, _: None) -> tuple:
-    """Gradients of x, y, skip, x0 and mix."""
+def residual_gradients(
+    ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, dkept: Tensor | None, dnext: Tensor | None
+) -> tuple:
+    """Gradients of x, y, the twins of skip and x0, and mix."""
     saved, (has_y, has_skip, has_mix) = list(ctx.saved_tensors), ctx.present
-    upstream = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
-    dx, dskip, dx0, dmix = residual_backward(upstream, saved, ctx.present, ctx.scale, ctx.tiling)
-    mixed = (dskip if has_skip else None, dx0, dmix) if has_mix else (None, None, None)
+    upstream = [torch.zeros_like(saved[0]) if d is None else d for d in (dnew, dtwin)]
+    upstream = [d.contiguous() for d in (*upstream, dkept, dnext) if d is not None]
+    present = [*ctx.present, dkept is not None, dnext is not None]
+    dx, dskip, dx0, dmix = residual_backward(upstream, saved, present, ctx.scale, ctx.tiling)
+    mixed = (None, dskip if has_skip else None, None, dx0, dmix) if has_mix else (None,) * 5
     return dx, dx if has_y else None, *mixed, None, None
 
 
@@ -760,7 +785,7 @@ residual.register_autograd(residual_gradients, setup_context=save_residual)
 
 def plain_residual_product(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """`plain_residual` of x (tokens, C) and z weight^T, z (tokens, inputs)."""
-    return plain_residual(x, F.linear(z, weight), None, None, None, scale)
+    return plain_residual(x, F.linear(z, weight), None, None, None, None, None, scale)[:3]
 
 
 @triton.jit
@@ -825,7 +850,7 @@ def residual_product_gradients(ctx: Any, dnew: Tensor, dtwin: Tensor, _: None) -
     """Gradients of x, z and weight."""
     z, weight, *saved = ctx.saved_tensors
     upstream = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
-    dx = residual_backward(upstream, saved, [True, False, False], ctx.scale, ctx.tiling)[0]
+    dx = residual_backward(upstream, saved, [True, *[False] * 4], ctx.scale, ctx.tiling)[0]
     return dx, dx @ weight, dx.T @ z, None, None
 
 
@@ -1020,7 +1045,9 @@ def exclusive_inputs(s: Sizes, draw: Callable[..., Tensor]) -> Tensors:
 
 def residual_inputs(s: Sizes, draw: Callable[..., Tensor], summed: bool, mixed: bool, skipped: bool) -> Tensors:
     x, y, skip, x0 = (draw(s.tokens, s.width) for _ in range(4))
-    return {"x": x, "y": y if summed else None, "skip": skip if skipped else None, "x0": x0 if mixed else None,
+    return {"x": x, "y": y if summed else None,
+            "skip": skip if skipped else None, "skip_twin": skip.clone() if skipped else None,
+            "x0": x0 if mixed else None, "x0_twin": x0.clone() if mixed else None,
             "mix": draw(3, s.width) if mixed else None}  # fmt: skip
 
 
@@ -1087,10 +1114,10 @@ def with_twin(outputs: tuple[Tensor, ...], compared: int) -> Outputs:
     return [*outputs[:compared]], [outputs[compared]]
 
 
-def residual_outputs(outputs: tuple[Tensor, ...]) -> Outputs:
-    """New x and r are compared; only new x and the twin have gradients."""
-    new, twin, r = outputs
-    return [new, r.detach()], [twin]
+def residual_outputs(outputs: tuple[Tensor, ...], chained: bool = False) -> Outputs:
+    """New x and r are compared; only new x and the twins have gradients; `chained`: those of x + y and x0 too."""
+    new, twin, r, *others = outputs
+    return [new, r.detach()], [twin, *(others if chained else [])]
 
 
 def plain_heads_outputs(i: Tensors) -> Outputs:
@@ -1119,10 +1146,15 @@ def named(tilings: tuple[Tiling, ...], make: Callable[..., Outputs], head: str =
     return {head + " ".join(map(str, tiling)): partial(make, tiling=tiling) for tiling in tilings}
 
 
-def residual_case(traffic: tuple[float, ...], per_step: int, **flags: bool) -> Case:
-    return Case(partial(residual_inputs, **flags), lambda i: residual_outputs(plain_residual(**i, scale=SCALE)),
-                today_residual, named(RESIDUAL_TILINGS, lambda i, tiling: residual_outputs(
-                    residual(**i, scale=SCALE, tiling=tiling))), (), traffic, per_step)  # fmt: skip
+def residual_case(traffic: tuple[float, ...], per_step: int, chained: bool = False, **flags: bool) -> Case:
+    def ours(i: Tensors, tiling: Tiling) -> Outputs:
+        return residual_outputs(residual(**i, scale=SCALE, tiling=tiling), chained)
+
+    def plain(i: Tensors) -> Outputs:
+        return residual_outputs(plain_residual(**i, scale=SCALE), chained)
+
+    variants = named(RESIDUAL_TILINGS[: 2 if chained else None], ours)
+    return Case(partial(residual_inputs, **flags), plain, today_residual, variants, ("skip", "x0"), traffic, per_step)
 
 
 def heads_case(tilings: tuple[Tiling, ...], extra: bool, traffic: tuple[float, ...], per_step: int) -> Case:
@@ -1163,6 +1195,7 @@ CASES: dict[str, Case] = {
     "residual_mixed_alone": residual_case((4, 10, 3, 7), 6, summed=False, mixed=True, skipped=False),
     "residual_mixed": residual_case((5, 11, 4, 8), 6, summed=True, mixed=True, skipped=False),
     "residual_skip": residual_case((6, 14, 5, 10), 5, summed=True, mixed=True, skipped=True),
+    "residual_chained": residual_case((6, 14, 4, 11), 0, True, summed=False, mixed=True, skipped=True),
     "loss": loss_case(1024, (2, 4, 2, 4)),
     "loss_8192": loss_case(8192, (16, 32, 16, 32)),
 }  # fmt: skip
@@ -1224,15 +1257,15 @@ def median_us(function: Callable[[], Any], repeats: int = 15) -> float:
 
 
 def times_of(
-    case: Case, function: Callable, sizes: Sizes, device: torch.device, values: tuple[str, ...]
+    case: Case, function: Callable, sizes: Sizes, device: torch.device, today: bool = False
 ) -> tuple[float, float]:
-    """Median microseconds of forward and backward on random data; the gradients of `values` are not asked for."""
+    """Median microseconds of forward and backward on random data; today's function knows no twins."""
     inputs, draw = draw_inputs(case, sizes, device, 0)
-    inputs = leaves(case._replace(values=values), inputs)
+    inputs = leaves(case._replace(values=()) if today else case, inputs)
     compared, twins = function(inputs)
     ends = [y for y in (*compared, *twins) if y.requires_grad]
     upstream = [draw(*y.shape).to(y.dtype) for y in ends]
-    wanted = [v for n, v in inputs.items() if v is not None and v.requires_grad and (n != "twin" or values)]
+    wanted = [v for n, v in inputs.items() if v is not None and v.requires_grad and not (today and "twin" in n)]
     forward = median_us(lambda: function(inputs))
     return forward, median_us(lambda: torch.autograd.grad(ends, wanted, upstream, retain_graph=True))
 
@@ -1256,7 +1289,7 @@ def compiled_times(case: Case, sizes: Sizes, device: torch.device) -> tuple[tupl
     if BACK_ENDS["feed_forward"] is t.plain_feed_forward:  # made here, because tracing cannot register operators
         BACK_ENDS["feed_forward"] = t.fused_feed_forward()
     function = torch.compile(case.today, dynamic=False, fullgraph=True)
-    result = attempt(lambda: times_of(case, function, sizes, device, ()))
+    result = attempt(lambda: times_of(case, function, sizes, device, today=True))
     torch.cuda.empty_cache()
     return result
 
@@ -1288,7 +1321,7 @@ def measure(case: Case, function: Callable, plan: Plan) -> tuple[float, tuple[fl
         if not reason and not error < 2e-2:
             reason = "WRONG"
     if plan.time and not reason:
-        found, reason = attempt(lambda: times_of(case, function, plan.sizes, plan.device, case.values))
+        found, reason = attempt(lambda: times_of(case, function, plan.sizes, plan.device))
         times = times if found is None else found
     return error, times, reason
 
@@ -1351,7 +1384,7 @@ class Compiler:
         self.disassembler = str(folder) if folder.exists() else shutil.which("cuobjdump") or "cuobjdump"
 
     def launch(self, function: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: int) -> None:
-        """Compile with the types of `arguments`; pointers and counts divisible by 16 are declared so, as Triton does."""
+        """Compile with the types of `arguments`; pointers and counts divisible by 16 are declared so, as in Triton."""
         signature, constants, hints = {}, {}, {}
         for place, (parameter, value) in enumerate(zip(function.params, arguments, strict=True)):
             is_count = isinstance(value, int) and not isinstance(value, bool) and not parameter.do_not_specialize
@@ -1382,7 +1415,7 @@ class Compiler:
 
 
 def resources(names: list[str]) -> None:
-    """Compile every variant of `names` for sm_90 in bf16 and print registers, stack (spills) and shared memory."""
+    """Compile every variant of `names` for sm_90 in bf16; print registers, stack (spills) and shared memory."""
     if torch.cuda.is_available() or triton.knobs.runtime.interpret:
         raise SystemExit("--resources replaces launches: run it where there is no GPU, without TRITON_INTERPRET")
     compiler, sizes = Compiler(), CHECKED._replace(sequences=1, length=96)
