@@ -89,9 +89,9 @@ def time_steps(run: t.Runtime, trainer: t.Trainer, averager: t.Averager, steps: 
     begun, optimizing, optimized, ended = (Marks(run.ranks.device) for _ in range(4))
     plain = trainer.optimizers.step
 
-    def marked(lr_scale: float, momentum: float) -> None:
+    def marked(*arguments: float) -> None:
         optimizing.add()
-        plain(lr_scale, momentum)
+        plain(*arguments)
         optimized.add()
 
     for number in range(10 + steps):
@@ -181,8 +181,8 @@ def modelled(one: World, two: World | None, ranks: int) -> tuple[float, float]:
 
 def table(worlds: list[World], given: argparse.Namespace) -> list[str]:
     """The rows that were measured and the one that was modelled, as Markdown."""
-    lines = ["| ranks | ms/step | over one rank | tokens/s | optimizer, ms | Muon, ms | Hessians, s | GPTQ, s | sliding, s |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    titles = "ranks, ms/step, over one rank, tokens/s, optimizer ms, Muon ms, Hessians s, GPTQ s, sliding s".split(", ")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     one = worlds[0]
 
     def line(name: str, ranks: int, step: float, optimizer: str, parts: Parts) -> str:
@@ -199,6 +199,7 @@ def table(worlds: list[World], given: argparse.Namespace) -> list[str]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Options of the command line; exits with a message where they mean nothing."""
     parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="worlds to measure, the first one 1")
     parser.add_argument("--model", type=int, default=8, help="ranks of the modelled row")
@@ -216,6 +217,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure every world in processes of its own and print the table; with --result, be one of those processes."""
     given = parse(sys.argv[1:])
     settings = dict(pair.split("=", 1) for pair in given.settings)
     env = {**os.environ, **settings, "EXPORT_ONLY": "1", "WEIGHTS_PATH": "unused"}  # keeps training logs untouched

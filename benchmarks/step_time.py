@@ -134,10 +134,10 @@ def mark_optimizer(trainer: t.Trainer) -> list[Mark]:
     marks: list[Mark] = []
     step = trainer.optimizers.step
 
-    def marked(lr_scale: float, momentum: float) -> None:
+    def marked(*arguments: float) -> None:
         marks.append(Mark(trainer.run.ranks.device))
         with torch.profiler.record_function("optimizer"):
-            step(lr_scale, momentum)
+            step(*arguments)
 
     trainer.optimizers.step = marked
     return marks

@@ -332,7 +332,7 @@ def adapted_score(run: t.Runtime, model: t.GPT, validation: t.ValidationSet) -> 
     """bpb of score-first test-time training; six sequences a step, so that 1, 2 and 3 ranks divide them."""
     settings = {"ttt_chunk_tokens": 1000, "ttt_epochs": 1, "ttt_batch_seqs": 6, "ttt_lr": 0.01, "eval_stride": 12}
     run = replace(run, cfg=replace(run.cfg, **settings))
-    return t.TestTimeTrainer(run, model, validation).score().bpb
+    return t.evaluate_online(run, model, validation, t.TestTimeTrainer(run, model, validation), None)[0].bpb
 
 
 def shared_codes(run: t.Runtime) -> dict[str, t.Coded]:

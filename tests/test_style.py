@@ -61,7 +61,8 @@ def at(node: ast.AST, what: str) -> str:
 
 def is_kernel(function: Function) -> bool:
     """Triton kernels: an annotation there is a type for the compiler, and no object can group the pointers."""
-    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    names = [ast.unparse(decorator) for decorator in function.decorator_list]
+    return any("jit" in name or name.startswith("kernel(") for name in names)  # kernel: triton.jit with its options
 
 
 def parameters(function: Function) -> list[ast.arg]:
