@@ -198,7 +198,7 @@ class Config:
     embed_bits: int = opt(8, "bits of the code of an embedding entry (2 to 8)", low=2, high=8)
     clip_policy: str = opt("sigma", "k x std, amax, search, or k by gradients", choices="sigma amax search fisher")
     matrix_clip_sigmas: float = opt(0.0, "k of clip policy sigma (0: what fills TARGET_BYTES)", low=0)
-    embed_clip_sigmas: float = opt(20.0, "k of the embeddings under clip policy sigma", low=0.1)
+    embed_clip_sigmas: float = opt(8.0, "k of the embeddings under clip policy sigma", low=0.1)
     compressor: str = opt("auto", "auto and ans: entropy coder for codes", choices="auto ans zlib lzma zstd brotli")
     compressor_level: int = opt(-1, "level of a named compressor (-1: its strongest)", low=-1)
     target_bytes: int = opt(16_000_000, "limit of code + artifact, decimal bytes", low=1)
@@ -1296,6 +1296,7 @@ def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
         if not failures:
             why = "; ".join(refused) or "first choice"
             run.log(f"{ends.variable.lower()}:{name} head_dim:{run.cfg.head_dim} error:{error:.1e} reason:{why}")
+            run.log.event("back_end", variable=ends.variable, name=name)
             return chosen
         refused.append(f"{name}: {reason or 'failed on another rank'}")
     raise UserError(f"{ends.variable}={asked}: not usable here ({'; '.join(refused)}); auto takes the best")
@@ -2221,6 +2222,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
                 clock.start()
     run.ledger.append(("train", "steps", clock.stop()))
     run.log(f"graphs compiled inside the clock: {graphs}")
+    run.log.event("clock", graphs_compiled=graphs, reserve_s=reserve)
     finish_log(run, averager, validation, step, clock)
     average, active = averager.weights(), active | averager.active()
     if cfg.post_qat_seconds:
@@ -2271,7 +2273,7 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
             break
         loss = trainer.step(first + steps, phases(cfg)[plan.phase], plan.lr_scale, plan.momentum, plan.muon_share)
         steps += 1
-        report_step(run, first + steps, loss, plan, clock)
+        report_step(run, first + steps, loss, plan, clock, first)
     run.ledger.append(("train", "post_qat", clock.stop()))
     run.log(f"post_qat: {steps} steps in {clock.total:.1f}s at MATRIX_LR {cfg.post_qat_lr:g}")
     score_rounded(run, trainer.model, validation, "after")
@@ -2307,17 +2309,20 @@ def enter_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: fl
     return plan.phase
 
 
-def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Clock) -> None:
-    """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run, on all ranks, if the loss is no number any more."""
+def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Clock, first: int = 0) -> None:
+    """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run, on all ranks, if the loss is no number any more.
+
+    `clock` has run since step `first`.
+    """
     cfg = run.cfg
     if step > 10 and not (cfg.train_log_every and step % cfg.train_log_every == 0):
         return
     value, seconds = (run.ranks.sum_(loss) / run.ranks.world).item(), clock.seconds()
-    average = 1000 * seconds / step
-    run.log(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{1000 * seconds:.0f}ms "
+    average, total = 1000 * seconds / (step - first), 1000 * (run.spent("train") + seconds)
+    run.log(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{total:.0f}ms "
             f"step_avg:{average:.2f}ms lr_scale:{plan.lr_scale:.3f} "
-            f"tok/s:{step * cfg.train_batch_tokens / max(seconds, 1e-9):.0f}")  # fmt: skip
-    facts = {"train_time_ms": round(1000 * seconds), "step_avg_ms": average, "lr_scale": plan.lr_scale}
+            f"tok/s:{1000 * cfg.train_batch_tokens / max(average, 1e-6):.0f}")  # fmt: skip
+    facts = {"train_time_ms": round(total), "step_avg_ms": average, "lr_scale": plan.lr_scale}
     run.log.event("train", step=step, train_loss=value, **facts)
     if not math.isfinite(value):
         raise diverged(run, f"the training loss is {value}", step)
@@ -2349,6 +2354,7 @@ def finish_log(run: Runtime, averager: Averager, validation: ValidationSet, step
     if run.ranks.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+        run.log.event("memory", allocated_mib=allocated, reserved_mib=reserved)
     if not is_due(cfg.val_loss_every, step):
         validate_step(run, averager.model, validation, step, clock.total)
 

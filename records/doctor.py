@@ -154,7 +154,7 @@ def size(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT) -> CheckResult:
         bits += width * tensor.numel()
     total = bits // 8 + t.code_bytes()
     text = f"about {total} bytes at full bit width with {t.code_bytes()} of code; entropy coding takes off 10 to 40%"
-    if cfg.clip_policy == "sigma" and cfg.matrix_clip_sigmas == 0:
+    if cfg.fits_clip:
         return CheckResult("artifact size", "pass", f"{text}; the clip is chosen to fit {cfg.target_bytes}")
     status = "pass" if 0.7 * total < cfg.target_bytes else "fail"
     return CheckResult("artifact size", status, text + ("" if status == "pass" else "; lower MATRIX_BITS or MODEL_DIM"))

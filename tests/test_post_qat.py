@@ -89,10 +89,13 @@ def test_post_qat_stays_inside_the_clock(
 ) -> None:
     """Its seconds come out of MAX_WALLCLOCK_SECONDS, not on top; without it there is no such phase."""
     log = finished(tmp_path, corpus, monkeypatch, ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=5, POST_QAT_SECONDS=2,
-                   GPTQ_RESERVE_SECONDS=0.5, EVAL_STRIDE=0)  # fmt: skip
+                   GPTQ_RESERVE_SECONDS=0.5, EVAL_STRIDE=0, TRAIN_LOG_EVERY=10)  # fmt: skip
     spent, limit = re.search(r"^budget train: ([\d.]+)s of (\d+)s \(", log, re.MULTILINE).groups()
     assert float(spent) <= float(limit) == 5
     assert float(re.search(r"^budget train: .*steps:([\d.]+)s", log, re.MULTILINE)[1]) <= 2.5
+    main, after = log.split("post_qat:enabled")
+    times = [[int(n) for n in re.findall(r" train_time:(\d+)ms step_avg", part)] for part in (main, after)]
+    assert sum(times, []) == sorted(sum(times, [])) and times[1][0] >= times[0][-1] > 0, "one clock for both"
     assert "post_qat" not in t.phases(tiny_config()) and "post_qat" in t.phases(tiny_config(POST_QAT_SECONDS=1))
 
 
