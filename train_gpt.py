@@ -14,14 +14,15 @@ Contents
     2. Runtime
     3. Data
     4. Model
-    5. Optimizers
-    6. Schedules, phases, late QAT
-    7. Weight averaging
-    8. Training
-    9. Quantization
-    10. Artifact
-    11. Evaluation
-    12. Main
+    5. Kernels
+    6. Optimizers
+    7. Schedules, phases, late QAT
+    8. Weight averaging
+    9. Training
+    10. Quantization
+    11. Artifact
+    12. Evaluation
+    13. Main
 """
 
 import contextlib
@@ -42,6 +43,7 @@ import struct
 import sys
 import time
 import traceback
+import types
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +60,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:  # comes with the CUDA builds of torch; where it is absent the layers run their plain parts
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton, tl = None, types.SimpleNamespace(constexpr=int)
 
 
 class UserError(ValueError):
@@ -91,7 +100,7 @@ class Config:
     device: str = opt("auto", "where to run (auto: cuda, else mps, else cpu)", choices="auto cuda mps cpu")
     compile: bool = opt(True, "torch.compile the model and the optimizer; 0 runs eagerly")
     attn_backend: str = opt("auto", "attention (auto: the best here)", choices="auto fa3 fa4 cudnn fa2 flash flex math")
-    mlp_backend: str = opt("auto", "feed-forward layer (auto: first that works)", choices="auto triton plain")
+    layer_backend: str = opt("auto", "the rest of a layer (auto: first that works)", choices="auto triton plain")
     eval_only: bool = opt(False, "score the artifact at ARTIFACT_PATH; needs no training data")
     export_only: bool = opt(False, "quantize and score the weights at WEIGHTS_PATH; no training")
     artifact_path: str = opt("", "the compressed model (empty: logs/<RUN_ID>.pgolf)")
@@ -108,6 +117,8 @@ class Config:
     max_wallclock_seconds: float = opt(600.0, "training, calibration and quantization, seconds (0: no limit)", low=0)
     train_batch_tokens: int = opt(786_432, "tokens per optimizer step over all ranks", low=1)
     train_seq_len: int = opt(2048, "tokens per training sequence", low=2)
+    short_seq_len: int = opt(0, "tokens per sequence at first: windows are cut into pieces of it (0: never)", low=0)
+    short_seq_frac: float = opt(0.5, "part of the run with SHORT_SEQ_LEN; loops end it earlier", low=0, high=1)
     grad_accum_steps: int = opt(0, "micro-steps per step (0: fewest with at most 98,304 tokens each)", low=0)
     warmup_steps: int = opt(20, "untimed steps per phase before the clock starts, undone afterwards", low=0)
     warmdown_iters: int = opt(0, "last steps over which the learning rate falls to 0 (0: WARMDOWN_FRAC)", low=0)
@@ -463,6 +474,8 @@ def training_rules(cfg: Config) -> Rules:
         (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
          f"LOWBIT_BITS={cfg.lowbit_bits} and LOWBIT_NAME_PATTERNS={','.join(cfg.lowbit_name_patterns)}: set both"),
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
+        (not cfg.short_seq_len or cfg.train_seq_len % cfg.short_seq_len == 0,
+         f"SHORT_SEQ_LEN={cfg.short_seq_len}: must divide TRAIN_SEQ_LEN={cfg.train_seq_len}"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
          f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
         (not cfg.late_ema_decay or (cfg.ema_enabled and cfg.late_qat_threshold > 0 and not cfg.qat_enabled),
@@ -1006,7 +1019,7 @@ def load_validation(run: Runtime) -> ValidationSet:
 
 Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTENTION a mask -> y (B,T,H,D), causal
 Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
-FeedForward = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # as plain_feed_forward
+NORM_EPS = 1e-6
 
 
 def sdpa(backend: SDPBackend) -> Attend:
@@ -1108,6 +1121,86 @@ def flex_documents() -> DocumentAttention:
 DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {"flex": flex_documents, "math": math_documents}
 
 
+class Rows(NamedTuple):
+    """The residual stream x (N, C), N = B T, at the entrance of a norm, and what stands for x normalized.
+
+    In plain parts `twin` is the normalized x (N, C). In kernels it is memory without values that takes the gradient of
+    the normalized x, which is r (N,) times the rows of x.
+    """
+
+    x: Tensor
+    twin: Tensor
+    r: Tensor | None = None
+
+
+Twinned = tuple[Tensor, Tensor]  # values and the tensor that takes their gradient: in plain parts the same
+
+
+class LayerParts(NamedTuple):
+    """Interchangeable functions that a layer is made of, in the order in which they run; see the plain ones."""
+
+    enter: Callable[[Tensor, Twinned | None, Twinned, Tensor, float], tuple[Rows, Tensor, Twinned]]
+    heads: Callable[[Rows, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]]
+    exclusive: Callable[[Tensor, Tensor, Tensor], Tensor]
+    leave: Callable[[Rows, Tensor, Tensor, float], Rows]
+    feed_forward: Callable[[Rows, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    normalized: Callable[[Rows], Tensor]
+
+
+def plain_enter(
+    x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
+) -> tuple[Rows, Tensor, Twinned]:
+    """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the twin of x, and x0 for the next layer.
+
+    `scale` is the factor on the normalized rows. What comes back lets kernels chain the gradients of a tensor with
+    several uses: whoever uses x once more (a skip) or x0 hands its gradient to the twin.
+    """
+    new = mix[0] * x + mix[2] * x0[1]
+    new = new if skip is None else new + mix[1] * skip[1]
+    return Rows(new, rms_norm(new) * scale), x, x0
+
+
+def head_sizes(x: Tensor, weight: Tensor, gain: Tensor) -> tuple[int, int, int]:
+    """Query heads, key/value heads and head size that the shapes of `plain_heads` imply."""
+    count, size = len(gain), x.shape[1] // len(gain)
+    return count, (len(weight) // size - count) // 2, size
+
+
+def plain_heads(
+    rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q (N, H, D), k and v (N, KV, D) for weight ((H + 2 KV) D, C) and gain (H,), and the twin of v.
+
+    q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `extra` (N, KV, D) is added to v.
+    """
+    count, kv, size = head_sizes(rows.x, weight, gain)
+    qkv = F.linear(rows.twin, weight).view(-1, rotary.shape[1], count + 2 * kv, size)
+    q, k, v = qkv.split([count, kv, kv], dim=2)
+    # One gain per head, expanded to one per token: its gradient becomes a sum over the head, which fuses with the
+    # backward pass of the norm, and then one over tokens. Summed in one go it reads q and dq again (1.1 ms a step).
+    q = apply_rotary(rms_norm(q), *rotary) * gain[:, None].expand(*q.shape[:3], 1)
+    q, k, v = (t.flatten(0, 1) for t in (q, apply_rotary(rms_norm(k), *rotary), v))
+    v = v if extra is None else v + extra
+    return q, k, v, v
+
+
+def plain_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+    """Exclusive self-attention (PR #265): remove from y (N, H, D) what points along the token's own value.
+
+    v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin`. The result is orthogonal to v, head
+    by head.
+    """
+    grouped, own = y.unflatten(1, (v.shape[1], -1)).float(), twin.unsqueeze(2).float()
+    share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
+    return (grouped - share * own).flatten(1, 2).to(y.dtype)
+
+
+def plain_leave(rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
+    """Rows of x plus the attention's output, z (N, C) times weight (C, C) transposed."""
+    x = rows.x + F.linear(z, weight)
+    return Rows(x, rms_norm(x) * scale)
+
+
 def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
     """h^2 above zero, beta h^2 below; beta (hidden,) per channel.
 
@@ -1116,111 +1209,19 @@ def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
     return h.square() * torch.where(h > 0, 1.0, beta)
 
 
-def plain_feed_forward(x: Tensor, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """squared_unit(x up^T) down^T for x (..., C), up (hidden, C), down (C, hidden); also the activations."""
-    act = squared_unit(F.linear(x, up), beta)
-    return F.linear(act, down), act
+def plain_feed_forward(rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """x plus squared_unit(normalized up^T) down^T for up (hidden, C), down (C, hidden); also the activations."""
+    act = squared_unit(F.linear(rows.twin, up), beta)
+    return rows.x + F.linear(act, down), act
 
 
-def feed_forward_kernel() -> Callable[..., list[Tensor]]:
-    """The Triton kernel behind `fused_feed_forward`, a persistent matrix product with two endings.
-
-    It walks over tiles, so that the stores of one overlap the products of the next; a tile ends in halves of its
-    columns, which fits its buffers into shared memory. The best of 27 tilings tried on an H100.
-    """
-    triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
-    descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
-    rows, cols, inner = 128, 256, 64
-
-    @triton.jit
-    def finish(value, pre, out, beta, sums, row, column, hidden, BACKWARD: tl.constexpr, BETA_GRAD: tl.constexpr):
-        """Store pre-activations and activations; backward, turn the activations' gradient into that of `pre`."""
-        channel = column + tl.arange(0, value.shape[1])
-        below = tl.load(beta + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
-        if BACKWARD:
-            h = pre.load([row, column]).to(tl.float32)
-            out.store([row, column], (value * 2 * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
-            if BETA_GRAD:
-                part = tl.sum(tl.where(h > 0, 0.0, value * h * h), 0)
-                tl.store(sums + row // value.shape[0] * hidden + channel, part, mask=channel < hidden)
-        else:
-            h = value.to(pre.dtype)
-            pre.store([row, column], h)
-            h = h.to(tl.float32)
-            out.store([row, column], (h * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
-
-    @triton.jit
-    def tiles(a, b, pre, out, beta, sums, tokens, hidden, length, BACKWARD: tl.constexpr, BETA_GRAD: tl.constexpr,
-              FINISH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
-        """Tiles of a (tokens, length) times b (hidden, length) transposed, handed to FINISH in two halves."""
-        across = tl.cdiv(hidden, COLS)
-        for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
-            row, column = tile // across * ROWS, tile % across * COLS
-            total = tl.zeros((ROWS, COLS), tl.float32)
-            for k in range(0, length, INNER):
-                total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
-            left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
-            FINISH(left, pre, out, beta, sums, row, column, hidden, BACKWARD, BETA_GRAD)
-            FINISH(right, pre, out, beta, sums, row, column + COLS // 2, hidden, BACKWARD, BETA_GRAD)
-
-    def launch(a: Tensor, b: Tensor, pre: Tensor, beta: Tensor, backward: bool, beta_grad: bool) -> list[Tensor]:
-        """Run `tiles` over pre (tokens, hidden): the activations or the gradient of pre, and the gradient of beta."""
-        (tokens, hidden), out = pre.shape, torch.empty_like(pre)
-        sums = pre.new_empty((triton.cdiv(tokens, rows) if beta_grad else 1, hidden), dtype=torch.float32)
-        programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 1
-        factors = descriptor(a, [rows, inner]), descriptor(b, [cols, inner])
-        results = descriptor(pre, [rows, cols // 2]), descriptor(out, [rows, cols // 2])
-        tiles[(programs,)](*factors, *results, beta, sums, tokens, hidden, a.shape[1], backward, beta_grad,
-                           finish, rows, cols, inner, num_warps=8, num_stages=3)  # fmt: skip
-        return [out, sums.sum(0) if beta_grad else sums[0]]
-
-    return launch
+def plain_normalized(rows: Rows) -> Tensor:
+    """The normalized x of Rows, (N, C)."""
+    return rows.twin
 
 
-def fused_feed_forward() -> FeedForward:
-    """`plain_feed_forward` with the activation inside the matrix products (Triton on Hopper; the idea of PR #1530).
-
-    Forward, a tile of x up^T is still in registers when its activation is taken; backward, the tile of dy down
-    becomes the gradient of the pre-activations there: 0.39 ms a layer instead of 0.44, and 0.38 instead of 0.55.
-    """
-    launch = feed_forward_kernel()
-
-    @torch.library.custom_op("pgolf::feed_forward", mutates_args=())
-    def forward(x: Tensor, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pre = x.new_empty((len(x), len(up)))
-        act = launch(x, up, pre, beta, False, False)[0]
-        return act @ down.T, act, pre
-
-    @torch.library.custom_op("pgolf::feed_forward_backward", mutates_args=())
-    def backward(dy: Tensor, down: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool) -> list[Tensor]:
-        return launch(dy.contiguous(), down.T.contiguous(), pre, beta, True, beta_grad)
-
-    @forward.register_fake
-    def _(x: Tensor, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), x.new_empty((len(x), len(up))), x.new_empty((len(x), len(up)))
-
-    @backward.register_fake
-    def _(dy: Tensor, down: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool) -> list[Tensor]:
-        return [torch.empty_like(pre), pre.new_empty((pre.shape[1],), dtype=torch.float32)]
-
-    def save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs, *output[1:])
-
-    def gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, down, beta, act, pre = ctx.saved_tensors
-        dpre, dbeta = backward(dy, down, pre, beta, ctx.needs_input_grad[3])
-        return dpre @ up, dpre.T @ x, dy.T @ act, dbeta.to(beta.dtype) if ctx.needs_input_grad[3] else None
-
-    forward.register_autograd(gradients, setup_context=save)
-
-    def feed_forward(x: Tensor, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        y, act, _ = forward(x.flatten(0, -2), up, down, beta)
-        return y.view_as(x), act
-
-    return feed_forward
-
-
-FEED_FORWARD: dict[str, Callable[[], FeedForward]] = {"triton": fused_feed_forward, "plain": lambda: plain_feed_forward}
+PLAIN_LAYER = LayerParts(plain_enter, plain_heads, plain_exclusive, plain_leave, plain_feed_forward, plain_normalized)
+LAYER: dict[str, Callable[[], LayerParts]] = {"triton": lambda: fused_layer(), "plain": lambda: PLAIN_LAYER}
 
 
 def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
@@ -1258,11 +1259,25 @@ def probe_document_attention(attention: DocumentAttention, cfg: Config, device: 
     return probe(*ends, shapes, device)
 
 
-def probe_feed_forward(feed_forward: FeedForward, cfg: Config, device: torch.device) -> float:
-    """`probe` of a feed-forward back end against the plain definition, every input's gradient included."""
-    shapes = [(2, 160, cfg.model_dim), (cfg.hidden_dim, cfg.model_dim), (cfg.model_dim, cfg.hidden_dim)]
-    shapes.append((cfg.hidden_dim,))
-    return probe(lambda *a: feed_forward(*a)[0], lambda *a: plain_feed_forward(*a)[0], shapes, device)
+def probe_layer(parts: LayerParts, cfg: Config, device: torch.device) -> float:
+    """`probe` of a whole layer, every input's gradient included, and of its output as the next layer's skip."""
+    dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
+    matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
+    vectors = [(3, dim), (cfg.num_heads,), (hidden,)]
+
+    def layer(parts: LayerParts, x: Tensor, x0: Tensor, extra: Tensor, *rest: Tensor) -> Tensor:
+        qkv, out, up, down = (w * w.shape[1] ** -0.5 for w in rest[:4])
+        (mix, gain, beta), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
+        rows, kept, first = parts.enter(x, (x0, x0), (x0, x0), mix, 0.5)
+        q, k, v, twin = parts.heads(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)))
+        y = sdpa(SDPBackend.MATH)(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
+        rows = parts.leave(rows, parts.exclusive(y, v, twin).flatten(1), out, 0.5)
+        y = parts.feed_forward(rows, up, down, beta)[0]
+        rows, _, _ = parts.enter(y, (x, kept), first, mix, 0.5)
+        return parts.normalized(rows)
+
+    shapes = [(2 * length, dim)] * 2 + [(2 * length, kv)] + matrices + vectors
+    return probe(partial(layer, parts), partial(layer, PLAIN_LAYER), shapes, device)
 
 
 class BackEnds(NamedTuple):
@@ -1276,7 +1291,7 @@ class BackEnds(NamedTuple):
 
 ATTENTION_BACK_ENDS = BackEnds("ATTN_BACKEND", ATTENTION, ("flash", "math"), probe_attention)
 DOCUMENT_BACK_ENDS = BackEnds("ATTN_BACKEND", DOCUMENT_ATTENTION, ("math",), probe_document_attention)
-MLP_BACK_ENDS = BackEnds("MLP_BACKEND", FEED_FORWARD, ("plain",), probe_feed_forward)
+LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), probe_layer)
 
 
 def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
@@ -1313,7 +1328,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
 
 
 def linear(x: Tensor, weight: Tensor, name: str, observe: Observer | None) -> Tensor:
@@ -1323,15 +1338,14 @@ def linear(x: Tensor, weight: Tensor, name: str, observe: Observer | None) -> Te
     return F.linear(x, weight)
 
 
-def rotary_table(length: int, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (length, 1, dims/2) of rotary embedding on the first ROPE_DIMS dimensions."""
+def rotary_table(length: int, cfg: Config, device: torch.device) -> Tensor:
+    """Cosines and sines (2, length, 1, dims/2) of rotary embedding on the first ROPE_DIMS dimensions."""
     dims = cfg.rope_dims or cfg.head_dim
     stretch = max(length / cfg.train_seq_len, 1.0)  # NTK-aware: beyond the trained length the base grows
     base = cfg.rope_base * stretch ** (dims / max(dims - 2, 1))
     frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)[:, None, :]
-    dtype = compute_dtype(device)
-    return angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)
+    return torch.stack([angles.cos(), angles.sin()]).to(compute_dtype(device)).to(device)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1339,17 +1353,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
-
-
-def exclusive(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self-attention (PR #265): remove from y (B,T,H,D) what points along the token's own value.
-
-    v (B,T,KV,D) serves H/KV neighbouring query heads. The result is orthogonal to v, head by head.
-    """
-    grouped = y.unflatten(2, (v.shape[2], -1)).float()
-    own = v.unsqueeze(3).float()
-    share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
-    return (grouped - share * own).flatten(2, 3).to(y.dtype)
 
 
 def has_previous(ids: Tensor, bos_id: int) -> Tensor:
@@ -1501,8 +1504,9 @@ class Pass(NamedTuple):
     order: tuple[int, ...]  # layers as they run
     banks: dict[str, tuple[Tensor, ...]]  # bank -> the matrices of each position in the order
     vectors: dict[str, tuple[Tensor, ...]]  # per-layer parameter -> the layers' values
-    rotary: tuple[Tensor, Tensor]
-    value_embedding: Tensor | None  # (B, T, KV, D)
+    mixes: tuple[Tensor, ...]  # per position in the order, (3, C): factors of x, skip and x0 at the layer's entrance
+    rotary: Tensor
+    value_embedding: Tensor | None  # (N, KV, D)
     mask: tuple[Any, ...]  # with DOC_ATTENTION the mask of the document attention
     beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_unit below zero
     observe: Observer | None
@@ -1512,12 +1516,11 @@ class GPT(nn.Module):
     """The language model. `weights()` prepares the matrices once per step; `nll` is the forward pass."""
 
     def __init__(
-        self, cfg: Config, bos_id: int, attend: Attend, device: torch.device,
-        feed_forward: FeedForward = plain_feed_forward,
-    ) -> None:  # fmt: skip
+        self, cfg: Config, bos_id: int, attend: Attend, device: torch.device, parts: LayerParts = PLAIN_LAYER
+    ) -> None:
         """Allocate and initialize from SEED, whatever the state of the global generator."""
         super().__init__()
-        self.cfg, self.bos_id, self.attend, self.feed_forward = cfg, bos_id, attend, feed_forward
+        self.cfg, self.bos_id, self.attend, self.parts = cfg, bos_id, attend, parts
         self.dtype, self.layers = compute_dtype(device), layer_specs(cfg)
         self.order = final_order(cfg)  # of the model as it is scored; training may still be on its way there
         generator_state = torch.random.get_rng_state()
@@ -1529,7 +1532,8 @@ class GPT(nn.Module):
         self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
         self.to(device)
         self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
-        self.rotary = {n: rotary_table(n, cfg, device) for n in {cfg.train_seq_len, cfg.eval_len}}
+        lengths = {phase.seq_len for phase in phases(cfg).values()} | {cfg.eval_len}
+        self.rotary = {length: rotary_table(length, cfg, device) for length in lengths}
         self.fast_weights, self.fast_nll = compiled(cfg, self.weights), compiled(cfg, self.nll)
         self.fast_nll_and_entropy = compiled(cfg, self.nll_and_entropy)
 
@@ -1579,47 +1583,56 @@ class GPT(nn.Module):
             banks = {name: tuple(matrices[layer] for layer in order) for name, matrices in banks.items()}
         value = None
         if "ve_table" in self.rest:
-            value = self.project("ve_table", ids, "ve_proj", observe).unflatten(-1, (self.cfg.num_kv_heads, -1))
+            value = self.project("ve_table", ids, "ve_proj", observe).view(ids.numel(), self.cfg.num_kv_heads, -1)
         length = ids.shape[1]
-        rotary = self.rotary.get(length) or rotary_table(length, self.cfg, ids.device)
+        rotary = self.rotary[length] if length in self.rotary else rotary_table(length, self.cfg, ids.device)
         slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
         fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
         beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
         mask = (self.attend.mask((ids == self.bos_id).cumsum(1)),) if self.cfg.doc_attention else ()
-        return Pass(order, banks, vectors, rotary, value, mask, beta, observe)
+        return Pass(order, banks, vectors, self.mixes(order), rotary, value, mask, beta, observe)
 
-    def attention(self, x: Tensor, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
-        """Attention of normalized x (B, T, C); also returns this layer's own values (B, T, KV, D)."""
-        cfg, layer, vectors = self.cfg, p.order[position], p.vectors
-        spec = self.layers[layer]
-        qkv = linear(x, p.banks["qkv"][position], f"qkv.{layer}", p.observe).unflatten(-1, (-1, cfg.head_dim))
-        q, k, v = qkv.split([cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=2)
-        # One gain per head, expanded to one per token: its gradient becomes a sum over the head, which fuses with the
-        # backward pass of the norm, and then one over tokens. Summed in one go it reads q and dq again (1.1 ms a step).
-        gain = vectors["q_gain"][layer][:, None].expand(*q.shape[:3], 1)
-        q = apply_rotary(rms_norm(q), *p.rotary) * gain
-        k = apply_rotary(rms_norm(k), *p.rotary)
+    def mixes(self, order: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Factors (3, C) of x, skip and x0 at the entrance of each position: the skip's weight is multiplied in here,
+        on vectors, and once for all positions."""
+        resid = torch.stack([self.rest["resid_mix"][layer] for layer in order])
+        half, skips = len(order) // 2, torch.zeros_like(resid[:, 0])
+        if half:
+            skips = F.pad(self.rest["skip_weights"][:half], (0, 0, half, len(order) - 2 * half))
+        return torch.stack([resid[:, 0], resid[:, 0] * skips, resid[:, 1]], 1).to(self.dtype).unbind()
+
+    def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Rows, Tensor]:
+        """Attention part of a layer, its output added; also returns this layer's own values (N, KV, D)."""
+        layer, vectors, parts = p.order[position], p.vectors, self.parts
+        spec, extra = self.layers[layer], None
+        if p.observe is not None:
+            p.observe(f"qkv.{layer}", parts.normalized(rows))
         if spec.value_embed is not None:
-            v = v + self.rest["ve_scale"][spec.value_embed].to(v.dtype) * p.value_embedding
-        own = v
+            extra = self.rest["ve_scale"][spec.value_embed].to(self.dtype) * p.value_embedding
+        q, k, own, twin = parts.heads(rows, p.banks["qkv"][position], vectors["q_gain"][layer], p.rotary, extra)
+        v = own
         if "value_mix" in vectors:
             mix = vectors["value_mix"][layer]
-            v = mix[0] * (own if first_v is None else first_v) + mix[1] * own
-        y = self.attend(q, k, v, *p.mask)
+            v = twin = mix[0] * (own if first_v is None else first_v) + mix[1] * own
+        y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), *p.mask).flatten(0, 1)
         if spec.xsa:
-            y = exclusive(y, v)
+            y = parts.exclusive(y, v, twin)
         if "gate_weight" in vectors:
-            y = y * torch.sigmoid(F.linear(x, vectors["gate_weight"][layer], vectors["gate_bias"][layer])).unsqueeze(-1)
-        return linear(y.flatten(2), p.banks["out"][position], f"out.{layer}", p.observe), own
-
-    def mlp(self, x: Tensor, position: int, p: Pass) -> Tensor:
-        """Feed-forward part of a layer, (B, T, C) to (B, T, C)."""
-        layer = p.order[position]
-        y, act = self.feed_forward(x, p.banks["up"][position], p.banks["down"][position], p.beta[layer])
+            gate = F.linear(parts.normalized(rows), vectors["gate_weight"][layer], vectors["gate_bias"][layer])
+            y = y * torch.sigmoid(gate).unsqueeze(-1)
+        z = y.flatten(1)
         if p.observe is not None:
-            p.observe(f"up.{layer}", x)
+            p.observe(f"out.{layer}", z)
+        return parts.leave(rows, z, p.banks["out"][position], spec.norm_scale), own
+
+    def mlp(self, rows: Rows, position: int, p: Pass) -> Tensor:
+        """Feed-forward part of a layer, its output added: (N, C)."""
+        layer = p.order[position]
+        x, act = self.parts.feed_forward(rows, p.banks["up"][position], p.banks["down"][position], p.beta[layer])
+        if p.observe is not None:
+            p.observe(f"up.{layer}", self.parts.normalized(rows))
             p.observe(f"down.{layer}", act)
-        return y
+        return x
 
     def hidden(
         self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None = None
@@ -1630,21 +1643,19 @@ class GPT(nn.Module):
         the embedding x0 back in.
         """
         p = self.begin(ids, weights, order, observe)
-        x = x0 = self.embed(ids, observe)
-        half, skips, first_v = len(order) // 2, [], None
-        skip_weights = self.rest["skip_weights"].to(self.dtype).unbind() if "skip_weights" in self.rest else ()
+        x = self.embed(ids, observe).flatten(0, 1)
+        x0, half, skips, first_v = (x, x), len(order) // 2, [], None
         for position, layer in enumerate(order):
-            if half <= position < half + min(half, len(skip_weights)):
-                x = x + skip_weights[position - half] * skips.pop()
-            mix, scale = p.vectors["resid_mix"][layer], self.layers[layer].norm_scale
-            x = mix[0] * x + mix[1] * x0
-            y, own_v = self.attention(rms_norm(x) * scale, position, first_v, p)
+            skip = None
+            if half <= position < 2 * half:
+                skip = skips.pop() if position > half else (x, x)  # the last one pushed is x itself
+            rows, twin, x0 = self.parts.enter(x, skip, x0, p.mixes[position], self.layers[layer].norm_scale)
+            if 0 < position < half:
+                skips.append((x, twin))
+            rows, own_v = self.attention(rows, position, first_v, p)
             first_v = own_v if first_v is None else first_v
-            x = x + y
-            x = x + self.mlp(rms_norm(x) * scale, position, p)
-            if position < half:
-                skips.append(x)
-        return rms_norm(x)
+            x = self.mlp(rows, position, p)
+        return rms_norm(x).view(*ids.shape, -1)
 
     def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""
@@ -1676,11 +1687,11 @@ def compiled(cfg: Config, function: Callable) -> Callable:
 def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
     """The model of `cfg` on this rank's device, with its parameter count in the log."""
     attend = choose_back_end(run, DOCUMENT_BACK_ENDS if cfg.doc_attention else ATTENTION_BACK_ENDS, cfg.attn_backend)
-    feed_forward = choose_back_end(run, MLP_BACK_ENDS, cfg.mlp_backend)
-    model = GPT(cfg, bos_id, attend, run.ranks.device, feed_forward)
-    parts = {name.split(".")[1]: p.numel() for name, p in model.named_parameters()}
-    count = sum(parts.values())
-    run.log(f"model_params:{count} ({' '.join(f'{n}:{c}' for n, c in parts.items() if c > 0.002 * count)}) "
+    parts = choose_back_end(run, LAYER_BACK_ENDS, cfg.layer_backend)
+    model = GPT(cfg, bos_id, attend, run.ranks.device, parts)
+    sizes = {name.split(".")[1]: p.numel() for name, p in model.named_parameters()}
+    count = sum(sizes.values())
+    run.log(f"model_params:{count} ({' '.join(f'{n}:{c}' for n, c in sizes.items() if c > 0.002 * count)}) "
             f"passes:{len(final_order(cfg))} over {cfg.num_layers} layers")  # fmt: skip
     run.log.event("model", parameters=count, mlp_hidden=cfg.hidden_dim)
     run.log(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} xsa_last_n:{cfg.xsa_last_n} "
@@ -1689,7 +1700,680 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
 
 
 # ----------------------------------------------------------------------------------------------
-# 5. Optimizers
+# 5. Kernels
+# ----------------------------------------------------------------------------------------------
+# What a Hopper GPU runs instead of the plain parts of a layer: the same function from fewer bytes, which
+# are what bounds a step. Each kernel's share of the gain is in benchmarks/RESULTS.md.
+#
+# The normalized input of a product is never written. With r = scale * rsqrt(mean(x^2) + eps) per row, the
+# product of the normalized row is r times the product of x; what follows a product takes r along, in its
+# ending, on tiles that are still in registers. The gradient of such a row needs no gradient of r: for
+# g = dL/dx with r held fixed, dL/dr is <g, x> / r and dr/dx is -r^3 / (C scale^2) x, so
+# dx = g - x (r^2 / (C scale^2)) <g, x>: one pass over g and x, in which the residual gradient is added too.
+# Hence the twins: memory that is never written or read and only carries g back, or the gradient of a skip
+# or of x0, to the one kernel that adds it up (inductor cannot add inside an operator).
+
+TILE = (128, 256, 64)  # rows, columns, inner length of a product's tile; 8 warps, 3 stages: the best of 27 tried
+
+
+def jit(function: Callable) -> Any:
+    """triton.jit, without one more compilation for each kind of number that a count can be; nothing without Triton."""
+    if triton is None:
+        return function
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in ("tokens", "length", "items") if name in names])
+
+
+def programs(device: torch.device, blocks: int, per_processor: int = 1) -> tuple[int]:
+    """Grid that walks over `blocks`; two programs on the CPU, so that tests see the walk and the partial sums."""
+    if device.type != "cuda":
+        return (min(blocks, 2),)
+    return (min(blocks, per_processor * torch.cuda.get_device_properties(device).multi_processor_count),)
+
+
+def tiled(factor: Tensor, rows: int, cols: int) -> Any:
+    """A contiguous matrix as the bulk copy engine takes it, in tiles."""
+    return TensorDescriptor.from_tensor(factor, [rows, cols])
+
+
+# The step of the residual stream into a layer
+
+
+@jit
+def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr, WIDTH: tl.constexpr,
+                COLS: tl.constexpr, ROWS: tl.constexpr, SKIP: tl.constexpr):  # fmt: skip
+    """The new x and r of ROWS rows; COLS is WIDTH rounded up to a power of two."""
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
+    at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
+    every = mix + column + 0 * row[:, None]  # whole tiles: a line would change its layout through shared memory
+    value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+    value *= tl.load(every, mask=live, other=0.0).to(tl.float32)
+    first = tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
+    value += first * tl.load(every + 2 * WIDTH, mask=live, other=0.0).to(tl.float32)
+    if SKIP:
+        other = tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
+        value += other * tl.load(every + WIDTH, mask=live, other=0.0).to(tl.float32)
+    rounded = value.to(new.dtype.element_ty)
+    tl.store(new + at, rounded, mask=live)
+    value = rounded.to(tl.float32)
+    tl.store(factors + row, scale * tl.rsqrt(tl.sum(value * value, 1) / WIDTH + EPS), mask=row < tokens)
+
+
+@jit
+def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnext, dx, dskip, dx0, sums, tokens, scale,
+                        WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+                        MIX: tl.constexpr, SKIP: tl.constexpr, KEPT: tl.constexpr,
+                        NEXT: tl.constexpr):  # fmt: skip
+    """Gradients of x, skip and x0, walking over blocks of rows; sums (programs, 3, WIDTH) of mix's.
+
+    The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
+    """
+    column = tl.arange(0, COLS)[None, :]
+    every = mix + column + 0 * tl.arange(0, ROWS)[:, None]
+    within = column + 0 * tl.arange(0, ROWS)[:, None] < WIDTH
+    if MIX:
+        keep = tl.load(every, mask=within, other=0.0).to(tl.float32)
+        first = tl.load(every + 2 * WIDTH, mask=within, other=0.0).to(tl.float32)
+        dkeep, dfirst = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    if SKIP:
+        other = tl.load(every + WIDTH, mask=within, other=0.0).to(tl.float32)
+        dother = tl.zeros((ROWS, COLS), tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = block * ROWS + tl.arange(0, ROWS)
+        at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
+        g = tl.load(dtwin + at, mask=live, other=0.0).to(tl.float32)
+        value = tl.load(new + at, mask=live, other=0.0).to(tl.float32)
+        upstream = tl.load(dnew + at, mask=live, other=0.0).to(tl.float32)
+        r = tl.load(factors + row, mask=row < tokens, other=0.0)
+        shrink = r * r / (WIDTH * scale * scale) * tl.sum(g * value, 1)
+        d = upstream + g - value * shrink[:, None]
+        if MIX:
+            dkeep += d * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+            dfirst += d * tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
+            begun = d * first
+            if NEXT:
+                begun += tl.load(dnext + at, mask=live, other=0.0).to(tl.float32)
+            tl.store(dx0 + at, begun.to(dx0.dtype.element_ty), mask=live)
+            if SKIP:
+                dother += d * tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
+                tl.store(dskip + at, (d * other).to(dskip.dtype.element_ty), mask=live)
+            d *= keep
+        if KEPT:
+            d += tl.load(dkept + at, mask=live, other=0.0).to(tl.float32)
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=live)
+    line, inside = sums + tl.program_id(0) * 3 * WIDTH + tl.arange(0, COLS), tl.arange(0, COLS) < WIDTH
+    if MIX:
+        tl.store(line, tl.sum(dkeep, 0), mask=inside)
+        tl.store(line + 2 * WIDTH, tl.sum(dfirst, 0), mask=inside)
+    if SKIP:
+        tl.store(line + WIDTH, tl.sum(dother, 0), mask=inside)
+
+
+@torch.library.custom_op("pgolf::enter", mutates_args=())
+def enter(
+    x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`plain_enter` with its parts of Rows and the twins of x and x0."""
+    (n, width), r = x.shape, x.new_empty(len(x), dtype=torch.float32)
+    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
+    enter_tiles[(triton.cdiv(n, 4),)](x, x if skip is None else skip, x0, mix, new, r, n, scale, NORM_EPS, width,
+                                      triton.next_power_of_2(width), 4, skip is not None, num_warps=2,
+                                      num_stages=2)  # fmt: skip
+    return new, twin, r, kept, following
+
+
+@torch.library.custom_op("pgolf::rows_backward", mutates_args=())
+def rows_backward(upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float) -> list[Tensor]:
+    """Gradients of x, skip, x0 and mix (empty where absent) from those of Rows.
+
+    `upstream`: of the new x, its twin, and those present of the twins of x and x0; `saved`: new x, r and, with mix,
+    mix, x, x0 and, where present, skip; `present`: mix, skip, the two upstream.
+    """
+    (new, r, *rest), (has_mix, has_skip, *more) = saved, present
+    (n, width), others = new.shape, iter(upstream[2:])
+    mix, x, x0, skip = (*rest, *[new] * 4)[:4]
+    others = [next(others) if here else new for here in more]
+    dx, dskip, dx0 = (torch.empty_like(new) if here else new.new_empty(0) for here in (True, has_skip, has_mix))
+    grid = programs(new.device, triton.cdiv(n, 2), 8)
+    sums = new.new_zeros((grid[0] if has_mix else 0, 3, width), dtype=torch.float32)
+    rows_backward_tiles[grid](x, skip, x0, mix, new, r, *upstream[:2], *others, dx, dskip, dx0, sums, n, scale, width,
+                              triton.next_power_of_2(width), 2, 2, *present, num_warps=2)  # fmt: skip
+    return [dx, dskip, dx0, sums.sum(0).to(new.dtype)]
+
+
+@enter.register_fake
+def _(x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor,
+      scale: float) -> tuple[Tensor, ...]:  # fmt: skip
+    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
+    return new, twin, x.new_empty(len(x), dtype=torch.float32), kept, following
+
+
+@rows_backward.register_fake
+def _(upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float) -> list[Tensor]:
+    new, (has_mix, has_skip) = saved[0], present[:2]
+    shapes = (new.shape, new.shape if has_skip else (0,), new.shape if has_mix else (0,), (3, new.shape[1]))
+    return [new.new_empty(shape) for shape in shapes]
+
+
+def save_enter(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, skip, _, x0, _, mix, ctx.scale = inputs
+    ctx.has_skip = skip is not None
+    ctx.save_for_backward(output[0], output[2], mix, x, x0, *([skip] if ctx.has_skip else []))
+    ctx.set_materialize_grads(False)
+
+
+def enter_gradients(
+    ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, dkept: Tensor | None, dnext: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the twins of skip and x0, and mix."""
+    saved = list(ctx.saved_tensors)
+    upstream = [torch.zeros_like(saved[0]) if d is None else d for d in (dnew, dtwin)]
+    upstream = [d.contiguous() for d in (*upstream, dkept, dnext) if d is not None]
+    present = [True, ctx.has_skip, dkept is not None, dnext is not None]
+    dx, dskip, dx0, dmix = rows_backward(upstream, saved, present, ctx.scale)
+    return dx, None, dskip if ctx.has_skip else None, None, dx0, dmix, None
+
+
+enter.register_autograd(enter_gradients, setup_context=save_enter)
+
+
+def fused_enter(x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> tuple:
+    """`plain_enter`: 5 activations are written and read where inductor's kernels take 6, backward 10 of 14."""
+    x_new, twin, r, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
+    return Rows(x_new, twin, r), kept, (x0[0], following)
+
+
+# Queries, keys and values
+
+
+@jit
+def angles(rotary, place, tokens, length, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """Cosines and sines (ROWS, 1, SIZE / 2 HALF, HALF) for rows `place`; 1 and 0 where nothing rotates.
+
+    Loaded as a small tile, so that it takes on the layout of the large one and not the other way round.
+    """
+    at, live = (place % length * HALF)[:, None] + tl.arange(0, HALF)[None, :], place[:, None] < tokens
+    cos = tl.load(rotary + at, mask=live, other=1.0).to(tl.float32)
+    sin = tl.load(rotary + length * HALF + at, mask=live, other=0.0).to(tl.float32)
+    turns = tl.arange(0, SIZE // (2 * HALF))[None, None, :, None] == 0
+    return tl.where(turns, cos[:, None, None, :], 1.0), tl.where(turns, sin[:, None, None, :], 0.0)
+
+
+@jit
+def per_head(tile):
+    """Sums (ROWS, HEADS, 1, 1) over a tile (ROWS, HEADS, blocks, HALF)."""
+    return tl.sum(tl.sum(tile, 3), 2)[:, :, None, None]
+
+
+@jit
+def end_heads(value, r, gain, rotary, extra, q, k, v, factors, row, column, tokens, length, EPS: tl.constexpr,
+              HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+              EXTRA: tl.constexpr):  # fmt: skip
+    """Ending of a tile (ROWS, whole heads of one kind) of the product: normalize, rotate, gain or `extra`, store.
+
+    A norm per head cancels r but for eps, which becomes eps / r^2.
+    """
+    ROWS: tl.constexpr = value.shape[0]
+    GROUP: tl.constexpr = value.shape[1] // SIZE
+    place, head = row + tl.arange(0, ROWS), column // SIZE + tl.arange(0, GROUP)
+    is_value = column >= (HEADS + KV) * SIZE
+    r = tl.load(r + place, mask=place < tokens, other=1.0)[:, None, None, None]
+    pairs = tl.reshape(value, (ROWS, GROUP, SIZE // (2 * HALF), 2, HALF))
+    a, b = tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
+    factor = tl.rsqrt(per_head(a * a + b * b) / SIZE + EPS / (r * r))
+    normed = (place[:, None] < tokens) & (head[None, :] < HEADS + KV)
+    tl.store(factors + place[:, None] * (HEADS + KV) + head[None, :], tl.reshape(factor, (ROWS, GROUP)), mask=normed)
+    gains = tl.load(gain + head, mask=head < HEADS, other=1.0).to(tl.float32)[None, :, None, None]
+    factor = tl.where(is_value, r, factor * gains)
+    until = tl.where(is_value, 0, tokens)  # nothing rotates in v
+    cos, sin = angles(rotary, place, until, length, SIZE, HALF)
+    a, b = a * factor, b * factor
+    both = tl.permute(tl.join(a * cos + b * sin, b * cos - a * sin), (0, 1, 2, 4, 3))
+    value = tl.reshape(both, (ROWS, GROUP * SIZE))
+    if EXTRA:
+        at = place[:, None] * (KV * SIZE) + column - (HEADS + KV) * SIZE + tl.arange(0, GROUP * SIZE)[None, :]
+        value += tl.load(extra + at, mask=is_value & (place[:, None] < tokens), other=0.0).to(tl.float32)
+    # Selected, not branched: Triton 3.6 cannot flatten a loop with a branch in it.
+    is_query = column < HEADS * SIZE
+    out = tl.where(is_query, q, tl.where(is_value, v, k))
+    column -= tl.where(is_query, 0, tl.where(is_value, HEADS + KV, HEADS) * SIZE)
+    at = place[:, None] * (tl.where(is_query, HEADS, KV) * SIZE) + column + tl.arange(0, GROUP * SIZE)[None, :]
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=place[:, None] < tokens)
+
+
+@jit
+def heads_tiles(x, weight, r, gain, rotary, extra, q, k, v, factors, tokens, length, width, EPS: tl.constexpr,
+                ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr,
+                SIZE: tl.constexpr, HALF: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
+    """The product x weight^T, each tile ended by `end_heads` in two halves; x is (tokens, width)."""
+    across: tl.constexpr = (HEADS + 2 * KV) * SIZE // COLS
+    for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
+        row, column = tile // across * ROWS, tile % across * COLS
+        total = tl.zeros((ROWS, COLS), tl.float32)
+        for inner in range(0, width, INNER):
+            total = tl.dot(x.load([row, inner]), weight.load([column, inner]).T, total)
+        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+        end_heads(left, r, gain, rotary, extra, q, k, v, factors, row, column, tokens, length, EPS, HEADS, KV, SIZE,
+                  HALF, EXTRA)
+        end_heads(right, r, gain, rotary, extra, q, k, v, factors, row, column + COLS // 2, tokens, length, EPS, HEADS,
+                  KV, SIZE, HALF, EXTRA)  # fmt: skip
+
+
+@jit
+def undo_heads(final, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.constexpr, HEADS: tl.constexpr,
+               NORMED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+               GAIN: tl.constexpr):  # fmt: skip
+    """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head.
+
+    The normalized heads are made from what became of them: turned back, over the gain. Both halves of a pair are loaded
+    as vectors into the same place of two tiles, so that no thread needs another's values.
+    """
+    head, block = tl.arange(0, HEADS)[None, :, None, None], tl.arange(0, SIZE // (2 * HALF))[None, None, :, None]
+    within, live = head * SIZE + block * (2 * HALF) + tl.arange(0, HALF)[None, None, None, :], row < tokens
+    source, target = row * WIDTH + FIRST * SIZE + within, row * (HEADS * SIZE) + within
+    left = tl.load(dout + target, mask=live, other=0.0).to(tl.float32)
+    right = tl.load(dout + target + HALF, mask=live, other=0.0).to(tl.float32)
+    da, db = left * cos - right * sin, left * sin + right * cos
+    left = tl.load(final + target, mask=live, other=0.0).to(tl.float32)
+    right = tl.load(final + target + HALF, mask=live, other=0.0).to(tl.float32)
+    factor = tl.load(factors + row * NORMED + FIRST + head, mask=live, other=0.0)
+    turned = cos * cos + sin * sin  # 1 but for the table's rounding
+    if GAIN:
+        gains = tl.load(gain + head).to(tl.float32)
+        turned *= tl.where(gains == 0, float("inf"), gains)
+    a, b = (left * cos - right * sin) / turned, (left * sin + right * cos) / turned
+    inner = per_head(a * da + b * db)
+    if GAIN:
+        factor *= gains
+    tl.store(du + source, (factor * (da - a * (inner / SIZE))).to(du.dtype.element_ty), mask=live)
+    tl.store(du + source + HALF, (factor * (db - b * (inner / SIZE))).to(du.dtype.element_ty), mask=live)
+    return inner
+
+
+@jit
+def heads_backward_tiles(q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, tokens, length,
+                         ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
+                         HALF: tl.constexpr, TWIN: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
+    """The whole gradient of the product, walking over blocks of ROWS rows; sums (programs, HEADS) of the gain's."""
+    NORMED: tl.constexpr = HEADS + KV
+    WIDTH: tl.constexpr = (HEADS + 2 * KV) * SIZE
+    gains = tl.zeros((ROWS, HEADS, 1, 1), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+        place = block * ROWS + tl.arange(0, ROWS)
+        row, flat = place[:, None, None, None], place[:, None]
+        cos, sin = angles(rotary, place, tokens, length, SIZE, HALF)
+        gains += undo_heads(q, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, NORMED, WIDTH, SIZE, HALF, True)
+        undo_heads(k, factors, dk, du, gain, cos, sin, row, tokens, HEADS, KV, NORMED, WIDTH, SIZE, HALF, False)
+        channel = tl.arange(0, KV * SIZE)[None, :]
+        live = (flat < tokens) & (channel < KV * SIZE)
+        value = tl.load(dv + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
+        if TWIN:
+            value += tl.load(dtwin + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
+        if EXTRA:
+            tl.store(dextra + flat * (KV * SIZE) + channel, value.to(dextra.dtype.element_ty), mask=live)
+        value *= tl.load(r + flat, mask=flat < tokens, other=1.0)
+        tl.store(du + flat * WIDTH + NORMED * SIZE + channel, value.to(du.dtype.element_ty), mask=live)
+    total = tl.sum(tl.reshape(gains, (ROWS, HEADS)), 0)
+    tl.store(sums + tl.program_id(0) * HEADS + tl.arange(0, HEADS), total)
+
+
+def heads_fit(heads: int, kv: int, size: int, half: int) -> bool:
+    """Whether the kernel can: powers of two, and half a tile of the product holds heads of one kind only."""
+    fills = kv * size % (TILE[1] // 2) == 0 and (heads + 2 * kv) * size % TILE[1] == 0
+    return fills and all(n & (n - 1) == 0 for n in (heads, kv, size, half))
+
+
+@torch.library.custom_op("pgolf::heads", mutates_args=())
+def heads(
+    x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v of `plain_heads`, v's twin, and the factors of the norms (N, H + KV)."""
+    (n, width), (rows, cols, inner), (count, kv, size) = x.shape, TILE, head_sizes(x, weight, gain)
+    q, k, v, v_twin = (x.new_empty((n, c, size)) for c in (count, kv, kv, kv))
+    factors = x.new_empty((n, count + kv), dtype=torch.float32)
+    heads_tiles[programs(x.device, triton.cdiv(n, rows) * (len(weight) // cols))](
+        tiled(x, rows, inner), tiled(weight, cols, inner), r, gain, rotary, x if extra is None else extra, q, k, v,
+        factors, n, rotary.shape[1], width, NORM_EPS, *TILE, count, kv, size, rotary.shape[-1], extra is not None,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return q, k, v, v_twin, factors
+
+
+@torch.library.custom_op("pgolf::heads_backward", mutates_args=())
+def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the product, of the gain, and of v (written only where `extra` wants it).
+
+    `upstream` are the gradients of q, k, v and, where something used it, of v's twin; `saved` the factors of the norms,
+    r, gain, rotary, q and k.
+    """
+    dq, dk, dv, dtwin = [d.contiguous() for d in (*upstream, upstream[2])[:4]]
+    (n, count, size), kv, (factors, r, gain, rotary, q, k) = dq.shape, dk.shape[1], saved
+    grid = programs(dq.device, triton.cdiv(n, 4), 6)
+    du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), torch.empty_like(dv) if has_extra else dv.new_empty(0)
+    sums = dq.new_empty((grid[0], count), dtype=torch.float32)
+    heads_backward_tiles[grid](q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, n, rotary.shape[1],
+                               4, count, kv, size, rotary.shape[-1], len(upstream) == 4, has_extra, num_warps=4,
+                               num_stages=2)  # fmt: skip
+    return du, sums.sum(0).to(gain.dtype), dextra
+
+
+@heads.register_fake
+def _(x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor,
+      extra: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
+    count, kv, size = head_sizes(x, weight, gain)
+    outputs = (x.new_empty((len(x), c, size)) for c in (count, kv, kv, kv))
+    return *outputs, x.new_empty((len(x), count + kv), dtype=torch.float32)
+
+
+@heads_backward.register_fake
+def _(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = upstream[:3]
+    width = (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2]
+    return dq.new_empty((len(dq), width)), torch.empty_like(saved[2]), dv.new_empty(dv.shape if has_extra else 0)
+
+
+def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, _, r, weight, gain, rotary, extra = inputs
+    ctx.has_extra = extra is not None
+    ctx.save_for_backward(x, weight, output[4], r, gain, rotary, *output[:2])
+    ctx.set_materialize_grads(False)
+
+
+def heads_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, _: None) -> tuple:
+    """Gradients of the twin, the weight, the gain and `extra`."""
+    x, weight, *saved = ctx.saved_tensors
+    upstream = [dq, dk, dv] + ([] if dtwin is None else [dtwin])
+    du, dgain, dextra = heads_backward(upstream, saved, ctx.has_extra)
+    return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None
+
+
+heads.register_autograd(heads_gradients, setup_context=save_heads)
+
+
+def fused_heads(rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None) -> tuple:
+    """`plain_heads` in the ending of the product; in plain steps for heads that do not fill its tiles."""
+    if heads_fit(*head_sizes(rows.x, weight, gain), rotary.shape[-1]):
+        return heads(*rows, weight, gain, rotary, extra)[:4]
+    return plain_heads(Rows(rows.x, fused_normalized(rows)), weight, gain, rotary, extra)
+
+
+# Exclusive self-attention
+
+
+@jit
+def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, SIZE: tl.constexpr, COLS: tl.constexpr,
+                    ITEMS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+    """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy and the heads' sum of dv."""
+    item, d = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None], tl.arange(0, COLS)[None, :]
+    live = (item < items) & (d < SIZE)
+    own = tl.load(v + item * SIZE + d, mask=live, other=0.0).to(tl.float32)
+    power = tl.sum(own * own, 1)[:, None]
+    inverse = 1.0 / tl.maximum(power, 1e-12)
+    total = tl.zeros((ITEMS, COLS), tl.float32)
+    for head in tl.static_range(GROUP):
+        at = (item * GROUP + head) * SIZE + d
+        value = tl.load(y + at, mask=live, other=0.0).to(tl.float32)
+        share = tl.sum(value * own, 1)[:, None] * inverse
+        if BACKWARD:
+            upstream = tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
+            along = tl.sum(upstream * own, 1)[:, None] * inverse
+            tl.store(out + at, (upstream - along * own).to(out.dtype.element_ty), mask=live)
+            total -= share * upstream + along * value - tl.where(power > 1e-12, 2 * along * share, 0.0) * own
+        else:
+            tl.store(out + at, (value - share * own).to(out.dtype.element_ty), mask=live)
+    if BACKWARD:
+        tl.store(dv + item * SIZE + d, total.to(dv.dtype.element_ty), mask=live)
+
+
+def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z, or the gradients of y and v."""
+    y, v, size = y.contiguous(), v.contiguous(), y.shape[2]
+    out, dv, pairs = torch.empty_like(y), v if dz is None else torch.empty_like(v), v.shape[0] * v.shape[1]
+    exclusive_tiles[(triton.cdiv(pairs, 32),)](y, v, y if dz is None else dz.contiguous(), out, dv, pairs,
+                                               y.shape[1] // v.shape[1], size, triton.next_power_of_2(size), 32,
+                                               dz is not None, num_warps=4, num_stages=2)  # fmt: skip
+    return out, dv
+
+
+@torch.library.custom_op("pgolf::exclusive", mutates_args=())
+def fused_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+    """`plain_exclusive`, whose gradient of v goes to `twin` and so is added to the attention's by `heads_backward`."""
+    return run_exclusive(y, v, None)[0]
+
+
+@torch.library.custom_op("pgolf::exclusive_backward", mutates_args=())
+def exclusive_backward(y: Tensor, v: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y and v."""
+    return run_exclusive(y, v, dz)
+
+
+@fused_exclusive.register_fake
+def _(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+@exclusive_backward.register_fake
+def _(y: Tensor, v: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), v.new_empty(v.shape)
+
+
+def exclusive_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+    dy, dv = exclusive_backward(*ctx.saved_tensors, dz)
+    return dy, None, dv
+
+
+fused_exclusive.register_autograd(
+    exclusive_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
+)
+
+
+# The output product of the attention
+
+
+@jit
+def end_sum(value, x, new, squares, row, column, tokens):
+    """Ending of a tile of the product: add x, store, and store each row's sum of squares over the tile's columns."""
+    place = row + tl.arange(0, value.shape[0])
+    rounded = (value + x.load([row, column]).to(tl.float32)).to(new.dtype)
+    new.store([row, column], rounded)
+    total = rounded.to(tl.float32)
+    tl.store(squares + column // value.shape[1] * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
+
+
+@jit
+def sum_tiles(a, b, x, new, squares, tokens, width, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
+              INNER: tl.constexpr):  # fmt: skip
+    """x + a b^T for a (tokens, inputs) and b (width, inputs), each tile ended by `end_sum` in two halves."""
+    across = tl.cdiv(width, COLS)
+    for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
+        row, column = tile // across * ROWS, tile % across * COLS
+        total = tl.zeros((ROWS, COLS), tl.float32)
+        for k in range(0, inputs, INNER):
+            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+        end_sum(left, x, new, squares, row, column, tokens)
+        end_sum(right, x, new, squares, row, column + COLS // 2, tokens)
+
+
+def sum_product(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x + z weight^T, and the sums of squares (pieces, N) of its rows."""
+    (n, width), (rows, cols, inner), new = x.shape, TILE, torch.empty_like(x)
+    squares = x.new_empty((2 * triton.cdiv(width, cols), n), dtype=torch.float32)
+    grid = programs(x.device, triton.cdiv(n, rows) * triton.cdiv(width, cols))
+    sum_tiles[grid](tiled(z, rows, inner), tiled(weight, cols, inner), tiled(x, rows, cols // 2),
+                    tiled(new, rows, cols // 2), squares, n, width, z.shape[1], *TILE, num_warps=8,
+                    num_stages=3)  # fmt: skip
+    return new, squares
+
+
+@torch.library.custom_op("pgolf::leave", mutates_args=())
+def leave(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of `plain_leave`'s Rows: the product is never written by itself."""
+    new, squares = sum_product(x, z.contiguous(), weight)
+    return new, torch.empty_like(x), scale * torch.rsqrt(squares.sum(0) / x.shape[1] + NORM_EPS)
+
+
+@leave.register_fake
+def _(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+
+
+def save_leave(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, z, weight, ctx.scale = inputs
+    ctx.save_for_backward(z, weight, output[0], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def leave_gradients(ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, z and weight."""
+    z, weight, *saved = ctx.saved_tensors
+    upstream = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
+    dx = rows_backward(upstream, saved, [False] * 4, ctx.scale)[0]
+    return dx, dx @ weight, dx.T @ z, None
+
+
+leave.register_autograd(leave_gradients, setup_context=save_leave)
+
+
+def fused_leave(rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
+    """`plain_leave`."""
+    return Rows(*leave(rows.x, z, weight, scale))
+
+
+# Feed-forward
+
+
+@jit
+def end_unit(value, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWARD: tl.constexpr,
+             BETA_GRAD: tl.constexpr):  # fmt: skip
+    """Ending of a tile: pre = r value and activations; backward, r times the gradient of pre."""
+    channel, place = column + tl.arange(0, value.shape[1]), row + tl.arange(0, value.shape[0])
+    below = tl.load(beta + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
+    factor = tl.load(r + place, mask=place < tokens, other=0.0)[:, None]
+    if BACKWARD:
+        h = pre.load([row, column]).to(tl.float32)
+        out.store([row, column], (value * factor * 2 * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
+        if BETA_GRAD:
+            part = tl.sum(tl.where(h > 0, 0.0, value * h * h), 0)
+            tl.store(sums + row // value.shape[0] * hidden + channel, part, mask=channel < hidden)
+    else:
+        h = (value * factor).to(pre.dtype)
+        pre.store([row, column], h)
+        h = h.to(tl.float32)
+        out.store([row, column], (h * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
+
+
+@jit
+def unit_tiles(a, b, pre, out, r, beta, sums, tokens, hidden, inputs, BACKWARD: tl.constexpr, BETA_GRAD: tl.constexpr,
+               ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+    """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves.
+
+    It walks over tiles, so that the stores of one overlap the products of the next; halves fit into shared memory.
+    """
+    across = tl.cdiv(hidden, COLS)
+    for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
+        row, column = tile // across * ROWS, tile % across * COLS
+        total = tl.zeros((ROWS, COLS), tl.float32)
+        for k in range(0, inputs, INNER):
+            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+        end_unit(left, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWARD, BETA_GRAD)
+        end_unit(right, r, pre, out, beta, sums, row, column + COLS // 2, tokens, hidden, BACKWARD, BETA_GRAD)
+
+
+def run_unit(a: Tensor, b: Tensor, r: Tensor, pre: Tensor, beta: Tensor, backward: tuple[bool, bool]) -> list[Tensor]:
+    """`unit_tiles` over pre (N, hidden): activations, or r times pre's gradient and the gradient of beta.
+
+    `backward`: whether it is the backward pass, and whether beta's gradient is wanted.
+    """
+    (n, hidden), (rows, cols, inner), out = pre.shape, TILE, torch.empty_like(pre)
+    sums = pre.new_empty((triton.cdiv(n, rows) if backward[1] else 1, hidden), dtype=torch.float32)
+    results = (tiled(result, rows, cols // 2) for result in (pre, out))
+    grid = programs(pre.device, triton.cdiv(n, rows) * triton.cdiv(hidden, cols))
+    unit_tiles[grid](tiled(a, rows, inner), tiled(b, cols, inner), *results, r, beta, sums, n, hidden, a.shape[1],
+                     *backward, *TILE, num_warps=8, num_stages=3)  # fmt: skip
+    return [out, sums.sum(0) if backward[1] else sums[0]]
+
+
+@torch.library.custom_op("pgolf::feed_forward", mutates_args=())
+def feed_forward(
+    x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`plain_feed_forward`'s new x and activations, and the pre-activations."""
+    pre = x.new_empty((len(x), len(up)))
+    act = run_unit(x, up, r, pre, beta, (False, False))[0]
+    return sum_product(x, act, down)[0], act, pre
+
+
+@torch.library.custom_op("pgolf::feed_forward_backward", mutates_args=())
+def feed_forward_backward(
+    dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool
+) -> list[Tensor]:
+    """r times the gradient of the pre-activations, and the gradient of beta."""
+    return run_unit(dy.contiguous(), down.T.contiguous(), r, pre, beta, (True, beta_grad))
+
+
+@feed_forward.register_fake
+def _(
+    x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((len(x), len(up))), x.new_empty((len(x), len(up)))
+
+
+@feed_forward_backward.register_fake
+def _(dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool) -> list[Tensor]:
+    return [torch.empty_like(pre), pre.new_empty((pre.shape[1],), dtype=torch.float32)]
+
+
+def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, _, r, up, down, beta = inputs
+    ctx.save_for_backward(x, r, up, down, beta, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def feed_forward_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x (of its sum), the twin, up, down and beta."""
+    x, r, up, down, beta, act, pre = ctx.saved_tensors
+    beta_grad = ctx.needs_input_grad[5]
+    dpre, dbeta = feed_forward_backward(dy, down, r, pre, beta, beta_grad)
+    return dy, dpre @ up, None, dpre.T @ x, dy.T @ act, dbeta.to(beta.dtype) if beta_grad else None
+
+
+feed_forward.register_autograd(feed_forward_gradients, setup_context=save_feed_forward)
+
+
+def fused_feed_forward(rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """`plain_feed_forward` with activation and sum inside the matrix products (the idea of PR #1530)."""
+    return feed_forward(*rows, up, down, beta)[:2]
+
+
+class Normalized(torch.autograd.Function):
+    """The normalized row that is otherwise never written, for gates and observers; its gradient goes to the twin."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, twin: Tensor, r: Tensor) -> Tensor:
+        ctx.save_for_backward(r)
+        return (x * r.unsqueeze(-1)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
+        return None, (dy * ctx.saved_tensors[0].unsqueeze(-1)).to(dy.dtype), None
+
+
+def fused_normalized(rows: Rows) -> Tensor:
+    """`plain_normalized`."""
+    return Normalized.apply(*rows)
+
+
+def fused_layer() -> LayerParts:
+    """The kernels as the parts of a layer."""
+    if triton is None:
+        raise ImportError("Triton with tensor descriptors (3.4 or later) is not installed")
+    return LayerParts(fused_enter, fused_heads, fused_exclusive, fused_leave, fused_feed_forward, fused_normalized)
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. Optimizers
 # ----------------------------------------------------------------------------------------------
 # Muon trains the banks, Adam the rest. With several ranks each bank's gradient is reduce-scattered
 # by layers, orthogonalized on the rank that owns the layer, and the updates are all-gathered; the
@@ -1910,7 +2594,7 @@ class Optimizers:
 
 
 # ----------------------------------------------------------------------------------------------
-# 6. Schedules, phases, late QAT
+# 7. Schedules, phases, late QAT
 # ----------------------------------------------------------------------------------------------
 # Schedules are pure functions of step and clock. What changes the graph is a Phase, a static
 # argument of the forward pass: every phase is compiled before the clock starts. Late QAT rounds
@@ -1922,6 +2606,7 @@ class Phase(NamedTuple):
 
     order: tuple[int, ...]  # layer indices in the order in which they run
     fake_quant: bool
+    seq_len: int
 
 
 def final_order(cfg: Config) -> tuple[int, ...]:
@@ -1936,13 +2621,18 @@ def final_order(cfg: Config) -> tuple[int, ...]:
 
 
 def phases(cfg: Config) -> dict[str, Phase]:
-    """Name -> phase, in the order in which the schedule will use them; loops begin at the latest with late QAT."""
-    order, plain = final_order(cfg), tuple(range(cfg.num_layers))
+    """Name -> phase, in the order in which the schedule will use them; loops begin at the latest with late QAT.
+
+    Short sequences first (PR #2014) cost less attention, and nothing in the end: see benchmarks/RESULTS.md.
+    """
+    order, plain, qat, length = final_order(cfg), tuple(range(cfg.num_layers)), cfg.qat_enabled, cfg.train_seq_len
+    first = plain if cfg.enable_looping_at else order
     rows = [
-        (True, "train", Phase(plain if cfg.enable_looping_at else order, cfg.qat_enabled)),
-        (cfg.num_loops and cfg.enable_looping_at, "layer_loop", Phase(order, cfg.qat_enabled)),
-        (cfg.late_qat_threshold > 0 and not cfg.qat_enabled, "late_qat", Phase(order, True)),
-        (cfg.post_qat_seconds, "post_qat", Phase(order, True)),
+        (cfg.short_seq_len and cfg.short_seq_frac, "short_seq", Phase(first, qat, cfg.short_seq_len)),
+        (True, "train", Phase(first, qat, length)),
+        (cfg.num_loops and cfg.enable_looping_at, "layer_loop", Phase(order, qat, length)),
+        (cfg.late_qat_threshold > 0 and not qat, "late_qat", Phase(order, True, length)),
+        (cfg.post_qat_seconds, "post_qat", Phase(order, True, length)),
     ]
     return {name: phase for present, name, phase in rows if present}
 
@@ -1988,14 +2678,16 @@ class StepPlan(NamedTuple):
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
     """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
-    scale = lr_scale_at(cfg, step, seconds, budget)
+    scale, progress = lr_scale_at(cfg, step, seconds, budget), progress_at(cfg, step, seconds, budget)
     begun = {
-        "layer_loop": progress_at(cfg, step, seconds, budget) >= cfg.enable_looping_at,
+        "short_seq": True,
+        "train": not cfg.short_seq_len or progress >= cfg.short_seq_frac,
+        "layer_loop": progress >= cfg.enable_looping_at,
         "late_qat": scale < cfg.late_qat_threshold,
+        "post_qat": False,
     }
-    phase = [name for name in phases(cfg) if begun.get(name, name == "train")][-1]
-    share = muon_share_at(cfg, progress_at(cfg, step, seconds, budget))
-    return StepPlan(scale, momentum_at(cfg, step), phase, share)
+    phase = [name for name in phases(cfg) if begun[name]][-1]
+    return StepPlan(scale, momentum_at(cfg, step), phase, muon_share_at(cfg, progress))
 
 
 class Grid(NamedTuple):
@@ -2026,7 +2718,7 @@ def fake_quantize(w: Tensor, grid: Grid) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------
-# 7. Weight averaging
+# 8. Weight averaging
 # ----------------------------------------------------------------------------------------------
 # What is configured is what is exported: EMA, the mean of SWA or LAWA snapshots, or (with both)
 # the mean of snapshots of the EMA. Averages are fp32; only the chosen ones hold memory.
@@ -2076,7 +2768,7 @@ class Averager:
 
 
 # ----------------------------------------------------------------------------------------------
-# 8. Training
+# 9. Training
 # ----------------------------------------------------------------------------------------------
 # The clock covers optimizer steps only, from the first real one; compilation, warm-up, validation
 # and checkpoints are outside it. All ranks decide by the clock that is ahead. Calibration and GPTQ
@@ -2104,7 +2796,7 @@ class Trainer:
         for parameter in self.model.parameters():
             parameter.grad = None
         for micro in range(accum):
-            inputs, targets = self.loader.fetch(number * accum + micro)
+            inputs, targets = (t.view(-1, phase.seq_len) for t in self.loader.fetch(number * accum + micro))
             weights = self.model.fast_weights(phase.fake_quant)
             loss = self.model.fast_nll(inputs, targets, weights, phase.order).mean() / accum
             loss.backward()
@@ -2192,7 +2884,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ and QAT take {kept:.1f}s")
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
     model.order = phases(cfg)["train"].order
-    averager, active, phase, graphs = Averager(cfg, model), set(), "train", 0
+    averager, active, phase, graphs = Averager(cfg, model), set(), next(iter(phases(cfg))), 0
     clock, step = Clock(run.ranks.device), 0
     clock.start()
     with sigterm_noted() as noted:
@@ -2301,7 +2993,7 @@ def graphs_compiled() -> int:
 
 def enter_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: float) -> str:
     """Announce the plan's phase; where it rounds the weights, fix the grid that the export is expected to use."""
-    model.order, rounds = phases(run.cfg)[plan.phase]
+    model.order, rounds, _ = phases(run.cfg)[plan.phase]
     if run.cfg.fits_clip and rounds:
         model.clip_sigmas.fill_(run.ranks.agree(fill_sigmas(run.cfg, quant_jobs(model), kept_tensors(model)))[0])
     run.log(f"{plan.phase}:enabled step:{step} scale:{plan.lr_scale:.4f} clip_sigmas:{model.clip_sigmas.item():.2f}")
@@ -2411,7 +3103,7 @@ def refuse_other_architecture(cfg: Config, saved: Mapping[str, Any], where: str)
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. Quantization
+# 10. Quantization
 # ----------------------------------------------------------------------------------------------
 # Every matrix becomes integer codes times a scale per row. GPTQ (arXiv 2210.17323) rounds column by
 # column and lets the columns still to come absorb the error, weighted by the Hessian X^T X of the
@@ -2668,7 +3360,7 @@ def fill_sigmas(cfg: Config, jobs: list[QuantJob], kept: Mapping[str, Tensor], r
 
 
 # ----------------------------------------------------------------------------------------------
-# 10. Artifact
+# 11. Artifact
 # ----------------------------------------------------------------------------------------------
 # magic | length of header | header (zlib JSON: architecture, layer order, tensor table, streams) |
 # streams | first 8 bytes of the SHA-256 of all that. Codes, scales and kept tensors are one stream
@@ -2985,7 +3677,7 @@ def log_sizes(run: Runtime, header: dict[str, Any]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------
-# 11. Evaluation
+# 12. Evaluation
 # ----------------------------------------------------------------------------------------------
 # A plan of windows says which targets each window scores; one function runs the model on them.
 # Every target of the validation set is scored exactly once and its bytes are counted exactly once;
@@ -3272,7 +3964,7 @@ def log_online(run: Runtime, model: GPT, validation: ValidationSet) -> None:
 
 
 # ----------------------------------------------------------------------------------------------
-# 12. Main
+# 13. Main
 # ----------------------------------------------------------------------------------------------
 
 

@@ -22,8 +22,8 @@ implementations may drift apart as far as that. The same variant given twice sho
 
 On the device machine, as benchmarks/README.md says:
 
-    bash benchmarks/session.sh step_time --steps 60 --profile ATTN_BACKEND=cudnn -- ATTN_BACKEND=cudnn MLP_BACKEND=plain
-    bash benchmarks/session.sh step_time --curve 300 MLP_BACKEND=plain -- MLP_BACKEND=triton
+    bash benchmarks/session.sh step_time --steps 60 --profile ATTN_BACKEND=cudnn -- ATTN_BACKEND=cudnn LAYER_BACKEND=plain
+    bash benchmarks/session.sh step_time --curve 300 LAYER_BACKEND=plain -- LAYER_BACKEND=triton
     bash benchmarks/session.sh step_time --steps 30 --sweep
 """
 

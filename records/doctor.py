@@ -108,7 +108,7 @@ def runtime(t: Any, cfg: train_gpt.Config) -> Iterator[train_gpt.Runtime]:
 def back_ends(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
     """Which attention and which feed-forward kernel the run would take, and why no better one."""
     chains = {"attention": (t.ATTENTION_BACK_ENDS, run.cfg.attn_backend),
-              "feed-forward": (t.MLP_BACK_ENDS, run.cfg.mlp_backend)}  # fmt: skip
+              "layer": (t.LAYER_BACK_ENDS, run.cfg.layer_backend)}  # fmt: skip
     for name, (ends, asked) in chains.items():
         try:
             t.choose_back_end(run, ends, asked)

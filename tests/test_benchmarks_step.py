@@ -167,10 +167,10 @@ def test_optimizer_has_its_name_in_a_trace(run: t.Runtime) -> None:
 
 def test_curves_start_alike_and_are_compared(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same settings give the same losses; the yardstick differs a little, another activation more."""
-    plain, relu2 = ["SEED=3", "MLP_BACKEND=plain"], ["MLP_ACTIVATION=relu2", "SEED=3"]
+    plain, relu2 = ["SEED=3", "LAYER_BACKEND=plain"], ["MLP_ACTIVATION=relu2", "SEED=3"]
     assert step_time.main(["--curve", "8", "SEED=3", "--", *plain, "--", *relu2]) == 0
     head, *rows = tables(capsys.readouterr().out)[-1]
-    assert head == ["step", "SEED=3", "rounding", "SEED=3 MLP_BACKEND=plain", "MLP_ACTIVATION=relu2 SEED=3"]
+    assert head == ["step", "SEED=3", "rounding", "SEED=3 LAYER_BACKEND=plain", "MLP_ACTIVATION=relu2 SEED=3"]
     assert [row[0] for row in rows[:-2]] == ["1", "2", "3", "4", "5", "7", "8"]
     assert all(row[1] == row[3] for row in rows[:-2])
     name, _, rounding, same, other = rows[-2]
