@@ -99,6 +99,7 @@ class Config:
     seed: int = opt(1337, "seed of initial weights and data order", low=0)
     device: str = opt("auto", "where to run (auto: cuda, else mps, else cpu)", choices="auto cuda mps cpu")
     compile: bool = opt(True, "torch.compile the model and the optimizer; 0 runs eagerly")
+    cuda_graph: bool = opt(True, "replay a phase's forward and backward pass as one CUDA graph")
     attn_backend: str = opt("auto", "attention (auto: the best here)", choices="auto fa3 fa4 cudnn fa2 flash flex math")
     layer_backend: str = opt("auto", "the rest of a layer (auto: first that works)", choices="auto triton plain")
     eval_only: bool = opt(False, "score the artifact at ARTIFACT_PATH; needs no training data")
@@ -117,8 +118,8 @@ class Config:
     max_wallclock_seconds: float = opt(600.0, "training, calibration and quantization, seconds (0: no limit)", low=0)
     train_batch_tokens: int = opt(786_432, "tokens per optimizer step over all ranks", low=1)
     train_seq_len: int = opt(2048, "tokens per training sequence", low=2)
-    short_seq_len: int = opt(0, "tokens per sequence at first: windows are cut into pieces of it (0: never)", low=0)
-    short_seq_frac: float = opt(0.5, "part of the run with SHORT_SEQ_LEN; loops end it earlier", low=0, high=1)
+    short_seq_len: int = opt(1024, "tokens per sequence at first, in pieces of the longer ones (0: never)", low=0)
+    short_seq_frac: float = opt(0.6, "part of the run with SHORT_SEQ_LEN; loops end it earlier", low=0, high=1)
     grad_accum_steps: int = opt(0, "micro-steps per step (0: fewest with at most 98,304 tokens each)", low=0)
     warmup_steps: int = opt(20, "untimed steps per phase before the clock starts, undone afterwards", low=0)
     warmdown_iters: int = opt(0, "last steps over which the learning rate falls to 0 (0: WARMDOWN_FRAC)", low=0)
@@ -171,9 +172,9 @@ class Config:
     muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
-    muon_row_normalize: bool = opt(False, "normalize update rows before orthogonalizing (MuonEq-R)")
+    muon_row_normalize: bool = opt(True, "normalize update rows before orthogonalizing (MuonEq-R)")
     muon_rank_frac: float = opt(1.0, "part of Muon's directions left at the end, by cosine (NuMuon)", low=0.01, high=1)
-    polar_express: bool = opt(False, "Polar Express coefficients instead of the fixed quintic")
+    polar_express: bool = opt(True, "Polar Express coefficients instead of the fixed quintic")
     muon_wd: float = opt(0.04, "decoupled weight decay of the banks", low=0)
     adam_wd: float = opt(0.04, "decoupled weight decay of vectors and small matrices", low=0)
     embed_wd: float = opt(0.04, "decoupled weight decay of embeddings", low=0)
@@ -474,8 +475,10 @@ def training_rules(cfg: Config) -> Rules:
         (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
          f"LOWBIT_BITS={cfg.lowbit_bits} and LOWBIT_NAME_PATTERNS={','.join(cfg.lowbit_name_patterns)}: set both"),
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
-        (not cfg.short_seq_len or cfg.train_seq_len % cfg.short_seq_len == 0,
-         f"SHORT_SEQ_LEN={cfg.short_seq_len}: must divide TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        (cfg.short_seq_len < cfg.train_seq_len or not cfg.short_seq_len or cfg.sources["short_seq_len"] == "default",
+         f"SHORT_SEQ_LEN={cfg.short_seq_len}: not below TRAIN_SEQ_LEN={cfg.train_seq_len}; unset it, or 0 for none"),
+        ("short_seq" not in phases(cfg) or cfg.train_seq_len % cfg.short_seq_len == 0,
+         f"SHORT_SEQ_LEN={cfg.short_seq_len} does not divide TRAIN_SEQ_LEN={cfg.train_seq_len}; 0 for none"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
          f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
         (not cfg.late_ema_decay or (cfg.ema_enabled and cfg.late_qat_threshold > 0 and not cfg.qat_enabled),
@@ -2628,7 +2631,7 @@ def phases(cfg: Config) -> dict[str, Phase]:
     order, plain, qat, length = final_order(cfg), tuple(range(cfg.num_layers)), cfg.qat_enabled, cfg.train_seq_len
     first = plain if cfg.enable_looping_at else order
     rows = [
-        (cfg.short_seq_len and cfg.short_seq_frac, "short_seq", Phase(first, qat, cfg.short_seq_len)),
+        (0 < cfg.short_seq_len < length and cfg.short_seq_frac, "short_seq", Phase(first, qat, cfg.short_seq_len)),
         (True, "train", Phase(first, qat, length)),
         (cfg.num_loops and cfg.enable_looping_at, "layer_loop", Phase(order, qat, length)),
         (cfg.late_qat_threshold > 0 and not qat, "late_qat", Phase(order, True, length)),
@@ -2681,7 +2684,7 @@ def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan
     scale, progress = lr_scale_at(cfg, step, seconds, budget), progress_at(cfg, step, seconds, budget)
     begun = {
         "short_seq": True,
-        "train": not cfg.short_seq_len or progress >= cfg.short_seq_frac,
+        "train": "short_seq" not in phases(cfg) or progress >= cfg.short_seq_frac,
         "layer_loop": progress >= cfg.enable_looping_at,
         "late_qat": scale < cfg.late_qat_threshold,
         "post_qat": False,
@@ -2775,12 +2778,45 @@ class Averager:
 # still belong to MAX_WALLCLOCK_SECONDS, so the loop stops early by what they took in warm-up.
 
 
+class StepGraph:
+    """A function of a batch that ends in gradients, recorded once as a CUDA graph and replayed on other batches.
+
+    A layer is some ten operators in Python; launched one by one they take the host longer than the GPU (71 ms a step,
+    whatever the sequences' length). What the function reads besides must stay where it is, as parameters do.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], batch: list[Tensor], parameters: list[Tensor], pool: Any
+    ) -> None:
+        """Record; `function` has run on such a batch before, so that nothing is compiled or loaded here.
+
+        `pool` is the memory of an earlier graph, to be shared since only the latest replay's gradients are read.
+        """
+        self.batch, self.parameters = [tensor.clone() for tensor in batch], parameters
+        self.graph = torch.cuda.CUDAGraph()
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # the loader's thread goes on
+            self.loss = function(*self.batch)
+        self.grads = [parameter.grad for parameter in parameters]
+
+    def replay(self, batch: list[Tensor]) -> Tensor:
+        """The function's value on `batch`; the parameters' gradients are those of this batch until the next replay."""
+        for mine, given in zip(self.batch, batch, strict=True):
+            mine.copy_(given, non_blocking=True)
+        self.graph.replay()
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            parameter.grad = grad
+        return self.loss
+
+
 class Trainer:
     """Model, optimizers and training data, and one optimizer step over them."""
 
     def __init__(self, run: Runtime, model: GPT) -> None:
         self.run, self.model = run, model
         self.loader = Loader(run)
+        self.graphs: dict[Phase, StepGraph] = {}
         self.optimizers = Optimizers(run.cfg, run.ranks, model)
         shape, cfg = self.loader.shape, run.cfg
         stream = self.loader.stream
@@ -2790,17 +2826,42 @@ class Trainer:
         run.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")  # fmt: skip
 
+    def batch(self, number: int, phase: Phase) -> list[Tensor]:
+        """Inputs and targets of a micro-step as the phase cuts them."""
+        return [tensor.view(-1, phase.seq_len) for tensor in self.loader.fetch(number)]
+
+    def gradients(self, phase: Phase, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Add a micro-step's gradients to the parameters'; returns its part of the step's loss."""
+        weights = self.model.fast_weights(phase.fake_quant)
+        loss = self.model.fast_nll(inputs, targets, weights, phase.order).mean() / self.loader.shape.accum
+        loss.backward()
+        return loss.detach()
+
+    @property
+    def replays(self) -> bool:
+        """Whether steps are to be replayed: with several micro-steps, gradients add up, and the host has time."""
+        return self.run.cfg.cuda_graph and self.run.ranks.device.type == "cuda" and self.loader.shape.accum == 1
+
+    def record(self, phase: Phase) -> None:
+        """From now on, steps of a phase that has run before replay a CUDA graph."""
+        if not self.replays:
+            return
+        pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
+        try:
+            parameters, function = list(self.model.parameters()), partial(self.gradients, phase)
+            self.graphs[phase] = StepGraph(function, self.batch(0, phase), parameters, pool)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(f"CUDA_GRAPH=1: the step cannot be recorded ({reason}); set CUDA_GRAPH=0") from error
+
     def step(self, number: int, phase: Phase, lr_scale: float, momentum: float, muon_share: float = 1.0) -> Tensor:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
-        accum, total = self.loader.shape.accum, 0.0
+        accum, graph, total = self.loader.shape.accum, self.graphs.get(phase), 0.0
         for parameter in self.model.parameters():
             parameter.grad = None
         for micro in range(accum):
-            inputs, targets = (t.view(-1, phase.seq_len) for t in self.loader.fetch(number * accum + micro))
-            weights = self.model.fast_weights(phase.fake_quant)
-            loss = self.model.fast_nll(inputs, targets, weights, phase.order).mean() / accum
-            loss.backward()
-            total = total + loss.detach()
+            batch = self.batch(number * accum + micro, phase)
+            total = total + (graph.replay(batch) if graph else self.gradients(phase, *batch))
         self.optimizers.step(lr_scale, momentum, muon_share)
         return total
 
@@ -2827,11 +2888,13 @@ def tensor_leaves(tree: Any) -> list[Tensor]:
 def warm_up(run: Runtime, trainer: Trainer) -> None:
     """Compile and run every phase on training data, then restore model and optimizers."""
     cfg, before = run.cfg, trainer.state()
-    steps = max(cfg.warmup_steps, int(cfg.compile))  # compilation never falls into the clock
+    steps = max(cfg.warmup_steps, 2 * cfg.compile)  # compilation never falls into the clock
     for name, phase in phases(cfg).items():
         for step in range(steps):
             trainer.step(step, phase, 1.0, momentum_at(cfg, 0))
-        run.log(f"warmup:{name} steps:{steps}")
+            if step == 0:
+                trainer.record(phase)
+        run.log(f"warmup:{name} steps:{steps} cuda_graph:{phase in trainer.graphs:d}")
     trainer.restore(before)
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo.config
 
 import train_gpt as t
 from benchmarks.step_time import build, one_step
@@ -222,6 +223,7 @@ def main() -> None:
     settings = dict(pair.split("=", 1) for pair in given.settings)
     env = {**os.environ, **settings, "EXPORT_ONLY": "1", "WEIGHTS_PATH": "unused"}  # keeps training logs untouched
     if given.result:
+        torch._dynamo.config.recompile_limit = 64  # Muon's graphs: of each bank for each share of its layers
         with t.Runtime.start(t.Config.from_env(env), env) as run:
             world = measure(run, given)
             if run.ranks.is_main:

@@ -1,0 +1,129 @@
+"""Steps as recorded graphs: on the CPU with a stand-in for CUDA's graph that runs the function again, on a GPU really."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_gpt as t
+from conftest import tiny_config, tiny_model
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class StandIn:
+    """A CUDA graph that keeps the contract: replaying writes into the tensors that were there when it was recorded."""
+
+    latest: "StandIn"
+
+    def __init__(self) -> None:
+        StandIn.latest = self
+        self.recorded: Callable[[], Any] | None = None
+
+    def pool(self) -> str:
+        return "pool"
+
+    def replay(self) -> None:
+        """Run the function once more and copy its loss and gradients over the recorded ones."""
+        step = self.step
+        for parameter in step.parameters:
+            parameter.grad = None
+        loss = self.function(*step.batch)
+        step.loss.copy_(loss)
+        for parameter, grad in zip(step.parameters, step.grads, strict=True):
+            grad.copy_(parameter.grad)
+            parameter.grad = None
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Recording works on the CPU; the list takes the pools that graphs were recorded into."""
+    pools = []
+
+    @contextlib.contextmanager
+    def recording(graph: StandIn, pool: Any, capture_error_mode: str) -> Iterator[None]:
+        pools.append(pool)
+        yield
+
+    class Graph(t.StepGraph):
+        def __init__(self, function: Callable[..., torch.Tensor], *rest: Any) -> None:
+            super().__init__(function, *rest)
+            self.graph.step, self.graph.function = self, function
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(t, "StepGraph", Graph)
+    return pools
+
+
+def losses_and_weights(run: t.Runtime, device: torch.device) -> list[torch.Tensor]:
+    """Four steps through two phases, each of which is recorded after a first step as in warm-up."""
+    model = tiny_model().to(device)
+    trainer, phases = t.Trainer(run, model), [*t.phases(run.cfg).values()]
+    before = trainer.state()
+    for phase in phases:
+        trainer.step(0, phase, 1.0, 0.9)
+        trainer.record(phase)
+    trainer.restore(before)
+    assert len(trainer.graphs) == trainer.replays * len(phases)
+    losses = [trainer.step(number, phases[number // 2], 0.5, 0.9) for number in range(4)]
+    return [*losses, *(p.detach() for p in model.parameters())]
+
+
+def test_recorded_steps_equal_those_run_one_by_one(
+    run: t.Runtime, stand_in: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and weights bitwise, over a change of phase; both graphs share one pool of memory."""
+    plain = losses_and_weights(run, torch.device("cpu"))
+    assert not stand_in
+    monkeypatch.setattr(t.Trainer, "replays", True)
+    recorded = losses_and_weights(run, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+    assert stand_in == [None, "pool"]
+
+
+def test_only_one_micro_step_on_a_gpu_is_recorded(run: t.Runtime) -> None:
+    """CUDA_GRAPH=0, a CPU and accumulation leave the steps as they are."""
+    trainer = t.Trainer(run, tiny_model())
+    assert run.cfg.cuda_graph and not trainer.replays
+
+    class Device:
+        type = "cuda"
+
+    def replays(accum: int, **changes: Any) -> bool:
+        trainer.run = replace(run, cfg=replace(run.cfg, **changes), ranks=replace(run.ranks, device=Device()))
+        trainer.loader.shape = trainer.loader.shape._replace(accum=accum)
+        return trainer.replays
+
+    assert replays(1) and not replays(2) and not replays(1, cuda_graph=False)
+
+
+def test_a_step_that_cannot_be_recorded_names_the_remedy(
+    run: t.Runtime, stand_in: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operation that capture forbids is an error, not a slower run."""
+    monkeypatch.setattr(t.Trainer, "replays", True)
+    trainer = t.Trainer(run, tiny_model())
+
+    def forbidden(*_: Any) -> torch.Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(trainer, "gradients", forbidden)
+    with pytest.raises(t.UserError, match=r"CUDA_GRAPH=1: .*not permitted when stream is capturing\); set CUDA_GRAPH=0"):
+        trainer.record(t.phases(run.cfg)["train"])
+
+
+@GPU
+def test_recorded_steps_equal_those_run_one_by_one_on_the_gpu(
+    in_tmp: Path, corpus: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same with CUDA's graphs; kernels that add atomically leave rounding."""
+    with t.Runtime.start(tiny_config(**corpus, DEVICE="cuda"), {}) as run:
+        recorded = losses_and_weights(run, run.ranks.device)
+        monkeypatch.setattr(t.Trainer, "replays", False)
+        plain = losses_and_weights(run, run.ranks.device)
+    assert t.relative_error(recorded[:4], [loss.cpu().double() for loss in plain[:4]]) < 1e-3
