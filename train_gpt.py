@@ -64,9 +64,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 try:  # comes with the CUDA builds of torch; where it is absent the layers run their plain parts
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
-    triton, tl = None, types.SimpleNamespace(constexpr=int)
+    triton, tl, TritonError = None, types.SimpleNamespace(constexpr=int), RuntimeError
 
 
 class UserError(ValueError):
@@ -118,7 +119,7 @@ class Config:
     max_wallclock_seconds: float = opt(600.0, "training, calibration and quantization, seconds (0: no limit)", low=0)
     train_batch_tokens: int = opt(786_432, "tokens per optimizer step over all ranks", low=1)
     train_seq_len: int = opt(2048, "tokens per training sequence", low=2)
-    short_seq_len: int = opt(1024, "tokens per sequence at first, in pieces of the longer ones (0: never)", low=0)
+    short_seq_len: int = opt(1024, "tokens per sequence at first (0 or not below TRAIN_SEQ_LEN: never)", low=0)
     short_seq_frac: float = opt(0.6, "part of the run with SHORT_SEQ_LEN; loops end it earlier", low=0, high=1)
     grad_accum_steps: int = opt(0, "micro-steps per step (0: fewest with at most 98,304 tokens each)", low=0)
     warmup_steps: int = opt(20, "untimed steps per phase before the clock starts, undone afterwards", low=0)
@@ -145,7 +146,7 @@ class Config:
     logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
-    qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0)
+    qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0.01)
     doc_attention: bool = opt(False, "attention that does not cross documents (back ends flex and math)")
     xsa_last_n: int = opt(11, "last layers with exclusive self-attention", low=0)
     ln_scale: bool = opt(True, "scale normalized inputs of layer i by 1/sqrt(i+1)")
@@ -475,8 +476,6 @@ def training_rules(cfg: Config) -> Rules:
         (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
          f"LOWBIT_BITS={cfg.lowbit_bits} and LOWBIT_NAME_PATTERNS={','.join(cfg.lowbit_name_patterns)}: set both"),
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
-        (cfg.short_seq_len < cfg.train_seq_len or not cfg.short_seq_len or cfg.sources["short_seq_len"] == "default",
-         f"SHORT_SEQ_LEN={cfg.short_seq_len}: not below TRAIN_SEQ_LEN={cfg.train_seq_len}; unset it, or 0 for none"),
         ("short_seq" not in phases(cfg) or cfg.train_seq_len % cfg.short_seq_len == 0,
          f"SHORT_SEQ_LEN={cfg.short_seq_len} does not divide TRAIN_SEQ_LEN={cfg.train_seq_len}; 0 for none"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
@@ -1128,7 +1127,7 @@ class Rows(NamedTuple):
     """The residual stream x (N, C), N = B T, at the entrance of a norm, and what stands for x normalized.
 
     In plain parts `twin` is the normalized x (N, C). In kernels it is memory without values that takes the gradient of
-    the normalized x, which is r (N,) times the rows of x.
+    x as the normalized x makes it, which is r (N,) times the rows of x, with r held fixed.
     """
 
     x: Tensor
@@ -1297,6 +1296,11 @@ DOCUMENT_BACK_ENDS = BackEnds("ATTN_BACKEND", DOCUMENT_ATTENTION, ("math",), pro
 LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), probe_layer)
 
 
+BACK_END_FAULTS = (
+    ImportError, AttributeError, AssertionError, TypeError, ValueError, OSError, RuntimeError, TritonError,
+)
+
+
 def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
     """The first back end of a chain that is right on every rank; one asked for by name is taken or is an error."""
     device = run.ranks.device
@@ -1308,7 +1312,7 @@ def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
             chosen = ends.makers[name]()
             error = ends.probe(chosen, run.cfg, device)
             reason = "" if error < 2e-2 else f"wrong by {error:.1e}"
-        except (ImportError, RuntimeError, AttributeError, AssertionError, TypeError, ValueError, OSError) as e:
+        except BACK_END_FAULTS as e:
             reason = f"{type(e).__name__} {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''}"
         failures = run.ranks.sum_(torch.tensor(float(bool(reason)), device=device)).item()
         if not failures:
@@ -1601,7 +1605,8 @@ class GPT(nn.Module):
         resid = torch.stack([self.rest["resid_mix"][layer] for layer in order])
         half, skips = len(order) // 2, torch.zeros_like(resid[:, 0])
         if half:
-            skips = F.pad(self.rest["skip_weights"][:half], (0, 0, half, len(order) - 2 * half))
+            weights = self.rest["skip_weights"][:half]
+            skips = F.pad(weights, (0, 0, half, len(order) - half - len(weights)))
         return torch.stack([resid[:, 0], resid[:, 0] * skips, resid[:, 1]], 1).to(self.dtype).unbind()
 
     def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Rows, Tensor]:
@@ -1968,7 +1973,8 @@ def undo_heads(final, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.
                GAIN: tl.constexpr):  # fmt: skip
     """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head.
 
-    The normalized heads are made from what became of them: turned back, over the gain. Both halves of a pair are loaded
+    The normalized heads are made from what became of them: turned back, over the gain (whose own gradient is lost where
+    it is exactly 0). Both halves of a pair are loaded
     as vectors into the same place of two tiles, so that no thread needs another's values.
     """
     head, block = tl.arange(0, HEADS)[None, :, None, None], tl.arange(0, SIZE // (2 * HALF))[None, None, :, None]
@@ -2810,6 +2816,11 @@ class StepGraph:
         return self.loss
 
 
+def flat(tensors: list[Tensor | None]) -> Tensor:
+    """All entries in one row; gradients compare as a whole, since those of single numbers may be all rounding."""
+    return torch.cat([tensor.flatten().float() for tensor in tensors if tensor is not None])
+
+
 class Trainer:
     """Model, optimizers and training data, and one optimizer step over them."""
 
@@ -2843,16 +2854,28 @@ class Trainer:
         return self.run.cfg.cuda_graph and self.run.ranks.device.type == "cuda" and self.loader.shape.accum == 1
 
     def record(self, phase: Phase) -> None:
-        """From now on, steps of a phase that has run before replay a CUDA graph."""
+        """From now on, steps of a phase replay a CUDA graph, once it has given the loss and gradients of a real step.
+
+        Where that fails, steps go on being launched one by one, with a warning; asked for by name it is an error.
+        """
         if not self.replays:
             return
+        parameters, batch, reason = list(self.model.parameters()), self.batch(0, phase), ""
+        self.model.zero_grad()
+        want = [self.gradients(phase, *batch).cpu().double(), flat([p.grad for p in parameters]).cpu().double()]
         pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
         try:
-            parameters, function = list(self.model.parameters()), partial(self.gradients, phase)
-            self.graphs[phase] = StepGraph(function, self.batch(0, phase), parameters, pool)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(f"CUDA_GRAPH=1: the step cannot be recorded ({reason}); set CUDA_GRAPH=0") from error
+            graph = StepGraph(partial(self.gradients, phase), batch, parameters, pool)
+            error = relative_error([graph.replay(batch), flat(graph.grads)], want)
+            reason = "" if error < 2e-2 else f"wrong by {error:.1e}"
+        except RuntimeError as problem:
+            reason = str(problem).strip().splitlines()[0][:200]
+        if not reason:
+            self.graphs[phase] = graph
+        elif self.run.cfg.sources["cuda_graph"] != "default":
+            raise UserError(f"CUDA_GRAPH=1: a step cannot be recorded ({reason}); set CUDA_GRAPH=0")
+        else:
+            self.run.log(f"WARNING: a step cannot be recorded as a CUDA graph ({reason}); launching one by one")
 
     def step(self, number: int, phase: Phase, lr_scale: float, momentum: float, muon_share: float = 1.0) -> Tensor:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
@@ -2911,6 +2934,7 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
             hessians = collect_hessians(run, trainer, 0, 3)
     with gradients.running():
         units = fisher_units(run, trainer, 0)
+    quantize_shared(run, quant_jobs(model, units=units), hessians, 6.0)  # loads libraries
     with rounding.running():
         jobs = quant_jobs(model, units=units)
         sigmas = fill_sigmas(cfg, jobs, kept_tensors(model)) if cfg.fits_clip else cfg.matrix_clip_sigmas
@@ -4063,11 +4087,13 @@ def report_inactive(run: Runtime, active: set[str]) -> None:
         "ema": (cfg.ema_enabled, "EMA_ENABLED=1"),
         "swa": (cfg.swa_enabled, f"SWA_START_FRAC={cfg.swa_start_frac} SWA_EVERY={cfg.swa_every}"),
         "lawa": (cfg.lawa_enabled, f"LAWA_FREQ={cfg.lawa_freq}"),
+        "short_seq": (cfg.short_seq_len and cfg.sources["short_seq_len"] != "default",
+                      f"SHORT_SEQ_LEN={cfg.short_seq_len} TRAIN_SEQ_LEN={cfg.train_seq_len}"),
         "layer_loop": ("layer_loop" in phases(cfg), f"ENABLE_LOOPING_AT={cfg.enable_looping_at}"),
         "late_qat": ("late_qat" in phases(cfg), f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold} MIN_LR={cfg.min_lr}"),
         "post_qat": (bool(cfg.post_qat_seconds), f"POST_QAT_SECONDS={cfg.post_qat_seconds}"),
         "warmdown": (bool(cfg.warmdown_iters or cfg.warmdown_frac), f"WARMDOWN_ITERS={cfg.warmdown_iters}"),
-    }
+    }  # fmt: skip
     missing = [f"{name} ({setting})" for name, (on, setting) in wanted.items() if on and name not in active]
     if not (cfg.eval_only or cfg.export_only):
         run.log(f"never activated: {'; '.join(missing) or 'none'}")

@@ -22,7 +22,7 @@ implementations may drift apart as far as that. The same variant given twice sho
 
 On the device machine, as benchmarks/README.md says:
 
-    bash benchmarks/session.sh step_time --steps 60 --profile ATTN_BACKEND=cudnn -- ATTN_BACKEND=cudnn LAYER_BACKEND=plain
+    bash benchmarks/session.sh step_time --profile ATTN_BACKEND=cudnn -- ATTN_BACKEND=cudnn LAYER_BACKEND=plain
     bash benchmarks/session.sh step_time --curve 300 LAYER_BACKEND=plain -- LAYER_BACKEND=triton
     bash benchmarks/session.sh step_time --steps 30 --sweep
 """
@@ -56,7 +56,8 @@ OWN = {"EXPORT_ONLY": "1", "WEIGHTS_PATH": "unused"}  # keeps the logs of traini
 KINDS = (  # first match names a kernel's kind
     ("attention", ("flash", "fmha", "cudnn", "attention", "sdpa")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "s16816", "bmm")),
-    ("feed-forward (ours)", ("tiles",)),
+    ("matrix products (ours)", ("unit_tiles", "sum_tiles", "heads_tiles")),
+    ("between products (ours)", ("_tiles",)),
     ("fused (inductor)", ("triton",)),
     ("other kernels", ("",)),
 )
@@ -110,6 +111,8 @@ def one_step(trainer: t.Trainer, averager: t.Averager, number: int, lr_scale: fl
     phase = t.phases(cfg)["train"]
     trainer.model.order = phase.order
     loss = trainer.step(number, phase, lr_scale, t.momentum_at(cfg, number))
+    if not number and phase not in trainer.graphs:
+        trainer.record(phase)
     with torch.profiler.record_function("optimizer"):
         averager.update(number + 1, lr_scale)
     return loss

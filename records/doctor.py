@@ -106,7 +106,7 @@ def runtime(t: Any, cfg: train_gpt.Config) -> Iterator[train_gpt.Runtime]:
 
 
 def back_ends(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
-    """Which attention and which feed-forward kernel the run would take, and why no better one."""
+    """Which attention and which layer kernels the run would take, and why no better one."""
     chains = {"attention": (t.ATTENTION_BACK_ENDS, run.cfg.attn_backend),
               "layer": (t.LAYER_BACK_ENDS, run.cfg.layer_backend)}  # fmt: skip
     for name, (ends, asked) in chains.items():

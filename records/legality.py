@@ -130,6 +130,7 @@ def tiny_settings(cfg: Any) -> dict[str, Any]:
         "xsa_last_n": math.ceil(cfg.xsa_last_n / cfg.num_layers * layers), "ve_dim": HEAD_DIM,
         "ve_layers": list(range(layers))[-min(len(cfg.ve_layers), layers):] if cfg.ve_layers else [],
         "bigram_vocab_size": min(cfg.bigram_vocab_size, 32), "bigram_dim": HEAD_DIM, "train_seq_len": LENGTH,
+        "short_seq_len": 0,
         "eval_seq_len": window if cfg.eval_seq_len else 0, "val_batch_size": 5 * window,
         "eval_stride": min(window, max(5, round(window * cfg.eval_stride / cfg.eval_len))) if cfg.eval_stride else 0,
         **online_settings(cfg, window, layers),

@@ -124,12 +124,13 @@ def kernel(name: str, ts: float, dur: float, correlation: int, cat: str = "kerne
 
 TRACE = [
     {"ph": "M", "name": "process_name"}, {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 9.0},
-    launch(10, 1), launch(11, 2), launch(12, 3, "cuda_driver"), launch(13, 4, "cuda_driver"), launch(14, 5),
+    launch(10, 1), launch(11, 2), launch(12, 3, "cuda_driver"), launch(13, 4, "cuda_driver"), launch(14, 5), launch(15, 9),
     {"ph": "X", "cat": "user_annotation", "name": "optimizer", "ts": 20.0, "dur": 10.0, "args": {}},
     launch(21, 6), launch(25, 7, "cuda_driver"), launch(31, 8),
     {"ph": "X", "cat": "gpu_user_annotation", "name": "optimizer", "ts": 5000.0, "dur": 4000.0, "args": {}},
     kernel("cudnn_generated_fort_native_sdpa", 1000, 1000, 1), kernel("nvjet_hsh_128x256", 2000, 500, 2),
-    kernel("tiles", 2500, 250, 3), kernel("triton_red_fused_3", 2700, 300, 4),
+    kernel("unit_tiles", 2500, 200, 3), kernel("rows_backward_tiles", 2700, 50, 9),
+    kernel("triton_red_fused_3", 2700, 300, 4),
     kernel("Memcpy HtoD", 3500, 100, 5, "gpu_memcpy"),
     kernel("nvjet_orthogonalize", 5000, 600, 6), kernel("triton_poi_fused_adam", 5600, 400, 7),
     kernel("at::native::vectorized", 6500, 200, 8),
@@ -140,8 +141,8 @@ def test_breakdown_of_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
     """Kernels by kind, what the optimizer launched apart, overlap counted once for the gaps; ms per step."""
     kinds = step_time.breakdown(TRACE, steps=2, median_ms=2.0)
     assert kinds == pytest.approx({
-        "attention": 0.5, "matrix products": 0.25, "feed-forward (ours)": 0.125, "fused (inductor)": 0.15,
-        "other kernels": 0.15, "optimizer": 0.5, "gaps": 2.0 - (2.0 + 0.1 + 1.0 + 0.2) / 2,
+        "attention": 0.5, "matrix products": 0.25, "matrix products (ours)": 0.1, "between products (ours)": 0.025,
+        "fused (inductor)": 0.15, "other kernels": 0.15, "optimizer": 0.5, "gaps": 2.0 - (2.0 + 0.1 + 1.0 + 0.2) / 2,
     })  # fmt: skip
     first = capsys.readouterr().out.splitlines()[0]
     assert first.split() == ["0.500", "ms", "0.5", "calls", "cudnn_generated_fort_native_sdpa"]

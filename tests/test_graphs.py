@@ -1,6 +1,7 @@
-"""Steps as recorded graphs: on the CPU with a stand-in for CUDA's graph that runs the function again, on a GPU really."""
+"""Steps as recorded graphs: on the CPU with a stand-in for CUDA's graph that runs the function again."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -102,19 +103,40 @@ def test_only_one_micro_step_on_a_gpu_is_recorded(run: t.Runtime) -> None:
     assert replays(1) and not replays(2) and not replays(1, cuda_graph=False)
 
 
-def test_a_step_that_cannot_be_recorded_names_the_remedy(
-    run: t.Runtime, stand_in: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An operation that capture forbids is an error, not a slower run."""
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(RuntimeError("not permitted when stream is capturing\nmore"), "not permitted when stream is capturing"),
+     (None, r"wrong by [0-9.e-]+")],
+)  # fmt: skip
+def test_a_step_that_cannot_be_recorded_is_launched_or_refused(
+    run: t.Runtime, stand_in: list[Any], monkeypatch: pytest.MonkeyPatch, fault: Exception | None, reason: str,
+    named: bool,
+) -> None:  # fmt: skip
+    """Capture that fails, or a graph that computes something else: a warning by default, an error by name."""
+    sources = {**run.cfg.sources, "cuda_graph": "environment" if named else "default"}
+    run = replace(run, cfg=replace(run.cfg, sources=sources))
+    trainer, phase = t.Trainer(run, tiny_model()), t.phases(run.cfg)["train"]
     monkeypatch.setattr(t.Trainer, "replays", True)
-    trainer = t.Trainer(run, tiny_model())
+    working = StandIn.replay
 
-    def forbidden(*_: Any) -> torch.Tensor:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    def replay(graph: StandIn) -> None:
+        if fault:
+            raise fault
+        working(graph)
+        for grad in graph.step.grads[:4]:
+            grad *= 1.1
 
-    monkeypatch.setattr(trainer, "gradients", forbidden)
-    with pytest.raises(t.UserError, match=r"CUDA_GRAPH=1: .*not permitted when stream is capturing\); set CUDA_GRAPH=0"):
-        trainer.record(t.phases(run.cfg)["train"])
+    monkeypatch.setattr(StandIn, "replay", replay)
+    if named:
+        with pytest.raises(t.UserError, match=rf"CUDA_GRAPH=1: .* \({reason}\); set CUDA_GRAPH=0"):
+            trainer.record(phase)
+        return
+    trainer.record(phase)
+    assert not trainer.graphs
+    log = Path("logs/tiny.txt").read_text()
+    assert re.search(rf"WARNING: a step .*CUDA graph \({reason}\); launching one by one", log)
+    assert trainer.step(0, phase, 1.0, 0.9) > 0
 
 
 @GPU

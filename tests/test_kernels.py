@@ -1,79 +1,368 @@
-"""Triton kernels against their plain definitions, in float64, on the CPU through Triton's interpreter or on a GPU."""
+"""The kernels of a layer against the plain parts in float64: on the CPU through Triton's interpreter, on a GPU as trained.
+
+The cases run in processes of their own, this file as a script: TRITON_INTERPRET counts when Triton is imported. There
+an `assert` has to say by itself what it saw.
+"""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_config
+from torch import Tensor
 
 import train_gpt as t
 
-ROOT = Path(__file__).resolve().parents[1]
-SHAPES = [(128, 32, 256), (300, 48, 200), (77, 64, 520)]  # tokens, model width, hidden: whole tiles and none
-CASES = """
-import sys, torch
-import train_gpt as t
-fused, device = t.fused_feed_forward(), torch.device(sys.argv[1])
-dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-for tokens, width, hidden in {shapes}:
-    generator = torch.Generator().manual_seed(tokens)
-    sizes = [(1, tokens, width), (hidden, width), (width, hidden), (hidden,)]
-    values = [torch.randn(size, generator=generator) for size in sizes]
-    upstream = torch.randn(sizes[0], generator=generator)
-
-    def run(function, dtype, device, learned):
-        inputs = [v.detach().clone().to(device, dtype).requires_grad_(i < 3 or learned) for i, v in enumerate(values)]
-        y, act = function(*inputs)
-        y.backward(upstream.to(device, dtype))
-        return [y, act.view(tokens, hidden), *(i.grad for i in inputs if i.requires_grad)]
-
-    for learned in (False, True):
-        want = run(t.plain_feed_forward, torch.float64, torch.device("cpu"), learned)
-        error = t.relative_error(run(fused, dtype, device, learned), [w.view_as(w) if w.dim() < 3 else w for w in want[:1]]
-                                 + [want[1].view(tokens, hidden), *want[2:]])
-        print(tokens, width, hidden, learned, error)
-        assert error < (1e-5 if device.type == "cpu" else 1e-2), error
-"""
+CPU = torch.device("cpu")
+REAL_TILE, SMALL_TILE = t.TILE, (16, 32, 16)
+SCALE, LENGTH = 0.7, 7
+Values = dict[str, Tensor]
 
 
-def run_cases(device: str) -> None:
-    """The comparison in a process of its own: TRITON_INTERPRET counts when Triton is imported."""
-    interpret = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
-    env = {**os.environ, **interpret, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = CASES.format(shapes=SHAPES)
-    done = subprocess.run([sys.executable, "-c", script, device], env=env, capture_output=True, text=True, check=False)
+class Carry(torch.autograd.Function):
+    """Values whose gradient goes to their twin, as whoever uses a tensor once more hands it on."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, twin: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        return None, dy
+
+
+# --- parts --------------------------------------------------------------------------------------------
+# Each function runs one part on leaves by name and returns what is compared and has a gradient.
+
+
+def rows_of(i: Values) -> t.Rows:
+    """Rows at the entrance of a norm, `twin` as `run_part` made it."""
+    return t.Rows(i["x"], i["twin"], i.get("r"))
+
+
+def enter_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+    """`uses`: which of the new x, its normalized rows and the twins of x (as a skip) and x0 find a use."""
+    skip = (i["skip"], i["skip"]) if "skip" in i else None
+    rows, kept, (x0, x0_twin) = parts.enter(i["x"], skip, (i["x0"], i["x0"]), i["mix"], SCALE)
+    assert x0 is i["x0"]
+    users = {"x": lambda: rows.x, "normalized": lambda: parts.normalized(rows),
+             "skip": lambda: Carry.apply(i["x"], kept), "x0": lambda: Carry.apply(x0, x0_twin)}  # fmt: skip
+    return [users[use]() for use in uses.split()]
+
+
+def heads_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+    """`uses`: q, k, v alone, or the twin of v too."""
+    q, k, v, twin = parts.heads(rows_of(i), i["weight"], i["gain"], i["rotary"], i.get("extra"))
+    return [q, k, v, *([Carry.apply(v, twin)] if "twin" in uses else [])]
+
+
+def exclusive_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+    return [parts.exclusive(i["y"], i["v"], i["twin"])]
+
+
+def leave_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+    """`uses`: which of the new x and its normalized rows find a use."""
+    rows = parts.leave(rows_of(i), i["z"], i["weight"], SCALE)
+    return [{"x": lambda: rows.x, "normalized": lambda: parts.normalized(rows)}[use]() for use in uses.split()]
+
+
+def feed_forward_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+    """The activations are for observers: compared, without a gradient."""
+    y, act = parts.feed_forward(rows_of(i), i["up"], i["down"], i["beta"])
+    return [y, act.detach()]
+
+
+def normalized_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+    return [parts.normalized(rows_of(i))]
+
+
+def run_part(part: Callable, parts: t.LayerParts, values: Values, fixed: set[str], uses: str) -> Values:
+    """Outputs, and gradients of all leaves but those `fixed`, by name.
+
+    The plain parts get float64 and the normalized x (or v) as twin. The kernels get float32 and a twin of NaN, which
+    nothing may read; its gradient is r times that of the normalized x.
+    """
+    is_plain = parts is t.PLAIN_LAYER
+    leaves = {name: v.double() if is_plain else v.clone() for name, v in values.items()}
+    r, twin_of = torch.ones(1), leaves.get("v")
+    if "x" in leaves and "x0" not in leaves:
+        r = SCALE * (values["x"].double().square().mean(-1, keepdim=True) + t.NORM_EPS).rsqrt()
+        twin_of = leaves["x"] * r
+        leaves |= {} if is_plain else {"r": r.squeeze(-1).float()}
+    if twin_of is not None:
+        leaves["twin"] = twin_of.clone() if is_plain else torch.full_like(twin_of, torch.nan).float()
+    for name in leaves.keys() - {"r", "v", "rotary"} - fixed:
+        leaves[name].requires_grad_()
+    outputs = part(parts, leaves, uses)
+    generator = torch.Generator().manual_seed(1)
+    ends = [y for y in outputs if y.requires_grad]
+    torch.autograd.backward(ends, [torch.randn(y.shape, generator=generator).to(y.dtype) for y in ends])
+    results = {f"output {number}": y.detach() for number, y in enumerate(outputs)}
+    results |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    if is_plain and "gradient of twin" in results:
+        results["gradient of twin"] *= r
+    return results
+
+
+def check_part(part: Callable, values: Values, fixed: str = "", uses: str = "", within: float = 2e-6) -> Values:
+    """Fails where the kernels differ from the plain part; returns what they gave."""
+    layers = (t.PLAIN_LAYER, t.fused_layer())
+    want, got = (run_part(part, parts, values, set(fixed.split()), uses) for parts in layers)
+    about = f"{part.__name__} {[tuple(v.shape) for v in values.values()]} fixed:{fixed} uses:{uses}"
+    assert want.keys() == got.keys(), f"{about}: {want.keys()} but {got.keys()}"
+    errors = {name: t.relative_error([got[name]], [want[name]]) for name in want}
+    assert max(errors.values()) < within, f"{about}: {errors}"
+    return got
+
+
+def draw(**shapes: tuple[int, ...]) -> Values:
+    generator = torch.Generator().manual_seed(len(shapes))
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def enter_cases() -> None:
+    """With and without a skip; used for everything, and with each twin unused."""
+    shapes = {"x": (23, 40), "x0": (23, 40), "mix": (3, 40)}
+    for uses in ("x normalized skip x0", "normalized", "x x0", "normalized skip"):
+        check_part(enter_part, draw(**shapes), "", uses)
+        check_part(enter_part, draw(**shapes, skip=(23, 40)), "", uses)
+    check_part(enter_part, draw(x=(1, 64), x0=(1, 64), mix=(3, 64)), "", "x normalized")
+    small = {name: 1e-3 * value for name, value in draw(**shapes).items()}  # the norm's eps counts
+    check_part(enter_part, {**small, "mix": 1e3 * small["mix"]}, "", "x normalized")
+
+
+def heads_values(sequences: int, sizes: tuple[int, int, int, int], has_extra: bool) -> Values:
+    """`sizes`: query heads, key/value heads, head size, half of what rotates."""
+    heads, kv, size, half = sizes
+    n, width = sequences * LENGTH, heads * size
+    values = draw(x=(n, width), weight=((heads + 2 * kv) * size, width), gain=(heads,), rotary=(LENGTH, half))
+    values["rotary"] = torch.stack([values["rotary"].cos(), values["rotary"].sin()])[:, :, None]
+    return values | (draw(extra=(n, kv, size)) if has_extra else {})
+
+
+def heads_cases() -> None:
+    """Grouped, multi-query and multi-head; partly and wholly rotated; a tile that ends beyond the width; no fit."""
+    for tile, sizes in ((SMALL_TILE, (4, 2, 8, 2)), (SMALL_TILE, (4, 1, 16, 8)), ((16, 32, 64), (4, 4, 8, 4)),
+                        (SMALL_TILE, (6, 3, 8, 2))):  # fmt: skip
+        t.TILE = tile
+        assert t.heads_fit(*sizes) == (sizes[0] != 6)
+        check_part(heads_part, heads_values(3, sizes, True), "", "twin")
+        check_part(heads_part, heads_values(3, sizes, False))
+    check_part(heads_part, heads_values(1, sizes, True), "extra")
+    t.TILE, values = SMALL_TILE, heads_values(3, (4, 2, 8, 2), True)
+    check_part(heads_part, {**values, "weight": 1e-4 * values["weight"]}, "", "twin")  # the norms' eps counts
+
+
+def zero_gain_cases() -> None:
+    """A gain of 0: no NaN, and every other gradient is right; its own is lost with the head's values."""
+    values = heads_values(3, (4, 2, 8, 2), True)
+    values["gain"][1] = 0
+    want, got = (run_part(heads_part, parts, values, set(), "twin") for parts in (t.PLAIN_LAYER, t.fused_layer()))
+    for results in (want, got):
+        assert results["gradient of gain"].isfinite().all(), results["gradient of gain"]
+        results["gradient of gain"] = results["gradient of gain"][[0, 2, 3]]
+    errors = {name: t.relative_error([got[name]], [want[name]]) for name in want}
+    assert max(errors.values()) < 2e-6, errors
+
+
+def exclusive_cases() -> None:
+    """Every size of group; values that are 0 leave y as it is, and below the clamp the gradient is the plain one."""
+    for heads, kv, size in ((6, 3, 12), (4, 4, 8), (4, 1, 5)):
+        check_part(exclusive_part, draw(y=(37, heads, size), v=(37, kv, size)))
+    values = draw(y=(5, 4, 8), v=(5, 2, 8))
+    check_part(exclusive_part, {**values, "v": 1e-7 * values["v"]})
+    got = run_part(exclusive_part, t.fused_layer(), {**values, "v": 0 * values["v"]}, set(), "")
+    assert torch.equal(got["output 0"], values["y"]) and got["gradient of y"].isfinite().all(), got
+    assert torch.equal(got["gradient of twin"], 0 * values["v"]), got
+
+
+def leave_cases() -> None:
+    """Used for both the sum and its norm, and with either unused."""
+    for uses in ("x normalized", "x", "normalized"):
+        check_part(leave_part, draw(x=(37, 40), z=(37, 40), weight=(40, 40)), "twin", uses)
+    check_part(leave_part, draw(x=(5, 68), z=(5, 68), weight=(68, 68)), "twin", "x normalized")
+
+
+def feed_forward_cases() -> None:
+    """With and without a learned beta."""
+    for tokens, width, hidden in ((37, 40, 52), (16, 36, 32)):
+        values = draw(x=(tokens, width), up=(hidden, width), down=(width, hidden), beta=(hidden,))
+        for fixed in ("", "beta"):
+            check_part(feed_forward_part, values, fixed)
+
+
+def normalized_cases() -> None:
+    check_part(normalized_part, draw(x=(7, 12)))
+
+
+# --- whole layers and models ----------------------------------------------------------------------------
+
+
+def probed_layers() -> None:
+    """Heads that fill the small tiles or the real ones, and heads that do not."""
+    wide = {"MODEL_DIM": 256, "NUM_HEADS": 8, "NUM_KV_HEADS": 4}
+    rows = [
+        (SMALL_TILE, {}, True),
+        (SMALL_TILE, {"MODEL_DIM": 48, "NUM_HEADS": 6, "NUM_KV_HEADS": 3}, False),
+        (REAL_TILE, wide, True),
+    ]
+    for t.TILE, sizes, fits in rows:
+        cfg = tiny_config(**sizes, MLP_HIDDEN=40)
+        assert fit(cfg) == fits, sizes
+        error = t.probe_layer(t.fused_layer(), cfg, CPU)
+        assert error < 2e-6, (t.TILE, sizes, error)
+    assert fit(t.Config.from_env({"RUN_ID": "default"}))
+    assert not fit(tiny_config(**{**wide, "MODEL_DIM": 128, "NUM_KV_HEADS": 8}))
+
+
+def fit(cfg: t.Config) -> bool:
+    return t.heads_fit(cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (cfg.rope_dims or cfg.head_dim) // 2)
+
+
+SMALL_MODEL = {"VOCAB_SIZE": 64, "MLP_HIDDEN": 40, "TRAIN_SEQ_LEN": 10, "EVAL_STRIDE": 5, "TRAIN_BATCH_TOKENS": 20}
+ONE_LAYER = {"NUM_LAYERS": 1, "XSA_LAST_N": 1, "VE_LAYERS": 0}
+TWO_LAYERS = {"NUM_LAYERS": 2, "XSA_LAST_N": 2, "VE_LAYERS": 1}
+GATES = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "MLP_ACTIVATION": "asqu"}
+MODELS: list[dict[str, Any]] = [
+    {"NUM_LAYERS": 5, "XSA_LAST_N": 3}, GATES, ONE_LAYER, {"VE_ENABLED": 0, "ROPE_DIMS": 0},
+    {**TWO_LAYERS, "NUM_LOOPS": 2, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0},
+    {**TWO_LAYERS, "DOC_ATTENTION": 1},
+]  # fmt: skip
+GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER, {**TWO_LAYERS, "DOC_ATTENTION": 1}]
+
+
+def model_results(cfg: t.Config, parts: t.LayerParts, is_graph: bool) -> Values:
+    """nll, every parameter's gradient and, in order, what an observer sees, of a model with random parameters."""
+    model = t.GPT(cfg, 1, t.math_documents() if cfg.doc_attention else t.sdpa(t.SDPBackend.MATH), CPU, parts)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    ids, targets = torch.randint(2, cfg.vocab_size, (2, 2, cfg.train_seq_len), generator=generator)
+    ids[:, [0, 4]] = model.bos_id
+    nll = torch.compile(model.nll, fullgraph=True, dynamic=False, backend="aot_eager") if is_graph else model.nll
+    weights, seen = model.weights(False), []
+    results = {"nll": nll(ids, targets, weights, model.order)}
+    results["nll"].sum().backward()
+    results |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    if not is_graph:
+        with torch.no_grad():
+            model.hidden(ids, weights, model.order, lambda name, x: seen.append((name, x.flatten(0, -2).clone())))
+    return results | {f"{name} seen at {place}": x for place, (name, x) in enumerate(seen)}
+
+
+def compare_models(variables: dict[str, Any], is_graph: bool) -> None:
+    """The gradient of a single number is a sum of terms that cancel: in float32 it has fewer digits."""
+    cfg = tiny_config(**SMALL_MODEL, **variables)
+    want = model_results(cfg, t.PLAIN_LAYER, False)
+    got = model_results(cfg, t.fused_layer(), is_graph)
+    assert got.keys() == {name for name in want if not is_graph or " seen at " not in name}, (variables, got.keys())
+    errors = {name: t.relative_error([got[name]], [want[name].double()]) for name in got}
+    wrong = {name: error for name, error in errors.items() if not error < (5e-6 if got[name].numel() > 1 else 2e-5)}
+    assert not wrong, (variables, wrong)
+
+
+CASES: dict[str, list[Callable[[], None]]] = {
+    "parts": [enter_cases, heads_cases, zero_gain_cases, exclusive_cases, leave_cases, feed_forward_cases,
+              normalized_cases],
+    "layers": [probed_layers],
+    "models": [partial(compare_models, variables, False) for variables in MODELS],
+    "graphs": [partial(compare_models, variables, True) for variables in GRAPHS],
+}  # fmt: skip
+
+
+def default_layer() -> None:
+    """The default configuration on the GPU, in bfloat16."""
+    error = t.probe_layer(t.fused_layer(), t.Config.from_env({"RUN_ID": "default"}), torch.device("cuda"))
+    assert error < 2e-2, error
+
+
+# --- the tests ------------------------------------------------------------------------------------------
+
+
+def run_cases(name: str, **environment: str) -> None:
+    """The cases of one name in a process of their own."""
+    env = {**os.environ, **environment, "PYTHONPATH": str(Path(t.__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, name]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_fused_feed_forward_equals_its_definition_in_the_interpreter() -> None:
-    """Output, activations and every gradient, with and without a learned beta, on shapes that no tile divides."""
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_equal_the_plain_parts_in_the_interpreter(name: str) -> None:
+    """Outputs and all gradients, on sizes that no tile divides; models also what an observer sees, and as one graph."""
     pytest.importorskip("triton")
-    run_cases("cpu")
+    run_cases(name, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_fused_feed_forward_equals_its_definition_on_the_gpu() -> None:
-    """The same in bfloat16, as trained."""
-    run_cases("cuda")
+def test_kernels_equal_the_plain_parts_on_the_gpu() -> None:
+    """The default's layer in bfloat16, as trained."""
+    run_cases("gpu")
 
 
-def test_the_probe_refuses_a_wrong_feed_forward(run: t.Runtime, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that forgets beta's gradient or squares wrongly is an error where it was named."""
-
-    def no_beta_gradient(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, beta: torch.Tensor) -> tuple:
-        return t.plain_feed_forward(x, up, down, beta.detach() + 0 * beta)
-
-    assert t.probe_feed_forward(t.plain_feed_forward, run.cfg, torch.device("cpu")) < 1e-4
-    monkeypatch.setitem(t.FEED_FORWARD, "plain", lambda: no_beta_gradient)
-    with pytest.raises(t.UserError, match="MLP_BACKEND=auto.*wrong by"):
-        t.choose_back_end(run, t.MLP_BACK_ENDS, "auto")
+def without_gradient(tensor: Tensor) -> Tensor:
+    return tensor.detach() + 0 * tensor
 
 
-def test_the_fused_layer_needs_a_gpu_or_says_so(run: t.Runtime, in_tmp: Path) -> None:
-    """MLP_BACKEND=triton on a CPU is an error that names the remedy; auto takes the plain layer and logs it."""
-    with pytest.raises(t.UserError, match="MLP_BACKEND=triton: not usable here"):
-        t.choose_back_end(run, t.MLP_BACK_ENDS, "triton")
-    t.choose_back_end(run, t.MLP_BACK_ENDS, "auto")
-    assert "mlp_backend:plain" in (in_tmp / "logs/tiny.txt").read_text()
+WRONG: dict[str, dict[str, Callable]] = {  # each is right forwards, or nearly
+    "beta": {"feed_forward": lambda rows, up, down, beta: t.plain_feed_forward(rows, up, down, without_gradient(beta))},
+    "gain": {"heads": lambda rows, weight, gain, *rest: t.plain_heads(rows, weight, without_gradient(gain), *rest)},
+    "extra": {"heads": lambda *inputs: t.plain_heads(*inputs[:4], without_gradient(inputs[4]))},
+    "own value": {"exclusive": lambda y, v, twin: t.plain_exclusive(y, v, without_gradient(twin))},
+    "skip": {"enter": lambda x, skip, *rest: t.plain_enter(x, skip and (x, without_gradient(skip[1])), *rest)},
+    "norm": {"leave": lambda rows, z, weight, scale: t.plain_leave(rows, z, weight, 1.05 * scale)},
+    "not a number": {"normalized": lambda rows: rows.twin * torch.nan},
+}
+
+
+@pytest.mark.parametrize("parts", WRONG.values(), ids=WRONG.keys())
+def test_the_probe_refuses_a_wrong_layer(
+    parts: dict[str, Callable], run: t.Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that forgets a gradient or is off by a factor is an error where nothing else is left to take."""
+    assert t.probe_layer(t.PLAIN_LAYER, run.cfg, CPU) < 1e-5
+    monkeypatch.setitem(t.LAYER, "plain", lambda: t.PLAIN_LAYER._replace(**parts))
+    with pytest.raises(t.UserError, match="LAYER_BACKEND=auto.*wrong by"):
+        t.choose_back_end(run, t.LAYER_BACK_ENDS, "auto")
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_the_kernels_need_triton_and_a_gpu_or_say_so(
+    is_installed: bool, run: t.Runtime, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LAYER_BACKEND=triton here is an error that names the remedy; auto takes the plain layer and logs it."""
+    if not is_installed:
+        monkeypatch.setattr(t, "triton", None)
+    reason = r"LAYER_BACKEND=triton: not usable here \(triton: .*" + ("" if is_installed else "not installed")
+    with pytest.raises(t.UserError, match=reason + r".*\); auto takes the best"):
+        t.choose_back_end(run, t.LAYER_BACK_ENDS, "triton")
+    assert t.choose_back_end(run, t.LAYER_BACK_ENDS, "auto") is t.PLAIN_LAYER
+    assert "layer_backend:plain" in (in_tmp / "logs/tiny.txt").read_text()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for case in {**CASES, "gpu": [default_layer]}[sys.argv[1]]:
+        t.TILE = REAL_TILE if sys.argv[1] == "gpu" else SMALL_TILE
+        case()
+
+
+def test_a_kernel_that_does_not_fit_leaves_the_plain_layer(
+    run: t.Runtime, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Triton raises for too little shared memory is no RuntimeError; auto goes on, and the log says why."""
+
+    def too_large() -> t.LayerParts:
+        raise t.TritonError("out of resource: shared memory")
+
+    monkeypatch.setitem(t.LAYER, "triton", too_large)
+    ends = t.LAYER_BACK_ENDS._replace(everywhere=("triton", "plain"))
+    assert t.choose_back_end(run, ends, "auto") is t.PLAIN_LAYER
+    assert "triton: TritonError out of resource" in (in_tmp / "logs/tiny.txt").read_text()

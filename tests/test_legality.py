@@ -134,7 +134,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "no feature": {"smear_gate_enabled": False, "bigram_vocab_size": 0, "ve_enabled": False, "ve_layers": [],
                    "xsa_last_n": 0, "rope_dims": 0, "eval_stride": 0, "num_layers": 9, "mlp_activation": "relu2"},
     "other shapes": {"num_layers": 3, "num_heads": 8, "num_kv_heads": 1, "xsa_last_n": 2, "ve_layers": [0, 1, 2],
-                     "model_dim": 768, "train_seq_len": 1024, "eval_seq_len": 512, "eval_stride": 512},
+                     "model_dim": 768, "train_seq_len": 1024, "short_seq_len": 256, "eval_seq_len": 512,
+                     "eval_stride": 512},
     "online": {**TTT, **(NGRAM if HAS_NGRAM else {}), "ttt_freeze_blocks": 2, "ttt_optimizer": "adamw"},
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ import train_gpt as t
 ONE = t.Ranks(0, 1, torch.device("cpu"))
 STEPS = 50
 FIVE_LAYERS = {"NUM_LAYERS": 5, "XSA_LAST_N": 5}  # no world of 2 or 3 ranks divides them
+PLAIN_MUON = {"POLAR_EXPRESS": 0, "MUON_ROW_NORMALIZE": 0}
 
 
 def random_gradients(model: t.GPT, seed: int, size: float = 1.0) -> dict[str, Tensor]:
@@ -54,8 +55,9 @@ def test_orthogonalize_brings_singular_values_near_one(
     assert rotated.diagonal(dim1=1, dim2=2).min() > low
 
 
-def test_orthogonalize_keeps_the_zero_matrix_of_a_padded_layer_finite() -> None:
-    assert torch.equal(t.orthogonalize(torch.zeros(2, 4, 8), [t.QUINTIC] * 5), torch.zeros(2, 4, 8))
+@pytest.mark.parametrize("coefficients", [[t.QUINTIC] * 5, t.POLAR_EXPRESS], ids=["quintic", "polar express"])
+def test_orthogonalize_keeps_the_zero_matrix_of_a_padded_layer_finite(coefficients: list) -> None:
+    assert torch.equal(t.orthogonalize(torch.zeros(2, 4, 8), coefficients), torch.zeros(2, 4, 8))
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 64), (3, 64, 32)])
@@ -105,7 +107,8 @@ def reference_polar(matrix: Tensor, coefficients: list[tuple[float, float, float
 
 def reference_muon(w: Tensor, grads: list[Tensor], lr: float, momentum: float, cfg: t.Config) -> Tensor:
     """One matrix after a Muon step per gradient: momentum, Nesterov, row norm, polar factor, decay, scaled step."""
-    coefficients = list(t.POLAR_EXPRESS) if cfg.polar_express else [t.QUINTIC] * cfg.muon_backend_steps
+    steps = cfg.muon_backend_steps
+    coefficients = list(t.POLAR_EXPRESS[:steps]) if cfg.polar_express else [t.QUINTIC] * steps
     w, buffer = w.double(), torch.zeros_like(w, dtype=torch.float64)
     for grad in grads:
         buffer = momentum * buffer + grad.double()
@@ -118,8 +121,8 @@ def reference_muon(w: Tensor, grads: list[Tensor], lr: float, momentum: float, c
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"POLAR_EXPRESS": 1}, {"MUON_ROW_NORMALIZE": 1}, {"MUON_WD": 0.5}, {"MUON_BACKEND_STEPS": 3},
-    {"NUM_KV_HEADS": 4, "MLP_MULT": 0.5},
+    {}, PLAIN_MUON, {**PLAIN_MUON, "POLAR_EXPRESS": 1}, {**PLAIN_MUON, "MUON_ROW_NORMALIZE": 1}, {"MUON_WD": 0.5},
+    {"MUON_BACKEND_STEPS": 3}, {**PLAIN_MUON, "MUON_BACKEND_STEPS": 3}, {"NUM_KV_HEADS": 4, "MLP_MULT": 0.5},
 ])  # fmt: skip
 def test_muon_updates_every_matrix_as_the_reference_does(changes: dict[str, Any]) -> None:
     """Each of q, k, v, out, up and down of every layer, after three steps at half the learning rate."""
@@ -383,10 +386,11 @@ def free_port() -> int:
 def worlds_variables(world: int, corpus: dict[str, str]) -> dict[str, str]:
     """The same batch of 12 sequences on any of 1, 2 and 3 ranks, the one rank in two micro-steps.
 
-    Five layers: with two ranks and with three the last rank's shard holds a layer of padding.
+    Five layers: with two ranks and with three the last rank's shard holds a layer of padding. No Polar Express: it
+    raises small singular values, and with them what the order of summation changes, tenfold more in 50 steps.
     """
     return tiny_env(**corpus, **FIVE_LAYERS, TRAIN_BATCH_TOKENS=384, GRAD_ACCUM_STEPS=2 if world == 1 else 1,
-                    GPTQ_CALIBRATION_BATCHES=6, VAL_BATCH_SIZE=200)  # fmt: skip
+                    GPTQ_CALIBRATION_BATCHES=6, VAL_BATCH_SIZE=200, POLAR_EXPRESS=0)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import train_gpt as t
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_variable_table_is_the_help() -> None:
@@ -20,3 +23,8 @@ def test_commands_set_only_known_variables() -> None:
     named = set(re.findall(r"\b([A-Z][A-Z0-9_]{2,})=", prose))
     assert {"ITERATIONS", "EVAL_ONLY", "ATTN_BACKEND"} <= named
     assert named <= {*t.Config.variables(), *t.ALIASES, "KEY"}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "records" / "recipes").glob("*.env")))
+def test_every_recipe_is_a_row_of_the_table_of_systems(name: str) -> None:
+    assert re.search(rf"^\|.*\| `{re.escape(name)} .*train_gpt\.py` \|$", README, re.MULTILINE)

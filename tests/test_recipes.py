@@ -89,8 +89,10 @@ def test_a_system_runs_end_to_end(
     assert (tmp_path / f"logs/{name}.pgolf").stat().st_size > 0
     passes = {"depth_recurrent": "passes:9 over 3 layers", "int6_mlp1488": "passes:9 over 9 layers"}
     assert re.search(rf"^model_params:\d+ \(.*up:\d+ .*\) {passes.get(name, 'passes:')}", log, re.MULTILINE)
-    source = re.search(r"^  matrix_lr: \S+ \((\w+)\)$", log, re.MULTILINE)[1]
-    assert source == "recipe"
+    sources = dict(re.findall(r"^  (\w+): .*\((\w+)\)$", log, re.MULTILINE))
+    env = recipe_env(name, **corpus, **settings)
+    named = {key.lower() for key in t.read_recipe(Path(env["RECIPE"])) if key not in env}
+    assert named and {sources[key] for key in named} == {"recipe"}
 
 
 EXPORTS = {  # recipe -> variables that take a feature of its export or averaging away

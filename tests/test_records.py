@@ -928,7 +928,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     monkeypatch.setattr(doctor, "RATES", rates)
     assert main(["doctor", "--steps", "1", "--ranks", "2", "--save-rate"]) == 0
     said = capsys.readouterr().out
-    names = ("python", "package torch", "configuration", "disk", "attention", "feed-forward", "train shards",
+    names = ("python", "package torch", "configuration", "disk", "attention", "layer", "train shards",
              "byte table", "train/val overlap", "artifact size", "forecast")  # fmt: skip
     assert all(f"pass {name}: " in said for name in names)
     assert "0 failed" in said and not list(tmp_path.iterdir())
