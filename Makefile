@@ -36,7 +36,7 @@ demo: logs/demo.png  ## train, quantize and score a small model on this machine 
 	@echo "its curves: logs/demo.png"
 
 test: $(installed)  ## run the tests
-	$(python) -m pytest -q -n auto --dist loadfile tests
+	$(python) -m pytest -q -n auto --dist loadfile --max-worker-restart 0 tests
 
 clean:  ## remove the demo's data and logs and the caches, keep the environment
 	rm -rf $(demo) .pytest_cache

@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -1019,6 +1019,9 @@ def load_validation(run: Runtime) -> ValidationSet:
 # forward pass: training, Hessians and evaluation differ only in the weights, the layer order and
 # the observer that they hand in. Shapes: B sequences, T tokens, H heads, D head size.
 
+# Namespace of our operators. A process that loads several copies of this file (`records check`) must not define one
+# twice: torch frees the first, and calling that ends in a segmentation fault. Cached graphs go by the name.
+OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, n := f"pgolf{i or ''}"), "enter"))
 Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTENTION a mask -> y (B,T,H,D), causal
 Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 NORM_EPS = 1e-6
@@ -1041,16 +1044,17 @@ def flash_package(module: str) -> Attend:
     return partial(importlib.import_module(module).flash_attn_func, causal=True)
 
 
+@cache
 def flash_attention_4() -> Attend:
     """FlashAttention 4 (package flash-attn-4) as a custom operator: it is JIT-compiled Python that
     torch.compile cannot trace, and without an operator round it every layer would break the graph."""
     kernels = importlib.import_module("flash_attn.cute.interface")
 
-    @torch.library.custom_op("pgolf::fa4", mutates_args=())
+    @torch.library.custom_op(f"{OPERATORS}::fa4", mutates_args=())
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return kernels._flash_attn_fwd(q, k, v, causal=True, return_lse=True)[:2]
 
-    @torch.library.custom_op("pgolf::fa4_backward", mutates_args=())
+    @torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
     def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return kernels._flash_attn_bwd(q, k, v, y, dy.contiguous(), lse, causal=True)[:3]
 
@@ -1817,7 +1821,7 @@ def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnex
         tl.store(line + WIDTH, tl.sum(dother, 0), mask=inside)
 
 
-@torch.library.custom_op("pgolf::enter", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::enter", mutates_args=())
 def enter(
     x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -1830,7 +1834,7 @@ def enter(
     return new, twin, r, kept, following
 
 
-@torch.library.custom_op("pgolf::rows_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::rows_backward", mutates_args=())
 def rows_backward(upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float) -> list[Tensor]:
     """Gradients of x, skip, x0 and mix (empty where absent) from those of Rows.
 
@@ -2032,7 +2036,7 @@ def heads_fit(heads: int, kv: int, size: int, half: int) -> bool:
     return fills and all(n & (n - 1) == 0 for n in (heads, kv, size, half))
 
 
-@torch.library.custom_op("pgolf::heads", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::heads", mutates_args=())
 def heads(
     x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -2048,7 +2052,7 @@ def heads(
     return q, k, v, v_twin, factors
 
 
-@torch.library.custom_op("pgolf::heads_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
 def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the product, of the gain, and of v (written only where `extra` wants it).
 
@@ -2144,13 +2148,13 @@ def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None) -> tuple[Tensor, Tens
     return out, dv
 
 
-@torch.library.custom_op("pgolf::exclusive", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::exclusive", mutates_args=())
 def fused_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
     """`plain_exclusive`, whose gradient of v goes to `twin` and so is added to the attention's by `heads_backward`."""
     return run_exclusive(y, v, None)[0]
 
 
-@torch.library.custom_op("pgolf::exclusive_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::exclusive_backward", mutates_args=())
 def exclusive_backward(y: Tensor, v: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and v."""
     return run_exclusive(y, v, dz)
@@ -2215,7 +2219,7 @@ def sum_product(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return new, squares
 
 
-@torch.library.custom_op("pgolf::leave", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::leave", mutates_args=())
 def leave(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The parts of `plain_leave`'s Rows: the product is never written by itself."""
     new, squares = sum_product(x, z.contiguous(), weight)
@@ -2304,7 +2308,7 @@ def run_unit(a: Tensor, b: Tensor, r: Tensor, pre: Tensor, beta: Tensor, backwar
     return [out, sums.sum(0) if backward[1] else sums[0]]
 
 
-@torch.library.custom_op("pgolf::feed_forward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::feed_forward", mutates_args=())
 def feed_forward(
     x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -2314,7 +2318,7 @@ def feed_forward(
     return sum_product(x, act, down)[0], act, pre
 
 
-@torch.library.custom_op("pgolf::feed_forward_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::feed_forward_backward", mutates_args=())
 def feed_forward_backward(
     dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool
 ) -> list[Tensor]:
