@@ -1748,6 +1748,18 @@ def tiled(factor: Tensor, rows: int, cols: int) -> Any:
     return TensorDescriptor.from_tensor(factor, [rows, cols])
 
 
+@jit
+def tile_halves(a, b, row, column, inputs, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):
+    """The tile at (row, column) of a (rows, inputs) times b (columns, inputs) transposed, as two halves of columns.
+
+    Kernels walk over tiles, so that the stores of one overlap the products of the next; halves fit into shared memory.
+    """
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for k in range(0, inputs, INNER):
+        total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+    return tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+
+
 # The step of the residual stream into a layer
 
 
@@ -1961,10 +1973,7 @@ def heads_tiles(x, weight, r, gain, rotary, extra, q, k, v, factors, tokens, len
     across: tl.constexpr = (HEADS + 2 * KV) * SIZE // COLS
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
-        total = tl.zeros((ROWS, COLS), tl.float32)
-        for inner in range(0, width, INNER):
-            total = tl.dot(x.load([row, inner]), weight.load([column, inner]).T, total)
-        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+        left, right = tile_halves(x, weight, row, column, width, ROWS, COLS, INNER)
         end_heads(left, r, gain, rotary, extra, q, k, v, factors, row, column, tokens, length, EPS, HEADS, KV, SIZE,
                   HALF, EXTRA)
         end_heads(right, r, gain, rotary, extra, q, k, v, factors, row, column + COLS // 2, tokens, length, EPS, HEADS,
@@ -2200,10 +2209,7 @@ def sum_tiles(a, b, x, new, squares, tokens, width, inputs, ROWS: tl.constexpr, 
     across = tl.cdiv(width, COLS)
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
-        total = tl.zeros((ROWS, COLS), tl.float32)
-        for k in range(0, inputs, INNER):
-            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
-        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+        left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
         end_sum(left, x, new, squares, row, column, tokens)
         end_sum(right, x, new, squares, row, column + COLS // 2, tokens)
 
@@ -2279,17 +2285,11 @@ def end_unit(value, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWA
 @jit
 def unit_tiles(a, b, pre, out, r, beta, sums, tokens, hidden, inputs, BACKWARD: tl.constexpr, BETA_GRAD: tl.constexpr,
                ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
-    """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves.
-
-    It walks over tiles, so that the stores of one overlap the products of the next; halves fit into shared memory.
-    """
+    """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves."""
     across = tl.cdiv(hidden, COLS)
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
-        total = tl.zeros((ROWS, COLS), tl.float32)
-        for k in range(0, inputs, INNER):
-            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
-        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+        left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
         end_unit(left, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWARD, BETA_GRAD)
         end_unit(right, r, pre, out, beta, sums, row, column + COLS // 2, tokens, hidden, BACKWARD, BETA_GRAD)
 
