@@ -2791,8 +2791,8 @@ class Averager:
 class StepGraph:
     """A function of a batch that ends in gradients, recorded once as a CUDA graph and replayed on other batches.
 
-    A layer is some ten operators in Python; launched one by one they take the host longer than the GPU (71 ms a step,
-    whatever the sequences' length). What the function reads besides must stay where it is, as parameters do.
+    A layer is some ten operators in Python; launched one by one they take the host longer than the GPU (70 to 77 ms
+    a step, whatever the sequences' length). What the function reads besides must stay where it is, as parameters do.
     """
 
     def __init__(

@@ -19,12 +19,6 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class StandIn:
     """A CUDA graph that keeps the contract: replaying writes into the tensors that were there when it was recorded."""
 
-    latest: "StandIn"
-
-    def __init__(self) -> None:
-        StandIn.latest = self
-        self.recorded: Callable[[], Any] | None = None
-
     def pool(self) -> str:
         return "pool"
 
