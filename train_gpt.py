@@ -1143,7 +1143,8 @@ Twinned = tuple[Tensor, Tensor]  # values and the tensor that takes their gradie
 
 
 class LayerParts(NamedTuple):
-    """Interchangeable functions that a layer is made of, in the order in which they run; see the plain ones."""
+    """Interchangeable functions that a layer is made of, in the order in which they run, and the loss; see the plain
+    ones."""
 
     enter: Callable[[Tensor, Twinned | None, Twinned, Tensor, float], tuple[Rows, Tensor, Twinned]]
     heads: Callable[[Rows, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -1151,6 +1152,7 @@ class LayerParts(NamedTuple):
     leave: Callable[[Rows, Tensor, Tensor, float], Rows]
     feed_forward: Callable[[Rows, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     normalized: Callable[[Rows], Tensor]
+    nll: Callable[[Tensor, Tensor, float], Tensor]
 
 
 def plain_enter(
@@ -1226,7 +1228,19 @@ def plain_normalized(rows: Rows) -> Tensor:
     return rows.twin
 
 
-PLAIN_LAYER = LayerParts(plain_enter, plain_heads, plain_exclusive, plain_leave, plain_feed_forward, plain_normalized)
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Logits squeezed into +-cap, in float32."""
+    return cap * torch.tanh(logits.float() / cap)
+
+
+def plain_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
+    return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")
+
+
+PLAIN_LAYER = LayerParts(
+    plain_enter, plain_heads, plain_exclusive, plain_leave, plain_feed_forward, plain_normalized, plain_nll
+)
 LAYER: dict[str, Callable[[], LayerParts]] = {"triton": lambda: fused_layer(), "plain": lambda: PLAIN_LAYER}
 
 
@@ -1266,7 +1280,7 @@ def probe_document_attention(attention: DocumentAttention, cfg: Config, device: 
 
 
 def probe_layer(parts: LayerParts, cfg: Config, device: torch.device) -> float:
-    """`probe` of a whole layer, every input's gradient included, and of its output as the next layer's skip."""
+    """`probe` of a layer, every input's gradient included, of its output as the next layer's skip, and of the loss."""
     dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
     matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
     vectors = [(3, dim), (cfg.num_heads,), (hidden,)]
@@ -1279,8 +1293,9 @@ def probe_layer(parts: LayerParts, cfg: Config, device: torch.device) -> float:
         y = sdpa(SDPBackend.MATH)(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
         rows = parts.leave(rows, parts.exclusive(y, v, twin).flatten(1), out, 0.5)
         y = parts.feed_forward(rows, up, down, beta)[0]
-        rows, _, _ = parts.enter(y, (x, kept), first, mix, 0.5)
-        return parts.normalized(rows)
+        y = parts.normalized(parts.enter(y, (x, kept), first, mix, 0.5)[0])
+        nll = parts.nll(2 * y, torch.arange(len(y), device=y.device) % dim, 3.0)
+        return torch.cat([y.flatten(), nll.to(y.dtype)])
 
     shapes = [(2 * length, dim)] * 2 + [(2 * length, kv)] + matrices + vectors
     return probe(partial(layer, parts), partial(layer, PLAIN_LAYER), shapes, device)
@@ -1671,13 +1686,12 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""
-        cap = self.cfg.logit_softcap
-        return cap * torch.tanh(linear(hidden, weights["head"], "head", observe).float() / cap)
+        return soft_cap(linear(hidden, weights["head"], "head", observe), self.cfg.logit_softcap)
 
     def nll(self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> Tensor:
         """Negative log-likelihood in nats of each target given its prefix, (B, T) float32."""
-        logits = self.logits(self.hidden(ids, weights, order), weights)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        logits = F.linear(self.hidden(ids, weights, order).flatten(0, 1), weights["head"])
+        return self.parts.nll(logits, targets.flatten(), self.cfg.logit_softcap).view_as(targets)
 
     def nll_and_entropy(
         self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]
@@ -2265,33 +2279,45 @@ def fused_leave(rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
 @jit
 def end_unit(value, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWARD: tl.constexpr,
              BETA_GRAD: tl.constexpr):  # fmt: skip
-    """Ending of a tile: pre = r value and activations; backward, r times the gradient of pre."""
+    """Ending of a tile: pre = r value and activations; backward, r times the gradient of pre. Returns the sums for beta
+    so far with those of this tile's columns."""
     channel, place = column + tl.arange(0, value.shape[1]), row + tl.arange(0, value.shape[0])
     below = tl.load(beta + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
     factor = tl.load(r + place, mask=place < tokens, other=0.0)[:, None]
     if BACKWARD:
         h = pre.load([row, column]).to(tl.float32)
-        out.store([row, column], (value * factor * 2 * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
+        negative = tl.minimum(h, 0.0)
         if BETA_GRAD:
-            part = tl.sum(tl.where(h > 0, 0.0, value * h * h), 0)
-            tl.store(sums + row // value.shape[0] * hidden + channel, part, mask=channel < hidden)
+            sums += tl.sum(value * negative * negative, 0)
+        out.store([row, column], (value * (2 * factor) * (tl.maximum(h, 0.0) + below * negative)).to(out.dtype))
     else:
         h = (value * factor).to(pre.dtype)
         pre.store([row, column], h)
         h = h.to(tl.float32)
         out.store([row, column], (h * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
+    return sums
 
 
 @jit
 def unit_tiles(a, b, pre, out, r, beta, sums, tokens, hidden, inputs, BACKWARD: tl.constexpr, BETA_GRAD: tl.constexpr,
                ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
-    """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves."""
+    """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves.
+
+    With BETA_GRAD a program keeps to its columns (their number divides that of programs) and adds their sums up.
+    """
     across = tl.cdiv(hidden, COLS)
+    sums_left, sums_right = tl.zeros((COLS // 2,), tl.float32), tl.zeros((COLS // 2,), tl.float32)
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
         left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
-        end_unit(left, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWARD, BETA_GRAD)
-        end_unit(right, r, pre, out, beta, sums, row, column + COLS // 2, tokens, hidden, BACKWARD, BETA_GRAD)
+        sums_left = end_unit(left, r, pre, out, beta, sums_left, row, column, tokens, hidden, BACKWARD, BETA_GRAD)
+        sums_right = end_unit(right, r, pre, out, beta, sums_right, row, column + COLS // 2, tokens, hidden, BACKWARD,
+                              BETA_GRAD)  # fmt: skip
+    if BETA_GRAD:
+        channel = tl.program_id(0) % across * COLS + tl.arange(0, COLS // 2)
+        line = sums + tl.program_id(0) // across * hidden + channel
+        tl.store(line, sums_left, mask=channel < hidden)
+        tl.store(line + COLS // 2, sums_right, mask=channel + COLS // 2 < hidden)
 
 
 def run_unit(a: Tensor, b: Tensor, r: Tensor, pre: Tensor, beta: Tensor, backward: tuple[bool, bool]) -> list[Tensor]:
@@ -2300,10 +2326,12 @@ def run_unit(a: Tensor, b: Tensor, r: Tensor, pre: Tensor, beta: Tensor, backwar
     `backward`: whether it is the backward pass, and whether beta's gradient is wanted.
     """
     (n, hidden), (rows, cols, inner), out = pre.shape, TILE, torch.empty_like(pre)
-    sums = pre.new_empty((triton.cdiv(n, rows) if backward[1] else 1, hidden), dtype=torch.float32)
+    across = triton.cdiv(hidden, cols)
+    (count,) = programs(pre.device, triton.cdiv(n, rows) * across)
+    walks = max(count // across, 1)  # of programs over the rows of all columns
+    sums = pre.new_empty((walks if backward[1] else 1, hidden), dtype=torch.float32)
     results = (tiled(result, rows, cols // 2) for result in (pre, out))
-    grid = programs(pre.device, triton.cdiv(n, rows) * triton.cdiv(hidden, cols))
-    unit_tiles[grid](tiled(a, rows, inner), tiled(b, cols, inner), *results, r, beta, sums, n, hidden, a.shape[1],
+    unit_tiles[(walks * across if backward[1] else count,)](tiled(a, rows, inner), tiled(b, cols, inner), *results, r, beta, sums, n, hidden, a.shape[1],
                      *backward, *TILE, num_warps=8, num_stages=3)  # fmt: skip
     return [out, sums.sum(0) if backward[1] else sums[0]]
 
@@ -2378,11 +2406,109 @@ def fused_normalized(rows: Rows) -> Tensor:
     return Normalized.apply(*rows)
 
 
+# The loss
+
+
+@jit
+def capped(logits, at, live, cap):
+    """Capped logits at `at` in bits (nats times log2 e), and a quarter of the cap's slope there.
+
+    With q = 1 / (exp(2x) + 1), tanh(x) is 1 - 2q and its slope 4(q - q^2); a squared rsqrt is cheaper than a division.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    root = tl.rsqrt(tl.exp2(tl.load(logits + at, mask=live, other=0.0).to(tl.float32) * (2 * LOG2_E / cap)) + 1)
+    q = root * root
+    return LOG2_E * cap - 2 * LOG2_E * cap * q, q - q * q
+
+
+@jit
+def nll_tiles(logits, targets, nll, logs, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The loss of ROWS rows, and the binary logarithms of their sums of exponentials, COLS columns at a time."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    largest, total = tl.full((ROWS,), -float("inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for begin in range(0, WIDTH, COLS):
+        column = begin + tl.arange(0, COLS)[None, :]
+        bits, _ = capped(logits, row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH), cap)
+        bits = tl.where(column < WIDTH, bits, -float("inf"))
+        peak = tl.maximum(largest, tl.max(bits, 1))
+        total = total * tl.exp2(largest - peak) + tl.sum(tl.exp2(bits - peak[:, None]), 1)
+        largest = peak
+    log, target = largest + tl.log2(total), tl.load(targets + row, mask=row < tokens, other=0)
+    bits, _ = capped(logits, row * WIDTH + target, row < tokens, cap)
+    tl.store(nll + row, (log - bits) * 0.6931471805599453, mask=row < tokens)
+    tl.store(logs + row, log, mask=row < tokens)
+
+
+@jit
+def nll_backward_tiles(logits, targets, logs, dnll, dlogits, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                       COLS: tl.constexpr):  # fmt: skip
+    """The gradient of ROWS rows and COLS columns of the logits before their cap."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column, inside = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :], row < tokens
+    at, live = row[:, None] * WIDTH + column, inside[:, None] & (column < WIDTH)
+    target, log = tl.load(targets + row, mask=inside, other=0), tl.load(logs + row, mask=inside, other=0.0)
+    upstream = 4 * tl.load(dnll + row, mask=inside, other=0.0)
+    bits, slope = capped(logits, at, live, cap)
+    d = tl.exp2(bits - log[:, None]) - tl.where(column == target[:, None], 1.0, 0.0)
+    tl.store(dlogits + at, (d * slope * upstream[:, None]).to(dlogits.dtype.element_ty), mask=live)
+
+
+def nll_blocks(logits: Tensor) -> tuple[int, int]:
+    """Rows and columns that a program of the loss holds in registers."""
+    cols = min(triton.next_power_of_2(logits.shape[1]), 4096)
+    return 4096 // cols, cols
+
+
+@torch.library.custom_op(f"{OPERATORS}::nll", mutates_args=())
+def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """`plain_nll`, and the binary logarithm of each row's sum of exponentials, (N,)."""
+    n, width = logits.shape
+    (rows, cols), (loss, logs) = nll_blocks(logits), (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
+    nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
+    return loss, logs
+
+
+@torch.library.custom_op(f"{OPERATORS}::nll_backward", mutates_args=())
+def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
+    """The gradient of the logits."""
+    (n, width), (rows, cols), dlogits = logits.shape, nll_blocks(logits), torch.empty_like(logits)
+    grid = (triton.cdiv(n, rows), triton.cdiv(width, cols))
+    nll_backward_tiles[grid](logits, targets, logs, dnll.contiguous(), dlogits, n, cap, width, rows, cols, num_warps=4)
+    return dlogits
+
+
+@nll.register_fake
+def _(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+
+
+@nll_backward.register_fake
+def _(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def save_nll(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    logits, targets, ctx.cap = inputs
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+nll.register_autograd(
+    lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, ctx.cap), None, None), setup_context=save_nll
+)
+
+
+def fused_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """`plain_nll`: reads the logits once, and once more to write their gradient, and keeps nothing else of their size."""
+    return nll(logits.contiguous(), targets.contiguous(), cap)[0]
+
+
 def fused_layer() -> LayerParts:
     """The kernels as the parts of a layer."""
     if triton is None:
         raise ImportError("Triton with tensor descriptors (3.4 or later) is not installed")
-    return LayerParts(fused_enter, fused_heads, fused_exclusive, fused_leave, fused_feed_forward, fused_normalized)
+    return LayerParts(
+        fused_enter, fused_heads, fused_exclusive, fused_leave, fused_feed_forward, fused_normalized, fused_nll
+    )
 
 
 # ----------------------------------------------------------------------------------------------

@@ -82,6 +82,10 @@ def normalized_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
     return [parts.normalized(rows_of(i))]
 
 
+def nll_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+    return [parts.nll(i["logits"], i["targets"].long(), float(uses))]
+
+
 def run_part(part: Callable, parts: t.LayerParts, values: Values, fixed: set[str], uses: str) -> Values:
     """Outputs, and gradients of all leaves but those `fixed`, by name.
 
@@ -97,7 +101,7 @@ def run_part(part: Callable, parts: t.LayerParts, values: Values, fixed: set[str
         leaves |= {} if is_plain else {"r": r.squeeze(-1).float()}
     if twin_of is not None:
         leaves["twin"] = twin_of.clone() if is_plain else torch.full_like(twin_of, torch.nan).float()
-    for name in leaves.keys() - {"r", "v", "rotary"} - fixed:
+    for name in leaves.keys() - {"r", "v", "rotary", "targets"} - fixed:
         leaves[name].requires_grad_()
     outputs = part(parts, leaves, uses)
     generator = torch.Generator().manual_seed(1)
@@ -201,6 +205,17 @@ def normalized_cases() -> None:
     check_part(normalized_part, draw(x=(7, 12)))
 
 
+def nll_cases() -> None:
+    """A row in one piece and in several, more rows than one program takes, and caps that do little or nearly all."""
+    for rows, width in ((7, 24), (5, 1000), (3, 4097), (2, 9000)):
+        values = draw(logits=(rows, width)) | {"targets": torch.arange(rows) * (width - 1) // (rows - 1)}
+        for cap in ("2", "30", "1000"):
+            check_part(nll_part, values, "", cap, 2e-6 + 1e-7 * float(cap))
+    values["logits"][0] = 1e4 * values["logits"][0].sign()  # the hyperbolic tangent saturates: no NaN, no gradient
+    got = run_part(nll_part, t.fused_layer(), values, set(), "30")
+    assert got["output 0"].isfinite().all() and not got["gradient of logits"][0].any(), got
+
+
 # --- whole layers and models ----------------------------------------------------------------------------
 
 
@@ -270,7 +285,7 @@ def compare_models(variables: dict[str, Any], is_graph: bool) -> None:
 
 CASES: dict[str, list[Callable[[], None]]] = {
     "parts": [enter_cases, heads_cases, zero_gain_cases, exclusive_cases, leave_cases, feed_forward_cases,
-              normalized_cases],
+              normalized_cases, nll_cases],
     "layers": [probed_layers],
     "models": [partial(compare_models, variables, False) for variables in MODELS],
     "graphs": [partial(compare_models, variables, True) for variables in GRAPHS],
@@ -318,6 +333,7 @@ WRONG: dict[str, dict[str, Callable]] = {  # each is right forwards, or nearly
     "own value": {"exclusive": lambda y, v, twin: t.plain_exclusive(y, v, without_gradient(twin))},
     "skip": {"enter": lambda x, skip, *rest: t.plain_enter(x, skip and (x, without_gradient(skip[1])), *rest)},
     "norm": {"leave": lambda rows, z, weight, scale: t.plain_leave(rows, z, weight, 1.05 * scale)},
+    "loss": {"nll": lambda logits, targets, cap: t.plain_nll(logits, targets, 1.2 * cap)},
     "not a number": {"normalized": lambda rows: rows.twin * torch.nan},
 }
 
