@@ -2328,11 +2328,11 @@ def run_unit(a: Tensor, b: Tensor, r: Tensor, pre: Tensor, beta: Tensor, backwar
     (n, hidden), (rows, cols, inner), out = pre.shape, TILE, torch.empty_like(pre)
     across = triton.cdiv(hidden, cols)
     (count,) = programs(pre.device, triton.cdiv(n, rows) * across)
-    walks = max(count // across, 1)  # of programs over the rows of all columns
-    sums = pre.new_empty((walks if backward[1] else 1, hidden), dtype=torch.float32)
+    walks = max(count // across, 1) if backward[1] else 0  # of programs over the rows of all columns
+    sums = pre.new_empty((max(walks, 1), hidden), dtype=torch.float32)
     results = (tiled(result, rows, cols // 2) for result in (pre, out))
-    unit_tiles[(walks * across if backward[1] else count,)](tiled(a, rows, inner), tiled(b, cols, inner), *results, r, beta, sums, n, hidden, a.shape[1],
-                     *backward, *TILE, num_warps=8, num_stages=3)  # fmt: skip
+    unit_tiles[(walks * across or count,)](tiled(a, rows, inner), tiled(b, cols, inner), *results, r, beta, sums, n,
+                                           hidden, a.shape[1], *backward, *TILE, num_warps=8, num_stages=3)  # fmt: skip
     return [out, sums.sum(0) if backward[1] else sums[0]]
 
 
@@ -2498,7 +2498,7 @@ nll.register_autograd(
 
 
 def fused_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """`plain_nll`: reads the logits once, and once more to write their gradient, and keeps nothing else of their size."""
+    """`plain_nll`: reads the logits once, and once more to write their gradient; keeps nothing else of that size."""
     return nll(logits.contiguous(), targets.contiguous(), cap)[0]
 
 

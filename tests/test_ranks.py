@@ -91,7 +91,8 @@ class Ended(NamedTuple):
 
 
 def environment(corpus: dict[str, str], **changes: object) -> dict[str, str]:
-    outside = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
+    kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_", "NCCL_", "NVSHMEM_", "TORCH_")  # a machine may forbid NVLS by them
+    outside = {key: value for key, value in os.environ.items() if key.startswith(kept)}
     return {**outside, "OMP_NUM_THREADS": "1", **tiny_env(**corpus, **{**FAST, **changes})}
 
 
@@ -115,16 +116,22 @@ def finish(process: subprocess.Popen[str], folder: Path) -> Ended:
     return Ended(folder, process.returncode, stdout, stderr, seconds)
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, str]) -> dict[str, Ended]:
-    """Every fault's run, two at a time."""
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def faults(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, str]
+) -> dict[str, Ended]:
+    """Every fault's run, two at a time, under gloo or NCCL."""
     folders = {name: tmp_path_factory.mktemp("fault") for name in FAULTS}
 
     def attempt(name: str) -> Ended:
         script = folders[name] / "faulty.py"
         script.write_text(INJECT.format(fault=FAULTS[name]))
         endless = {"ITERATIONS": 1_000_000} if name == "launcher terminated" else {}
-        return finish(launch(folders[name], environment(corpus, **endless), script), folders[name])
+        env = environment(corpus, DEVICE=request.param, **endless)
+        return finish(launch(folders[name], env, script), folders[name])
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(FAULTS, pool.map(attempt, FAULTS), strict=True))
