@@ -3767,6 +3767,7 @@ class Exporter:
         self.kept, self.limit = kept_tensors(model), run.cfg.target_bytes - code_bytes()
         self.sigmas, self.layer_bits = run.cfg.matrix_clip_sigmas, {}
         self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
+        self.ratio = 1.0  # of the size over the entropy, when last encoded
 
     def quantize(self) -> None:
         with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
@@ -3784,7 +3785,14 @@ class Exporter:
             is_main = self.run.ranks.is_main
             self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes) if is_main else b""
             self.size = int(self.run.ranks.agree(len(self.blob))[0])
+            self.ratio *= self.size / self.expected()
         return self.size
+
+    def expected(self) -> float:
+        """The size of the current codes by their entropy, in milliseconds where a slow coder takes half a minute."""
+        numbers = [*self.kept.values(), *(c.scale for c in self.coded.values())]
+        entropy = sum(entropy_bytes(c.codes) for c in self.coded.values()) + sum(2.0 * n.numel() for n in numbers)
+        return self.ratio * self.run.ranks.agree(entropy)[0]
 
     def fill(self) -> None:
         """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
@@ -3814,28 +3822,43 @@ class Exporter:
         ones = {n: self.coded[n].codes.abs() == 1 for n in names}
         ranked = torch.cat([costs[n][ones[n]] for n in names]).sort().values
         full, low, high = dict(self.coded), 0.0, 1.0
-        for _ in range(8):
-            share = (low + high) / 2
+
+        def zero(share: float) -> None:
             threshold = ranked[min(int(share * len(ranked)), len(ranked) - 1)]
             for n in names:
                 codes = full[n].codes.masked_fill(ones[n] & (costs[n] <= threshold), 0)
                 self.coded[n] = Coded(codes, full[n].scale)
-            low, high = (low, share) if self.encode() <= self.limit else (share, high)
-            if self.limit * 0.998 <= self.size <= self.limit:
+
+        for _ in range(4):
+            share, upper = low, high
+            for _ in range(12):  # by entropy, and then by the coder
+                middle = (share + upper) / 2
+                zero(middle)
+                share, upper = (share, middle) if self.expected() <= 0.999 * self.limit else (middle, upper)
+            zero(upper)
+            low, high = (low, upper) if self.encode() <= self.limit else (upper, high)
+            if self.limit * 0.998 <= self.size <= self.limit or high - low < 1e-3:
                 break
-        self.run.log(f"selective_prune: +-1 codes zeroed:{share:.4f} artifact:{self.size}")
+        if self.size > self.limit and upper != high:
+            upper = high
+            zero(upper)
+            self.encode()
+        self.run.log(f"selective_prune: +-1 codes zeroed:{upper:.4f} artifact:{self.size}")
 
     def lower_layers(self) -> None:
         """Give one layer after another five bits, from the centre outwards, until the artifact fits (PR #638)."""
         if not self.cfg.int5_fallback or self.cfg.matrix_bits <= 5:
             return
-        middle = (self.cfg.num_layers - 1) / 2
-        for layer in sorted(range(self.cfg.num_layers), key=lambda i: abs(i - middle)):
+        middle, last = (self.cfg.num_layers - 1) / 2, self.cfg.num_layers - 1
+        for count, layer in enumerate(sorted(range(self.cfg.num_layers), key=lambda i: abs(i - middle))):
             if self.size <= self.limit:
                 return
             self.layer_bits[layer] = 5
             self.quantize()
-            self.run.log(f"int5_fallback: layer {layer} at 5 bits, artifact:{self.encode()}")
+            size = self.expected()
+            if size < 1.02 * self.limit or count == last:  # near enough that only the coder can tell
+                size = self.encode()
+            self.run.log(f"int5_fallback: layer {layer} at 5 bits, artifact:{size:.0f}")
 
     def export(self) -> bytes:
         """The artifact (on rank 0); UserError, with the excess, when nothing that is allowed makes it fit."""

@@ -68,7 +68,10 @@ RECIPES = ROOT / "records" / "recipes"
 BASE = {"MAX_WALLCLOCK_SECONDS": "60", "WARMUP_STEPS": "5", "VAL_LOSS_EVERY": "0", "TRAIN_LOG_EVERY": "50",
         "EVAL_STRIDE": "256"}  # fmt: skip
 LENGTHS = "warmdown_iters muon_momentum_warmup_steps swa_every lawa_freq post_qat_seconds".split()  # shrink with a run
-COMPILE_ONLY = {"ITERATIONS": "1", "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1", "GPTQ_CALIBRATION_BATCHES": "1"}
+COMPILE_ONLY = {  # one step, nothing that waits for a slow coder or for room, and half the memory
+    "ITERATIONS": "1", "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1", "GPTQ_CALIBRATION_BATCHES": "1",
+    "COMPRESSOR": "zlib", "COMPRESSOR_LEVEL": "1", "TARGET_BYTES": "1000000000", "CUDA_GRAPH": "0",
+}  # fmt: skip
 SCORES = {"ngram": "n-gram", "ttt": "TTT", "sliding_window": "sliding", "roundtrip": "round trip"}  # part of the name
 
 Row = dict[str, Any]  # what is known of one run; the keys are those of `row_of` and FACTS
@@ -376,7 +379,9 @@ def precompile(given: argparse.Namespace, waiting: Sequence[Job], compiled: set[
     for job in list(fresh.values())[: given.precompile]:
         run_id = f"{job.env['RUN_ID']}_compile"
         begin = time.perf_counter()
-        running.append((job, start({**job.env, **COMPILE_ONLY, "RUN_ID": run_id}, given.ranks), run_id, begin))
+        qat = {"POST_QAT_SECONDS": "0.1"} if t.Config.from_env(job.env).post_qat_seconds else {}
+        env = {**job.env, **COMPILE_ONLY, **qat, "RUN_ID": run_id}
+        running.append((job, start(env, given.ranks), run_id, begin))
     for job, *started in running:
         compiled.add(job.variant.name)
         ended = finish(*started)

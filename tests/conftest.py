@@ -34,11 +34,11 @@ def tiny_config(**changes: Any) -> t.Config:
 def tiny_model(seed: int = 0, **changes: Any) -> t.GPT:
     """A tiny model whose every parameter is random, so that no path is hidden behind a zero initialization."""
     cfg = tiny_config(**changes)
-    model = t.GPT(cfg, bos_id=1, attend=t.sdpa(t.SDPBackend.MATH), device=torch.device("cpu"))
+    model = t.GPT(cfg, bos_id=1, attend=t.sdpa(t.SDPBackend.MATH), device=torch.device(cfg.device))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
     return model
 
 

@@ -265,6 +265,22 @@ def test_layers_drop_to_five_bits_from_the_centre_outwards(run: t.Runtime) -> No
     assert len(exporter_without(run, lowered, last)) > lowered.limit
 
 
+@pytest.mark.parametrize("strategy", ["SELECTIVE_PRUNE_ENABLED", "INT5_FALLBACK"])
+def test_a_slow_coder_runs_only_near_the_limit(
+    run: t.Runtime, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """zstd-22 takes half a minute for the real model: far from the limit the codes' entropy tells as much."""
+    settings = {"MODEL_DIM": 96, "NUM_LAYERS": 5, "XSA_LAST_N": 5, "MATRIX_CLIP_SIGMAS": 4, "COMPRESSOR": "zstd"}
+    size, _ = free_size(run, **settings)
+    share = {"SELECTIVE_PRUNE_ENABLED": 0.98, "INT5_FALLBACK": 0.9}[strategy]
+    fitting, sizes, encode = exporter(run, int(share * size), **{strategy: 1}, **settings), [], t.encode_artifact
+    monkeypatch.setattr(t, "encode_artifact", lambda *a: sizes.append(blob := encode(*a)) or blob)
+    blob = fitting.export()
+    assert 0.985 * fitting.limit < len(blob) <= fitting.limit or strategy == "INT5_FALLBACK"
+    assert len(sizes) <= 4 and (strategy != "INT5_FALLBACK" or len(fitting.layer_bits) > 2)
+    assert fitting.expected() == pytest.approx(len(blob))
+
+
 def exporter_without(run: t.Runtime, done: t.Exporter, layer: int) -> bytes:
     """The artifact with one layer fewer at five bits."""
     again = t.Exporter(done.run, done.model, done.hessians)

@@ -57,7 +57,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def losses_and_weights(run: t.Runtime, device: torch.device) -> list[torch.Tensor]:
     """Four steps through two phases, each of which is recorded after a first step as in warm-up."""
-    model = tiny_model().to(device)
+    model = tiny_model(DEVICE=device.type)
     trainer, phases = t.Trainer(run, model), [*t.phases(run.cfg).values()]
     before = trainer.state()
     for phase in phases:
