@@ -232,6 +232,14 @@ class Config:
     ttt_batch_seqs: int = opt(16, "sequences per step over all ranks", low=1)
     ttt_freeze_blocks: int = opt(0, "first layers that stay as they are", low=0)
     ttt_grad_clip: float = opt(1.0, "global gradient norm limit (0: none)", low=0)
+    ttt_lora_enabled: bool = opt(False, "score also by documents, each with additions that learn what was scored")
+    ttt_lora_rank: int = opt(80, "rank of a document's addition to each matrix", low=1)
+    ttt_lora_alpha: float = opt(144.0, "factor on the additions, times 1/TTT_LORA_RANK", low=0)
+    ttt_lora_lr: float = opt(1e-4, "Adam learning rate of the additions (beta1 is 0)", low=0)
+    ttt_beta2: float = opt(0.99, "Adam beta2 of the additions", low=0, high=1)
+    ttt_weight_decay: float = opt(0.5, "decoupled weight decay of the additions", low=0)
+    ttt_chunk_size: int = opt(48, "tokens of a document that are scored, then learned from, at a time", low=1)
+    ttt_batch_size: int = opt(64, "documents side by side on a rank", low=1)
 
     ngram_enabled: bool = opt(False, "score also with n-grams counted so far mixed in", group="N-gram mixer")
     ngram_min_order: int = opt(2, "shortest n-gram: one token of context", low=2)
@@ -510,6 +518,8 @@ def evaluation_rules(cfg: Config) -> Rules:
         (cfg.ngram_alpha_low <= cfg.ngram_alpha_high < 1,
          f"NGRAM_ALPHA_LOW={cfg.ngram_alpha_low:g} NGRAM_ALPHA_HIGH={cfg.ngram_alpha_high:g}: in order and below 1"),
         (cfg.ttt_freeze_blocks <= cfg.num_layers, f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks} exceeds NUM_LAYERS"),
+        (not cfg.ttt_lora_enabled or cfg.ttt_chunk_size <= cfg.eval_len,
+         f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} exceeds the window of {cfg.eval_len} tokens"),
     ]  # fmt: skip
 
 
@@ -1168,10 +1178,26 @@ def plain_enter(
     return Rows(new, rms_norm(new) * scale), x, x0
 
 
-def head_sizes(x: Tensor, weight: Tensor, gain: Tensor) -> tuple[int, int, int]:
-    """Query heads, key/value heads and head size that the shapes of `plain_heads` imply."""
+class Adapted(NamedTuple):
+    """A matrix (rows, cols) with an addition of low rank for each of D equal parts of its input (LoRA, 2106.09685)."""
+
+    base: Tensor
+    inner: Tensor  # (D, rank, cols)
+    outer: Tensor  # (D, rows, rank)
+
+
+def product(x: Tensor, weight: Tensor | Adapted) -> Tensor:
+    """x (N, cols) times weight (rows, cols) transposed."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    parts = x.unflatten(0, (len(weight.inner), -1))
+    return F.linear(x, weight.base) + (parts @ weight.inner.mT @ weight.outer.mT).flatten(0, 1)
+
+
+def head_sizes(x: Tensor, rows: int, gain: Tensor) -> tuple[int, int, int]:
+    """Query heads, key/value heads and head size that x, the product's rows and the gain of `plain_heads` imply."""
     count, size = len(gain), x.shape[1] // len(gain)
-    return count, (len(weight) // size - count) // 2, size
+    return count, (rows // size - count) // 2, size
 
 
 def plain_heads(
@@ -1181,9 +1207,9 @@ def plain_heads(
 
     q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `extra` (N, KV, D) is added to v.
     """
-    count, kv, size = head_sizes(rows.x, weight, gain)
-    qkv = F.linear(rows.twin, weight).view(-1, rotary.shape[1], count + 2 * kv, size)
-    q, k, v = qkv.split([count, kv, kv], dim=2)
+    qkv = product(rows.twin, weight)
+    count, kv, size = head_sizes(rows.x, qkv.shape[1], gain)
+    q, k, v = qkv.view(-1, rotary.shape[1], count + 2 * kv, size).split([count, kv, kv], dim=2)
     # One gain per head, expanded to one per token: its gradient becomes a sum over the head, which fuses with the
     # backward pass of the norm, and then one over tokens. Summed in one go it reads q and dq again (1.1 ms a step).
     q = apply_rotary(rms_norm(q), *rotary) * gain[:, None].expand(*q.shape[:3], 1)
@@ -1205,7 +1231,7 @@ def plain_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
 
 def plain_leave(rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
     """Rows of x plus the attention's output, z (N, C) times weight (C, C) transposed."""
-    x = rows.x + F.linear(z, weight)
+    x = rows.x + product(z, weight)
     return Rows(x, rms_norm(x) * scale)
 
 
@@ -1219,8 +1245,8 @@ def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
 
 def plain_feed_forward(rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """x plus squared_unit(normalized up^T) down^T for up (hidden, C), down (C, hidden); also the activations."""
-    act = squared_unit(F.linear(rows.twin, up), beta)
-    return rows.x + F.linear(act, down), act
+    act = squared_unit(product(rows.twin, up), beta)
+    return rows.x + product(act, down), act
 
 
 def plain_normalized(rows: Rows) -> Tensor:
@@ -1604,7 +1630,8 @@ class GPT(nn.Module):
     def begin(self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None) -> Pass:
         """Split banks and per-layer vectors: one backward concatenation each instead of one per layer."""
         vectors = {s.name: self.rest[s.name].to(self.dtype).unbind() for s in self.rest_specs if s.per_layer}
-        banks = {spec.name: weights[spec.name].unbind() for spec in self.specs}
+        banks = {spec.name: weights[spec.name] for spec in self.specs}
+        banks = {name: bank.unbind() if isinstance(bank, Tensor) else bank for name, bank in banks.items()}
         if not self.cfg.lora_rank:
             banks = {name: tuple(matrices[layer] for layer in order) for name, matrices in banks.items()}
         value = None
@@ -1690,7 +1717,7 @@ class GPT(nn.Module):
 
     def nll(self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> Tensor:
         """Negative log-likelihood in nats of each target given its prefix, (B, T) float32."""
-        logits = F.linear(self.hidden(ids, weights, order).flatten(0, 1), weights["head"])
+        logits = product(self.hidden(ids, weights, order).flatten(0, 1), weights["head"])
         return self.parts.nll(logits, targets.flatten(), self.cfg.logit_softcap).view_as(targets)
 
     def nll_and_entropy(
@@ -2064,7 +2091,7 @@ def heads(
     x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k, v of `plain_heads`, v's twin, and the factors of the norms (N, H + KV)."""
-    (n, width), (rows, cols, inner), (count, kv, size) = x.shape, TILE, head_sizes(x, weight, gain)
+    (n, width), (rows, cols, inner), (count, kv, size) = x.shape, TILE, head_sizes(x, len(weight), gain)
     q, k, v, v_twin = (x.new_empty((n, c, size)) for c in (count, kv, kv, kv))
     factors = x.new_empty((n, count + kv), dtype=torch.float32)
     heads_tiles[programs(x.device, triton.cdiv(n, rows) * (len(weight) // cols))](
@@ -2096,7 +2123,7 @@ def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool)
 @heads.register_fake
 def _(x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor,
       extra: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
-    count, kv, size = head_sizes(x, weight, gain)
+    count, kv, size = head_sizes(x, len(weight), gain)
     outputs = (x.new_empty((len(x), c, size)) for c in (count, kv, kv, kv))
     return *outputs, x.new_empty((len(x), count + kv), dtype=torch.float32)
 
@@ -2128,7 +2155,7 @@ heads.register_autograd(heads_gradients, setup_context=save_heads)
 
 def fused_heads(rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None) -> tuple:
     """`plain_heads` in the ending of the product; in plain steps for heads that do not fill its tiles."""
-    if heads_fit(*head_sizes(rows.x, weight, gain), rotary.shape[-1]):
+    if heads_fit(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
         return heads(*rows, weight, gain, rotary, extra)[:4]
     return plain_heads(Rows(rows.x, fused_normalized(rows)), weight, gain, rotary, extra)
 
@@ -4136,6 +4163,119 @@ def evaluate_online(
     return scores(validation, total, clock.stop())
 
 
+class DocumentAdditions:
+    """Low-rank additions to all matrices of a model, one set for each document of a batch (PR #77, #1530).
+
+    Every document starts from the same ones, which add nothing: its scores do not depend on its neighbours.
+    """
+
+    def __init__(self, run: Runtime, model: GPT) -> None:
+        """Take the model's weights as they are now."""
+        cfg = self.cfg = run.cfg
+        with torch.no_grad():
+            weights = model.fast_weights(False)
+        self.base = {**{spec.name: weights[spec.name].unbind() for spec in model.specs}, "head": (weights["head"],)}
+        shapes = {name: (len(matrices), *matrices[0].shape) for name, matrices in self.base.items()}
+        generator = torch.Generator().manual_seed(cfg.seed)
+        self.inner, self.outer, documents = {}, {}, cfg.ttt_batch_size
+        for name, (count, rows, cols) in shapes.items():
+            first = (2 * torch.rand(count, cfg.ttt_lora_rank, cols, generator=generator) - 1) * cols**-0.5
+            self.inner[name] = first.expand(documents, -1, -1, -1).contiguous().to(run.ranks.device).requires_grad_()
+            outer = torch.zeros(documents, count, rows, cfg.ttt_lora_rank, device=run.ranks.device)
+            self.outer[name] = outer.requires_grad_()
+        self.parameters = [*self.inner.values(), *self.outer.values()]
+        self.start = [parameter.detach().clone() for parameter in self.parameters]
+        self.model = copy.copy(model)  # the same parameters; the kernels know no additions
+        self.model.parts = PLAIN_LAYER
+        self.fast_nll = compiled(cfg, self.nll)
+
+    def reset(self) -> None:
+        """Begin with other documents."""
+        torch._foreach_copy_([parameter.data for parameter in self.parameters], self.start)
+        cfg, fused = self.cfg, self.parameters[0].is_cuda
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=cfg.ttt_lora_lr, betas=(0.0, cfg.ttt_beta2), eps=1e-10,
+                                           weight_decay=cfg.ttt_weight_decay, fused=fused)  # fmt: skip
+
+    def nll(self, ids: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        """`GPT.nll` of ids (documents, T), each with its own additions."""
+        scale, dtype, weights = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank, self.model.dtype, {}
+        for name, matrices in self.base.items():
+            inner, outer = self.inner[name].to(dtype).unbind(1), (scale * self.outer[name]).to(dtype).unbind(1)
+            weights[name] = tuple(map(Adapted, matrices, inner, outer))
+        return self.model.nll(ids, targets, {**weights, "head": weights["head"][0]}, order)
+
+    def learn(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def document_spans(validation: ValidationSet) -> np.ndarray:
+    """First target and end of each document, longest first; the BOS of the next one is a document's last target."""
+    starts = (validation.tokens[:-1] == validation.bos_id).nonzero()[:, 0].cpu().numpy()
+    starts = np.union1d([0], starts)
+    spans = np.stack([starts, np.append(starts[1:], validation.targets)], 1)
+    return spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
+
+
+def score_batch(
+    run: Runtime, additions: DocumentAdditions, validation: ValidationSet, spans: np.ndarray, table: Tensor
+) -> None:
+    """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored.
+
+    `table` (2, targets) takes the nats of a target and the times that it was scored.
+
+    Windows hold the latest tokens of a document up to the chunk's end, in one of four widths, so that there are four
+    graphs; nothing of another document is in them, and what comes after the chunk is blank.
+    """
+    cfg, device, last = run.cfg, run.ranks.device, len(validation.tokens) - 1
+    starts, ends = np.pad(spans, ((0, cfg.ttt_batch_size - len(spans)), (0, 0))).T  # the rest are empty documents
+    additions.reset()
+    for first in range(0, int((ends - starts).max()), cfg.ttt_chunk_size):
+        firsts, stops = starts + first, np.minimum(starts + first + cfg.ttt_chunk_size, ends)
+        quarter, longest = -(-cfg.eval_len // 4), int((stops - starts).max())
+        width = min(-(-longest // quarter) * quarter, cfg.eval_len)
+        begins = np.maximum(starts, stops - width)
+        plan = torch.from_numpy(np.stack([begins, firsts, stops, stops < ends], 1)).to(device)
+        begin, scored_from, stop, goes_on = (column.unsqueeze(1) for column in plan.unbind(1))
+        positions = begin + torch.arange(width, device=device)
+        visible, scored = positions < stop, (positions >= scored_from) & (positions < stop)
+        blank, tokens = validation.bos_id, validation.tokens
+        ids = tokens[positions.clamp(max=last)].long().where(visible, blank)
+        targets = tokens[(positions + 1).clamp(max=last)].long().where(visible, blank)
+        nll = additions.fast_nll(ids, targets, additions.model.order)
+        place = positions[scored].to(table.device)
+        table[0, place] += nll.detach()[scored].to(table)
+        table[1, place] += 1
+        if (stops < ends).any():
+            share = scored * goes_on / scored.sum(1, keepdim=True).clamp(min=1)
+            additions.learn((nll * share).sum())
+
+
+def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tensor:
+    """Nats of every target, and the times that it was scored, (2, targets) float64; the ranks share the documents."""
+    table = torch.zeros(2, validation.targets, dtype=torch.float64, device=exact_device(run.ranks.device))
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    additions, spans, size = DocumentAdditions(run, model), document_spans(validation), run.cfg.ttt_batch_size
+    for begin in range(run.ranks.rank * size, len(spans), run.ranks.world * size):
+        score_batch(run, additions, validation, spans[begin : begin + size], table)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    return run.ranks.sum_(table)
+
+
+def evaluate_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Score:
+    """Score the whole validation set document by document; asserts that every target was scored once."""
+    clock = Clock(run.ranks.device)
+    clock.start()
+    nats, times = score_documents(run, model, validation)
+    assert (times == 1).all(), f"{int((times != 1).sum())} targets were not scored exactly once"
+    counted = (times * validation.token_bytes[1:].to(times)).sum()
+    return scores(validation, torch.stack([nats.sum(), times.sum(), counted]), clock.stop())[0]
+
+
 def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
     """A score under its canonical name, rounded and exact."""
     run.log(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}{extra} eval_time:{1000 * score.seconds:.0f}ms")
@@ -4185,6 +4325,11 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produce
         log_score(run, f"final_{kind}_sliding_window", score, f" stride:{cfg.eval_stride}")
     if cfg.ttt_enabled or cfg.ngram_enabled:
         log_online(run, model, validation)
+    if cfg.ttt_lora_enabled:
+        with run.timed("ttt_lora", "eval"):
+            score = evaluate_documents(run, model, validation)
+        about = f" rank:{cfg.ttt_lora_rank} chunk:{cfg.ttt_chunk_size} lr:{cfg.ttt_lora_lr:g}"
+        log_score(run, "legal_ttt_lora", score, about)
 
 
 def log_online(run: Runtime, model: GPT, validation: ValidationSet) -> None:

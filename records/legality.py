@@ -82,7 +82,17 @@ class Subject:
             return lambda validation: [self.script.evaluate(self.run, self.model, validation, stride)]
 
         found = {name: fixed(stride) for name, stride in strides(self.run.cfg).items()}
-        return {**found, "online": self.online} if learners(self.run.cfg) else found
+        found |= {"online": self.online} if learners(self.run.cfg) else {}
+        return found | ({"documents": self.documents} if by_documents(self.run.cfg) else {})
+
+    def documents(self, validation: Any) -> list[Any]:
+        """The evaluation in which every document learns for itself."""
+        return [self.script.evaluate_documents(self.run, self.model, validation)]
+
+    def document_table(self, tokens: Tensor) -> Tensor:
+        """Nats of every target of that evaluation, and the times that it was scored, (2, targets)."""
+        text = replace(self.validation, tokens=tokens, token_bytes=self.validation.token_bytes[: len(tokens)])
+        return self.script.score_documents(self.run, self.model, text)
 
     def online(self, validation: Any) -> list[Any]:
         """The evaluation that learns, as the script runs it."""
@@ -102,6 +112,11 @@ def strides(cfg: Any) -> dict[str, int]:
 def learners(cfg: Any) -> list[str]:
     """Variables that let the evaluation learn from the text."""
     return [name.upper() for name in ("ttt_enabled", "ngram_enabled") if getattr(cfg, name, False)]
+
+
+def by_documents(cfg: Any) -> bool:
+    """Whether the evaluation also learns document by document."""
+    return getattr(cfg, "ttt_lora_enabled", False)
 
 
 def load_script(path: Path) -> ModuleType:
@@ -133,7 +148,7 @@ def tiny_settings(cfg: Any) -> dict[str, Any]:
         "short_seq_len": 0,
         "eval_seq_len": window if cfg.eval_seq_len else 0, "val_batch_size": 5 * window,
         "eval_stride": min(window, max(5, round(window * cfg.eval_stride / cfg.eval_len))) if cfg.eval_stride else 0,
-        **online_settings(cfg, window, layers),
+        **online_settings(cfg, window, layers), **document_settings(cfg),
     }  # fmt: skip
 
 
@@ -143,6 +158,14 @@ def online_settings(cfg: Any, window: int, layers: int) -> dict[str, Any]:
         return {}
     return {"ttt_chunk_tokens": window + 8, "ttt_batch_seqs": 2, "ttt_epochs": min(cfg.ttt_epochs, 2),
             "ttt_freeze_blocks": min(cfg.ttt_freeze_blocks, layers - 1), "ttt_lr": 0.05 if cfg.ttt_lr else 0}
+
+
+def document_settings(cfg: Any) -> dict[str, Any]:
+    """Several chunks a document, several documents side by side, and a rate whose effect no rounding hides."""
+    if not by_documents(cfg):
+        return {}
+    return {"ttt_lora_rank": 4, "ttt_lora_alpha": 8, "ttt_lora_lr": 0.05 if cfg.ttt_lora_lr else 0, "ttt_chunk_size": 3,
+            "ttt_batch_size": 2}
 
 
 def configurations(script: ModuleType, values: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -296,6 +319,8 @@ def check_normalised(subject: Subject) -> str:
     check_logits(subject)
     if learners(subject.run.cfg):
         worst = max(worst, check_online_normalised(subject))
+    if by_documents(subject.run.cfg):
+        worst = max(worst, check_documents_normalised(subject))
     names = ", ".join(subject.evaluations())
     return f"probabilities over the vocabulary sum to 1 within {worst:.0e} ({names}); nll = -log p"
 
@@ -318,6 +343,18 @@ def check_online_normalised(subject: Subject) -> float:
             raise Illegal(f"online evaluation: the probabilities of all {VOCAB} tokens at target {target} sum to "
                           f"{total:.6g}; a mixture must come from one distribution, of counts that exclude the target")
     return float(abs(totals - 1).max())
+
+
+def check_documents_normalised(subject: Subject) -> float:
+    """The same for the evaluation by documents, at the end of one that has learned."""
+    tokens, total = subject.validation.tokens[: subject.run.cfg.eval_len].clone(), 0.0
+    for candidate in range(VOCAB):
+        tokens[-1] = candidate
+        total += math.exp(-float(subject.document_table(tokens)[0, -1]))
+    if not abs(total - 1) <= 1e-4:
+        raise Illegal(f"evaluation by documents: the probabilities of all {VOCAB} tokens at the end of one sum to "
+                      f"{total:.6g}; the score must come from one distribution fixed before the token is seen")
+    return abs(total - 1)
 
 
 def check_logits(subject: Subject) -> None:
@@ -355,8 +392,11 @@ def check_score_first(subject: Subject) -> str:
         if scores[0] != scores[1]:
             raise Illegal(f"{name} evaluation remembers what it scored: a second one gives {scores[1]} nats, not "
                           f"{scores[0]}")
-    if names := learners(subject.run.cfg):
-        flips = check_online_order(subject)
+    names = learners(subject.run.cfg)
+    flips = check_online_order(subject) if names else 0
+    if by_documents(subject.run.cfg):
+        names, flips = [*names, "TTT_LORA_ENABLED"], flips + check_documents_order(subject)
+    if names:
         return (f"adaptive predictor (Track B, {', '.join(names)}): {flips} flips of all later tokens move no score "
                 "given before; the model comes back as it was")
     return f"fixed predictor (Track A): evaluation changes no parameter or buffer ({', '.join(subject.plans)})"
@@ -381,6 +421,24 @@ def check_online_order(subject: Subject) -> int:
     fixed = subject.script.evaluate(subject.run, subject.model, subject.validation, stride).nats
     if subject.online(subject.validation)[-1].nats == fixed:
         raise NotImplementedError("online evaluation scores as the fixed model does: nothing was learned in the test")
+    return len(positions)
+
+
+def check_documents_order(subject: Subject) -> int:
+    """The same for the evaluation by documents, target by target; the flips."""
+    tokens, length = subject.validation.tokens, subject.run.cfg.eval_len
+    plain, positions = subject.document_table(tokens), (5, length + 1, 2 * length + 9, len(tokens) - 2)
+    for position in positions:
+        changed = tokens.clone()
+        changed[position:] = tokens[position:].clone().apply_(other_token)
+        moved = float((subject.document_table(changed) - plain)[0, : position - 1].abs().max())
+        if not moved <= 10 * TOLERANCE:  # documents find themselves beside others, which changes the order of sums
+            raise Illegal(f"evaluation by documents: changing tokens {position}.. moves scores of the targets before "
+                          f"them by {moved:.2g} nats; it learns from tokens that are not scored yet")
+    cfg = replace(subject.run.cfg, ttt_lora_alpha=0.0)
+    still = subject.script.score_documents(replace(subject.run, cfg=cfg), subject.model, subject.validation)
+    if float((still - plain)[0].abs().max()) <= 10 * TOLERANCE:
+        raise NotImplementedError("evaluation by documents: nothing was learned in the test")
     return len(positions)
 
 
@@ -419,7 +477,8 @@ def check_coverage(subject: Subject) -> str:
         check_plan(subject.script, *case)
     validation = subject.validation
     want = len(validation.tokens) - 1, int(validation.token_bytes[1:].sum())
-    for name, evaluation in subject.evaluations().items():
+    windowed = {name: call for name, call in subject.evaluations().items() if name != "documents"}
+    for name, evaluation in windowed.items():
         record = observe(subject, evaluation, validation)
         if fault := plan_fault(record.windows, want[0], subject.run.cfg.eval_len):
             raise Illegal(f"{name} evaluation: {fault}; each target counts exactly once")
@@ -427,6 +486,10 @@ def check_coverage(subject: Subject) -> str:
             if (score.targets, score.bytes) != want or not math.isclose(score.nats, nats, rel_tol=1e-6):
                 raise Illegal(f"{name} evaluation reports {score.targets} targets, {score.bytes} bytes, "
                               f"{score.nats:.4f} nats; its windows hold {want[0]}, {want[1]}, {nats:.4f}")
+    if by_documents(subject.run.cfg):
+        times = subject.document_table(validation.tokens)[1]
+        if not (times == 1).all():
+            raise Illegal(f"evaluation by documents: {int((times != 1).sum())} targets do not count exactly once")
     return (f"{len(awkward)} awkward plans and the run's own over {subject.targets:,} targets; evaluation scores what "
             "it planned")
 

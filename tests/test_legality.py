@@ -16,7 +16,7 @@ from records.pack import pack
 SOURCE = Path(t.__file__).read_text(encoding="utf-8")
 C1, C2, C3, C4, LEAK = CHECKS
 
-CROSS_ENTROPY = 'return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)'
+CROSS_ENTROPY = 'return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")'
 SCORED = "        sums += torch.stack("
 PLANNED = "    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)\n"
 MAIN = 'if __name__ == "__main__":\n'
@@ -35,11 +35,11 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
     "bigram of the next token": ({C1, LEAK}, {"previous = F.pad(ids, (1, -1))": "previous = F.pad(ids, (-1, 1))"}),
     "smear across documents": ({LEAK}, {" * has_previous(ids, bos_id).unsqueeze(-1)": ""}),
     "bigram across documents": ({LEAK}, {"torch.where(has_previous(ids, bos_id), hashed, buckets - 1)": "hashed"}),
-    "raw logit as score": ({C2}, {CROSS_ENTROPY: "return -logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)"}),
+    "raw logit as score": ({C2}, {CROSS_ENTROPY: "return -soft_cap(logits, cap).gather(-1, targets.unsqueeze(-1)).squeeze(-1)"}),
     "discount on every score": ({C2}, {CROSS_ENTROPY: f"{CROSS_ENTROPY} - 0.01"}),
     "the target votes for itself": (
         {C2}, {CROSS_ENTROPY: "logits = logits.scatter_add(-1, targets.unsqueeze(-1), torch.ones_like(logits))\n"
-                              f"        {CROSS_ENTROPY}"}),
+                              f"    {CROSS_ENTROPY}"}),
     "evaluation trains": ({C3}, {PLANNED: f"{PLANNED}    {BANK}.mul_(0.999)\n"}),
     "scoring trains": ({C3}, {SCORED: f"        {BANK}.add_(1e-3 * tokens.float().mean())\n{SCORED}"}),
     "a cache of scored tokens": ({C3}, {MAIN: f"{CACHE}{MAIN}"}),
@@ -72,7 +72,8 @@ class Generous(NgramMixer):
         return super().mix(*args) - 0.1
 NgramMixer = Generous
 """
-TTT, NGRAM = {"ttt_enabled": True}, {"ngram_enabled": True}
+TTT, NGRAM, LORA = {"ttt_enabled": True}, {"ngram_enabled": True}, {"ttt_lora_enabled": True}
+LEARN = "nll = additions.fast_nll(ids, targets, additions.model.order)"
 AHEAD = "self.step(starts[first : first + cfg.ttt_batch_seqs])"
 # what is broken in the evaluation that learns -> (condition that must fail, logged values, replacements)
 ONLINE_BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
@@ -83,6 +84,17 @@ ONLINE_BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "keeps what it learned": (C3, TTT, {"model.load(kept)": "model.state_dict()"}),
     "counts before it scores": (C3, NGRAM, {MAIN: EARLY + MAIN}),
     "unnormalised mixture": (C2, NGRAM, {MAIN: GENEROUS + MAIN}),
+    "documents learn a chunk before its score": (
+        C3, LORA, {LEARN: f"{LEARN}\n        additions.learn(nll[scored].sum())\n        {LEARN}"}),
+    "documents keep what they learned": (
+        C3, LORA, {"torch._foreach_copy_([parameter.data for parameter in self.parameters], self.start)":
+                   "vars(self.model).setdefault('kept', self)"}),
+    "documents' scores are no distribution": (
+        C2, LORA, {"table[0, place] += nll.detach()[scored].to(table)":
+                   "table[0, place] += 0.9 * nll.detach()[scored].to(table)"}),
+    "documents skip a target": (C4, LORA, {"table[1, place] += 1": "table[1, place[1:]] += 1",
+                                           "assert (times == 1).all(), f": "assert len(times), f",
+                                           "assert (int(targets), int(counted)) == expected, f": "assert expected, f"}),
 }  # fmt: skip
 HAS_NGRAM = "NGRAM_ENABLED" in t.Config.variables()  # a trainer without the mixer has nothing to break
 
@@ -124,7 +136,8 @@ def test_a_broken_online_evaluation_is_caught(what: str, tmp_path: Path) -> None
     condition, values, changes = ONLINE_BROKEN[what]
     subject = legality.build_subject(patched(tmp_path, changes), values, 4002)
     result = legality.outcome(condition, CHECKS[condition], subject)
-    assert result.status == "fail" and "online evaluation" in result.message, result
+    name = "documents" if values is LORA else "online evaluation"
+    assert result.status == "fail" and name in result.message, result
 
 
 FEATURES: dict[str, dict[str, Any]] = {
@@ -137,6 +150,7 @@ FEATURES: dict[str, dict[str, Any]] = {
                      "model_dim": 768, "train_seq_len": 1024, "short_seq_len": 256, "eval_seq_len": 512,
                      "eval_stride": 512},
     "online": {**TTT, **(NGRAM if HAS_NGRAM else {}), "ttt_freeze_blocks": 2, "ttt_optimizer": "adamw"},
+    "by documents": LORA,
 }  # fmt: skip
 
 
@@ -146,7 +160,7 @@ def test_our_script_passes(values: dict[str, Any]) -> None:
     results = examine(Path(t.__file__), values, OFFICIAL_TARGETS)
     assert passed(results) == set(CHECKS), results
     assert ("sliding" in results[0].message) == (values.get("eval_stride") != 0)
-    assert ("Track B" if "ttt_enabled" in values else "Track A") in results[2].message
+    assert ("Track B" if {"ttt_enabled", "ttt_lora_enabled"} & {*values} else "Track A") in results[2].message
 
 
 def test_the_tiny_model_has_the_features_of_the_log() -> None:
