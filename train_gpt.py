@@ -4225,16 +4225,16 @@ def score_batch(
 
     `table` (2, targets) takes the nats of a target and the times that it was scored.
 
-    Windows hold the latest tokens of a document up to the chunk's end, in one of four widths, so that there are four
-    graphs; nothing of another document is in them, and what comes after the chunk is blank.
+    Windows hold the latest tokens of a document up to the chunk's end, in one of two widths, since each is a graph to
+    compile (some 40 s); nothing of another document is in them, and what comes after the chunk is blank.
     """
     cfg, device, last = run.cfg, run.ranks.device, len(validation.tokens) - 1
     starts, ends = np.pad(spans, ((0, cfg.ttt_batch_size - len(spans)), (0, 0))).T  # the rest are empty documents
     additions.reset()
     for first in range(0, int((ends - starts).max()), cfg.ttt_chunk_size):
         firsts, stops = starts + first, np.minimum(starts + first + cfg.ttt_chunk_size, ends)
-        quarter, longest = -(-cfg.eval_len // 4), int((stops - starts).max())
-        width = min(-(-longest // quarter) * quarter, cfg.eval_len)
+        half, longest = -(-cfg.eval_len // 2), int((stops - starts).max())
+        width = half if longest <= half else cfg.eval_len
         begins = np.maximum(starts, stops - width)
         plan = torch.from_numpy(np.stack([begins, firsts, stops, stops < ends], 1)).to(device)
         begin, scored_from, stop, goes_on = (column.unsqueeze(1) for column in plan.unbind(1))

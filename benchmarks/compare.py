@@ -72,7 +72,9 @@ COMPILE_ONLY = {  # one step, nothing that waits for a slow coder or for room, a
     "ITERATIONS": "1", "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1", "GPTQ_CALIBRATION_BATCHES": "1",
     "COMPRESSOR": "zlib", "COMPRESSOR_LEVEL": "1", "TARGET_BYTES": "1000000000", "CUDA_GRAPH": "0",
 }  # fmt: skip
-SCORES = {"ngram": "n-gram", "ttt": "TTT", "sliding_window": "sliding", "roundtrip": "round trip"}  # part of the name
+SCORES = {  # part of a score's name -> column, the first that fits
+    "ttt_lora": "document TTT", "ngram": "n-gram", "ttt": "TTT", "sliding_window": "sliding", "roundtrip": "round trip",
+}  # fmt: skip
 
 Row = dict[str, Any]  # what is known of one run; the keys are those of `row_of` and FACTS
 
