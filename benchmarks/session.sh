@@ -1,24 +1,67 @@
 #!/usr/bin/env bash
-# One benchmark on the device machine, over the shards of the mini-track.
+# One benchmark on the device machine, over the shards of the mini-track; or a mini-track run itself.
 #
-#   bash benchmarks/session.sh compare --recipes        # any module of benchmarks/ and its arguments
+#   bash benchmarks/session.sh compare --recipes           # any module of benchmarks/ and its arguments
+#   bash benchmarks/session.sh minitrack KEY=value ...     # minitrack/run.sh with train_gpt.py
+#   bash benchmarks/session.sh side_by_side "compare a" "minitrack SEED=42"     # one on each GPU, at once
 #
-# .bench (carried) holds copies of shared/minitrack, shared/corpus and shared/tokenizers. Shards and the compile cache lie
-# in /tmp and are there again while the machine stays warm. What is printed is also in $OUT; so are the rows of `compare`,
-# which go on from .rows/rows.jsonl (carried). No run is started that would not end within 585 s: a command is killed
-# after 600. VOCAB_SIZE picks another tokenizer.
+# What the calls of a session carry (benchmarks/carry.sh makes it): .bench with corpus, tokenizers and mini-track; .fa4_1
+# and .fa4_2, the halves of FlashAttention 4's wheels, in two calls. All of it, the shards and the compile cache are kept in
+# /tmp and are there again while the machine stays warm. Before .bench has come, the shards are those of the validation
+# text. What is printed is also in $OUT; so are the rows of `compare`, which go on from .rows/rows.jsonl (carried). No run
+# is started that would not end within 585 s: a command is killed after 600. VOCAB_SIZE picks another tokenizer.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 name=$1 && shift
 out=${OUT:-logs} vocab=${VOCAB_SIZE:-1024} kept=.rows/rows.jsonl
-export MINITRACK_CACHE=${MINITRACK_CACHE:-/tmp/minitrack} PYTHONUNBUFFERED=1
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$MINITRACK_CACHE/inductor}
-mkdir -p "$MINITRACK_CACHE" "$out"
-: > "$MINITRACK_CACHE/nothing.py"  # run.sh builds the shards before it runs a script
-bash .bench/minitrack/run.sh "$MINITRACK_CACHE/nothing.py" VOCAB_SIZE="$vocab"
-export DATA_PATH=$MINITRACK_CACHE/datasets/fineweb10B_sp$vocab
-export TOKENIZER_PATH=$MINITRACK_CACHE/tokenizers/fineweb_${vocab}_bpe.model
+for word in "$@"; do if [[ $word == VOCAB_SIZE=* ]]; then vocab=${word#*=}; fi; done
+cache=${MINITRACK_CACHE:-/tmp/minitrack} wheels=$cache/fa4 bench=.bench
+export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+mkdir -p "$cache" "$out"
+
+# What this call carries, unpacked; a second process waits until the first one is done.
+exec 9> "$cache/lock" && flock 9
+for half in .fa4_1 .fa4_2; do if [[ -d $half ]]; then mkdir -p "$cache/wheels" && cp -r "$half"/. "$cache/wheels/"; fi; done
+if compgen -G "$cache/wheels/*.half.ab" > /dev/null && [[ ! -d $wheels ]]; then
+  large=$(ls "$cache"/wheels/*.half.aa) && large=${large%.half.aa}
+  cat "$large".half.aa "$large".half.ab > "$large"
+  python3 -m pip install -q --no-index --no-deps --no-compile --target "$wheels" "$cache"/wheels/*.whl
+fi
+if [[ -d $wheels ]]; then export PYTHONPATH=$wheels:$wheels/nvidia_cutlass_dsl/dsl_packages; fi
+if [[ -d .bench && ! -d $cache/bench ]]; then cp -r .bench "$cache/bench"; fi
+if [[ ! -d .bench && -d $cache/bench ]]; then bench=$cache/bench; fi
+if [[ -d $bench ]]; then
+  export MINITRACK_CACHE=$cache
+  : > "$cache/nothing.py"  # run.sh builds the shards before it runs a script
+  bash "$bench/minitrack/run.sh" "$cache/nothing.py" VOCAB_SIZE="$vocab"
+  export TOKENIZER_PATH=$cache/tokenizers/fineweb_${vocab}_bpe.model DATA_PATH=$cache/datasets/fineweb10B_sp$vocab
+else
+  export MINITRACK_CACHE=$cache/validation
+  export TOKENIZER_PATH=$cache/wheels/fineweb_1024_bpe.model DATA_PATH=$MINITRACK_CACHE/datasets/fineweb10B_sp1024
+  for split in val train; do
+    if [[ ! -e $DATA_PATH/.$split ]]; then
+      python3 "$cache/wheels/build_shards.py" "$cache/wheels/val.jsonl.xz" "$TOKENIZER_PATH" "$DATA_PATH" $split
+      touch "$DATA_PATH/.$split"
+    fi
+  done
+fi
+exec 9>&-
+
 case $name in
+  side_by_side)
+    gpu=0
+    for words in "$@"; do
+      mkdir -p "$out/gpu$gpu"
+      (export CUDA_VISIBLE_DEVICES=$gpu OUT=$out/gpu$gpu TORCHINDUCTOR_CACHE_DIR=$cache/inductor$gpu MINITRACK_CACHE=$cache
+       eval "bash benchmarks/session.sh $words" > "$out/gpu$gpu/console.txt" 2>&1 || echo "GPU $gpu: exit status $?"
+       echo "GPU $gpu, after $SECONDS s: $words" && tail -n 30 "$out/gpu$gpu/console.txt" | cut -c1-400) &
+      gpu=$((gpu + 1))
+    done
+    wait && exit ;;
+  minitrack)
+    id=${RUN_ID:-mini_$(date +%H%M%S)}
+    bash "$bench/minitrack/run.sh" train_gpt.py "$@" RUN_ID="$id" 2>&1 | tee "$out/minitrack.txt"
+    cp "$MINITRACK_CACHE/runs/$id/logs/$id".{txt,jsonl} "$out/" && exit ;;
   compare)
     if [[ -e $kept ]]; then cp "$kept" "$out/rows.jsonl"; fi
     set -- --out "$out/rows.jsonl" --limit-s $((585 - SECONDS)) "$@" ;;

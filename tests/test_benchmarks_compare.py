@@ -146,29 +146,77 @@ def test_documented_command_lines_are_valid(capsys: pytest.CaptureFixture[str]) 
         assert all(t.Config.from_env(variant.settings) for variant in step_time.parse(words).variants)
 
 
+class Session:
+    """A copy of the benchmarks with stand-ins for python3 and for the mini-track's run.sh."""
+
+    def __init__(self, make: pytest.TempPathFactory) -> None:
+        self.repo, self.cache, self.out = (make.mktemp(name) for name in ("repo", "cache", "out"))
+        shutil.copytree(compare.ROOT / "benchmarks", self.repo / "benchmarks")
+        self.write("bin/python3", '#!/bin/sh\necho "$DATA_PATH $TOKENIZER_PATH $CUDA_VISIBLE_DEVICES: $*"; exit 3\n')
+        (self.repo / "bin/python3").chmod(0o755)
+
+    def write(self, name: str, text: str) -> None:
+        path = self.repo / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def run(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        path = f"{self.repo}/bin:{os.environ['PATH']}"
+        env = {**os.environ, "PATH": path, "MINITRACK_CACHE": str(self.cache), "OUT": str(self.out), **changes}
+        command = ["bash", str(self.repo / "benchmarks/session.sh"), *words]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+RUN = '[[ -s $1 ]] || echo "built $2 in $MINITRACK_CACHE"\n'  # run.sh on the empty script that only builds
+
+
 def test_session_prepares_data_and_continues(
     toy: Path, monkeypatch: pytest.MonkeyPatch, corpus: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The script of the device session: shards by run.sh, paths by the cache, rows from .rows to $OUT, time left."""
-    repo, cache, out = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("out")
-    shutil.copytree(compare.ROOT / "benchmarks", repo / "benchmarks")
-    for folder in (".bench/minitrack", ".rows", "bin"):
-        (repo / folder).mkdir(parents=True)
-    (repo / ".bench/minitrack/run.sh").write_text('[[ ! -s $1 ]] && echo "built $2 in $MINITRACK_CACHE"\n')
-    (repo / ".rows/rows.jsonl").write_text("a row\n")
-    (repo / "bin/python3").write_text('#!/bin/sh\necho "$DATA_PATH $TOKENIZER_PATH: $*"; exit 3\n')
-    (repo / "bin/python3").chmod(0o755)
-    env = {**os.environ, "PATH": f"{repo}/bin:{os.environ['PATH']}", "MINITRACK_CACHE": str(cache), "OUT": str(out)}
-    env["VOCAB_SIZE"] = "2048"
-    command = ["bash", str(repo / "benchmarks/session.sh"), "compare", "--recipes"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    session = Session(tmp_path_factory)
+    session.write(".bench/minitrack/run.sh", RUN)
+    session.write(".rows/rows.jsonl", "a row\n")
+    done = session.run("compare", "--recipes", VOCAB_SIZE="2048", CUDA_VISIBLE_DEVICES="5")
+    cache, out = session.cache, session.out
     built, ran = done.stdout.splitlines()
     assert done.returncode == 3, "the benchmark's own status"
     assert built == f"built VOCAB_SIZE=2048 in {cache}"
     paths, arguments = ran.split(": ")
-    assert paths == f"{cache}/datasets/fineweb10B_sp2048 {cache}/tokenizers/fineweb_2048_bpe.model"
+    assert paths == f"{cache}/datasets/fineweb10B_sp2048 {cache}/tokenizers/fineweb_2048_bpe.model 5"
     assert re.fullmatch(rf"-m benchmarks.compare --out {out}/rows.jsonl --limit-s 58\d --recipes", arguments)
     assert (out / "rows.jsonl").read_text() == "a row\n" and (out / "compare.txt").read_text() == ran + "\n"
+    shutil.rmtree(session.repo / ".bench")  # it came with an earlier call
+    assert session.run("start_time", VOCAB_SIZE="2048").stdout.startswith(built)
+
+
+def test_session_runs_one_thing_on_each_gpu(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """At once, with a folder each; quoted words stay together, and a failure is named and does not stop the other."""
+    session = Session(tmp_path_factory)
+    session.write(".bench/minitrack/run.sh", RUN)
+    done = session.run("side_by_side", "compare 'a name' X=1 -- b", "start_time VOCAB_SIZE=4096")
+    assert done.returncode == 0 and {"GPU 0: exit status 3", "GPU 1: exit status 3"} <= {*done.stdout.splitlines()}
+    first, second = ((session.out / f"gpu{gpu}/console.txt").read_text() for gpu in (0, 1))
+    assert re.search(r"sp1024_bpe.model|fineweb_1024_bpe.model 0: -m benchmarks.compare .*a name X=1 -- b\n", first)
+    assert second.endswith(f"{session.cache}/tokenizers/fineweb_4096_bpe.model 1: -m benchmarks.start_time VOCAB_SIZE=4096\n")
+
+
+def test_session_joins_wheels_and_does_without_the_corpus(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The halves come in two calls; until .bench comes both splits are the validation text."""
+    session = Session(tmp_path_factory)
+    session.write("bin/python3", '#!/bin/sh\necho "$PYTHONPATH $DATA_PATH: $*"\nfor last; do :; done\n'
+                  'case $* in *--target*) mkdir "$9"; cp "$last" "$9/";; *build_shards*) mkdir -p "$4";; esac\n')
+    session.write(".fa4_1/large.whl.half.aa", "one ")
+    for name in ("build_shards.py", "val.jsonl.xz", "fineweb_1024_bpe.model"):
+        session.write(f".fa4_1/{name}", "")
+    first = session.run("start_time").stdout.splitlines()
+    assert [line.split()[-1] for line in first[:2]] == ["val", "train"] and "build_shards.py" in first[0]
+    assert first[2].endswith(f"{session.cache}/validation/datasets/fineweb10B_sp1024: -m benchmarks.start_time")
+    shutil.rmtree(session.repo / ".fa4_1")
+    session.write(".fa4_2/large.whl.half.ab", "two")
+    install, run = session.run("start_time").stdout.splitlines()
+    assert "-m pip install" in install and run.startswith(f"{session.cache}/fa4:")
+    assert (session.cache / "fa4/large.whl").read_text() == "one two"
 
 
 # ---------------------------------------------------------------------------------------
