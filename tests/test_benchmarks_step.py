@@ -1,4 +1,4 @@
-"""benchmarks/step_time.py and coding_size.py: what is timed, where a traced step's time goes, how curves differ."""
+"""benchmarks/step_time.py, attention_time.py, coding_size.py: what is timed, where time goes, how curves differ."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_config, tiny_env
 
 import train_gpt as t
-from benchmarks import coding_size, step_time
+from benchmarks import attention_time, coding_size, step_time
 
 
 @pytest.fixture
@@ -232,3 +232,26 @@ def test_coders_are_compared_on_an_artifact(run: t.Runtime, capsys: pytest.Captu
         assert float(row[2].strip("%")) == pytest.approx(100 * (int(row[1].replace(",", "")) / floor - 1), abs=0.02)
     with pytest.raises(SystemExit, match="coded with zlib"):
         coding_size.main(["b.pgolf"])
+
+
+def test_attention_is_timed_by_back_end_length_and_sharing(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is here has a line for each length and way of sharing; what is not says why; nonsense is refused."""
+    words = ["--lengths", "16", "32", "--tokens", "64", "--repeats", "2", "DEVICE=cpu"]
+    assert attention_time.main([*words, "MODEL_DIM=32", "NUM_HEADS=4", "NUM_KV_HEADS=2", "ROPE_DIMS=4"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert "64 tokens, head size 8" in head
+    for name in ("flash", "math"):
+        kinds = [row[1:3] for row in cells if row[0] == name]
+        assert kinds == [[length, heads] for length in ("16", "32") for heads in ("4 over 2", "copies")]
+    assert all(0 < float(row[3]) < float(row[4]) for row in cells if row[3])
+    assert {row[0]: row[5].split()[0] for row in cells if row[5]}["fa3"] == "ModuleNotFoundError"
+    assert attention_time.main(["DEVICE"]) == 2 and attention_time.main(["MATRX_LR=1"]) == 2
+
+
+def test_copied_heads_are_the_same_function() -> None:
+    """`copies` are independent tensors: as many heads as queries, for which the gradients need no sum."""
+    cfg = tiny_config()
+    shared, copied = (attention_time.inputs(cfg, 64, 16, torch.device("cpu"), copies) for copies in (False, True))
+    assert [tensor.shape for tensor in shared] == [(4, 16, 4, 8), (4, 16, 2, 8), (4, 16, 2, 8)]
+    assert {tensor.shape for tensor in copied} == {(4, 16, 4, 8)} and all(tensor.is_leaf for tensor in copied)
