@@ -341,7 +341,7 @@ def test_interrupted_run_leaves_no_partial_file(hub: Hub, client: Client) -> Non
     while name not in hub.gets and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     assert not (client.dataset / Path(name).name).exists()
     hub.stall[1].set()
