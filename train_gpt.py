@@ -1203,9 +1203,10 @@ def head_sizes(x: Tensor, rows: int, gain: Tensor) -> tuple[int, int, int]:
 def plain_heads(
     rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q (N, H, D), k and v (N, KV, D) for weight ((H + 2 KV) D, C) and gain (H,), and the twin of v.
+    """q (N, H, D), k and v (N, KV, D) for weight ((H + 2 KV) D, C) and gain (H,), and the twin of v (N, KV, D).
 
-    q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `extra` (N, KV, D) is added to v.
+    q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `extra` (N, KV, D) is added to v. The
+    kernels return k and v (N, H, D), a copy for every query head.
     """
     qkv = product(rows.twin, weight)
     count, kv, size = head_sizes(rows.x, qkv.shape[1], gain)
@@ -1221,8 +1222,8 @@ def plain_heads(
 def plain_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
     """Exclusive self-attention (PR #265): remove from y (N, H, D) what points along the token's own value.
 
-    v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin`. The result is orthogonal to v, head
-    by head.
+    v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin` (N, KV, D). Of copies (N, H, D) the
+    first of each head counts. The result is orthogonal to v, head by head.
     """
     grouped, own = y.unflatten(1, (v.shape[1], -1)).float(), twin.unsqueeze(2).float()
     share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
@@ -2002,8 +2003,13 @@ def end_heads(value, r, gain, rotary, extra, q, k, v, factors, row, column, toke
     is_query = column < HEADS * SIZE
     out = tl.where(is_query, q, tl.where(is_value, v, k))
     column -= tl.where(is_query, 0, tl.where(is_value, HEADS + KV, HEADS) * SIZE)
-    at = place[:, None] * (tl.where(is_query, HEADS, KV) * SIZE) + column + tl.arange(0, GROUP * SIZE)[None, :]
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=place[:, None] < tokens)
+    channel = column + tl.arange(0, GROUP * SIZE)[None, :]
+    apart = tl.where(is_query, 1, HEADS // KV) * SIZE
+    at = place[:, None] * (HEADS * SIZE) + channel // SIZE * apart + channel % SIZE
+    rounded = value.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, mask=place[:, None] < tokens)
+    for copy in tl.static_range(1, HEADS // KV):
+        tl.store(out + at + copy * SIZE, rounded, mask=(place[:, None] < tokens) & ~is_query)
 
 
 @jit
@@ -2022,20 +2028,31 @@ def heads_tiles(x, weight, r, gain, rotary, extra, q, k, v, factors, tokens, len
 
 
 @jit
+def sum_copies(dout, at, live, COPIES: tl.constexpr, SIZE: tl.constexpr):
+    """The gradients of a head's copies added up."""
+    total = tl.load(dout + at, mask=live, other=0.0).to(tl.float32)
+    for copy in tl.static_range(1, COPIES):
+        total += tl.load(dout + at + copy * SIZE, mask=live, other=0.0).to(tl.float32)
+    return total
+
+
+@jit
 def undo_heads(final, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.constexpr, HEADS: tl.constexpr,
-               NORMED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-               GAIN: tl.constexpr):  # fmt: skip
+               COPIES: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+               HALF: tl.constexpr):  # fmt: skip
     """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head.
 
     The normalized heads are made from what became of them: turned back, over the gain (whose own gradient is lost where
-    it is exactly 0). Both halves of a pair are loaded
-    as vectors into the same place of two tiles, so that no thread needs another's values.
+    it is exactly 0), which the queries have, the first ones. Both halves of a pair are loaded as vectors into the same
+    place of two tiles, so that no thread needs another's values.
     """
+    GAIN: tl.constexpr = FIRST == 0
     head, block = tl.arange(0, HEADS)[None, :, None, None], tl.arange(0, SIZE // (2 * HALF))[None, None, :, None]
     within, live = head * SIZE + block * (2 * HALF) + tl.arange(0, HALF)[None, None, None, :], row < tokens
-    source, target = row * WIDTH + FIRST * SIZE + within, row * (HEADS * SIZE) + within
-    left = tl.load(dout + target, mask=live, other=0.0).to(tl.float32)
-    right = tl.load(dout + target + HALF, mask=live, other=0.0).to(tl.float32)
+    source, target = row * WIDTH + FIRST * SIZE + within, row * (HEADS * COPIES * SIZE) + within
+    target += head * ((COPIES - 1) * SIZE)
+    left = sum_copies(dout, target, live, COPIES, SIZE)
+    right = sum_copies(dout, target + HALF, live, COPIES, SIZE)
     da, db = left * cos - right * sin, left * sin + right * cos
     left = tl.load(final + target, mask=live, other=0.0).to(tl.float32)
     right = tl.load(final + target + HALF, mask=live, other=0.0).to(tl.float32)
@@ -2060,16 +2077,18 @@ def heads_backward_tiles(q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, du, 
     """The whole gradient of the product, walking over blocks of ROWS rows; sums (programs, HEADS) of the gain's."""
     NORMED: tl.constexpr = HEADS + KV
     WIDTH: tl.constexpr = (HEADS + 2 * KV) * SIZE
+    COPIES: tl.constexpr = HEADS // KV
     gains = tl.zeros((ROWS, HEADS, 1, 1), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         place = block * ROWS + tl.arange(0, ROWS)
         row, flat = place[:, None, None, None], place[:, None]
         cos, sin = angles(rotary, place, tokens, length, SIZE, HALF)
-        gains += undo_heads(q, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, NORMED, WIDTH, SIZE, HALF, True)
-        undo_heads(k, factors, dk, du, gain, cos, sin, row, tokens, HEADS, KV, NORMED, WIDTH, SIZE, HALF, False)
+        gains += undo_heads(q, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, 1, NORMED, WIDTH, SIZE, HALF)
+        undo_heads(k, factors, dk, du, gain, cos, sin, row, tokens, HEADS, KV, COPIES, NORMED, WIDTH, SIZE, HALF)
         channel = tl.arange(0, KV * SIZE)[None, :]
         live = (flat < tokens) & (channel < KV * SIZE)
-        value = tl.load(dv + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
+        first = flat * (HEADS * SIZE) + channel // SIZE * (COPIES * SIZE) + channel % SIZE
+        value = sum_copies(dv, first, live, COPIES, SIZE)
         if TWIN:
             value += tl.load(dtwin + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
         if EXTRA:
@@ -2090,9 +2109,13 @@ def heads_fit(heads: int, kv: int, size: int, half: int) -> bool:
 def heads(
     x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v of `plain_heads`, v's twin, and the factors of the norms (N, H + KV)."""
+    """q, k, v of `plain_heads`, v's twin, and the factors of the norms (N, H + KV).
+
+    Attention adds up the gradients of shared keys and values in float32, in memory: filling it, adding and rounding
+    cost more than writing copies here and adding up their gradients in the backward pass.
+    """
     (n, width), (rows, cols, inner), (count, kv, size) = x.shape, TILE, head_sizes(x, len(weight), gain)
-    q, k, v, v_twin = (x.new_empty((n, c, size)) for c in (count, kv, kv, kv))
+    q, k, v, v_twin = (x.new_empty((n, c, size)) for c in (count, count, count, kv))
     factors = x.new_empty((n, count + kv), dtype=torch.float32)
     heads_tiles[programs(x.device, triton.cdiv(n, rows) * (len(weight) // cols))](
         tiled(x, rows, inner), tiled(weight, cols, inner), r, gain, rotary, x if extra is None else extra, q, k, v,
@@ -2104,15 +2127,15 @@ def heads(
 
 @torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
 def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the product, of the gain, and of v (written only where `extra` wants it).
+    """Gradients of the product, of the gain, and of `extra` (written only where it is wanted).
 
     `upstream` are the gradients of q, k, v and, where something used it, of v's twin; `saved` the factors of the norms,
     r, gain, rotary, q and k.
     """
     dq, dk, dv, dtwin = [d.contiguous() for d in (*upstream, upstream[2])[:4]]
-    (n, count, size), kv, (factors, r, gain, rotary, q, k) = dq.shape, dk.shape[1], saved
-    grid = programs(dq.device, triton.cdiv(n, 4), 6)
-    du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), torch.empty_like(dv) if has_extra else dv.new_empty(0)
+    (n, count, size), (factors, r, gain, rotary, q, k) = dq.shape, saved
+    kv, grid = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
+    du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
     sums = dq.new_empty((grid[0], count), dtype=torch.float32)
     heads_backward_tiles[grid](q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, n, rotary.shape[1],
                                4, count, kv, size, rotary.shape[-1], len(upstream) == 4, has_extra, num_warps=4,
@@ -2124,15 +2147,16 @@ def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool)
 def _(x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor,
       extra: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
     count, kv, size = head_sizes(x, len(weight), gain)
-    outputs = (x.new_empty((len(x), c, size)) for c in (count, kv, kv, kv))
+    outputs = (x.new_empty((len(x), c, size)) for c in (count, count, count, kv))
     return *outputs, x.new_empty((len(x), count + kv), dtype=torch.float32)
 
 
 @heads_backward.register_fake
 def _(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = upstream[:3]
-    width = (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2]
-    return dq.new_empty((len(dq), width)), torch.empty_like(saved[2]), dv.new_empty(dv.shape if has_extra else 0)
+    (n, count, size), dq = upstream[0].shape, upstream[0]
+    kv = saved[0].shape[1] - count
+    width = (count + 2 * kv) * size
+    return dq.new_empty((n, width)), torch.empty_like(saved[2]), dq.new_empty((n, kv, size) if has_extra else 0)
 
 
 def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -2164,12 +2188,12 @@ def fused_heads(rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra:
 
 
 @jit
-def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, SIZE: tl.constexpr, COLS: tl.constexpr,
-                    ITEMS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, COPIES: tl.constexpr, SIZE: tl.constexpr,
+                    COLS: tl.constexpr, ITEMS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy and the heads' sum of dv."""
     item, d = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None], tl.arange(0, COLS)[None, :]
     live = (item < items) & (d < SIZE)
-    own = tl.load(v + item * SIZE + d, mask=live, other=0.0).to(tl.float32)
+    own = tl.load(v + item * (COPIES * SIZE) + d, mask=live, other=0.0).to(tl.float32)
     power = tl.sum(own * own, 1)[:, None]
     inverse = 1.0 / tl.maximum(power, 1e-12)
     total = tl.zeros((ITEMS, COLS), tl.float32)
@@ -2188,26 +2212,26 @@ def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, SIZE: tl.cons
         tl.store(dv + item * SIZE + d, total.to(dv.dtype.element_ty), mask=live)
 
 
-def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None) -> tuple[Tensor, Tensor]:
-    """z, or the gradients of y and v."""
-    y, v, size = y.contiguous(), v.contiguous(), y.shape[2]
-    out, dv, pairs = torch.empty_like(y), v if dz is None else torch.empty_like(v), v.shape[0] * v.shape[1]
-    exclusive_tiles[(triton.cdiv(pairs, 32),)](y, v, y if dz is None else dz.contiguous(), out, dv, pairs,
-                                               y.shape[1] // v.shape[1], size, triton.next_power_of_2(size), 32,
-                                               dz is not None, num_warps=4, num_stages=2)  # fmt: skip
+def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None, kv: int) -> tuple[Tensor, Tensor]:
+    """z, or the gradients of y and of the twin of v, which has `kv` heads."""
+    y, v, (n, heads, size) = y.contiguous(), v.contiguous(), y.shape
+    out, dv, dz_or_y = torch.empty_like(y), v if dz is None else v.new_empty((n, kv, size)), y if dz is None else dz
+    exclusive_tiles[(triton.cdiv(n * kv, 32),)](y, v, dz_or_y.contiguous(), out, dv, n * kv, heads // kv,
+                                                v.shape[1] // kv, size, triton.next_power_of_2(size), 32,
+                                                dz is not None, num_warps=4, num_stages=2)  # fmt: skip
     return out, dv
 
 
 @torch.library.custom_op(f"{OPERATORS}::exclusive", mutates_args=())
 def fused_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
     """`plain_exclusive`, whose gradient of v goes to `twin` and so is added to the attention's by `heads_backward`."""
-    return run_exclusive(y, v, None)[0]
+    return run_exclusive(y, v, None, twin.shape[1])[0]
 
 
 @torch.library.custom_op(f"{OPERATORS}::exclusive_backward", mutates_args=())
-def exclusive_backward(y: Tensor, v: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y and v."""
-    return run_exclusive(y, v, dz)
+def exclusive_backward(y: Tensor, v: Tensor, dz: Tensor, kv: int) -> tuple[Tensor, Tensor]:
+    """Gradients of y and of the twin of v."""
+    return run_exclusive(y, v, dz, kv)
 
 
 @fused_exclusive.register_fake
@@ -2216,18 +2240,22 @@ def _(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
 
 
 @exclusive_backward.register_fake
-def _(y: Tensor, v: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), v.new_empty(v.shape)
+def _(y: Tensor, v: Tensor, dz: Tensor, kv: int) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), v.new_empty((len(v), kv, v.shape[2]))
+
+
+def save_exclusive(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    y, v, twin = inputs
+    ctx.save_for_backward(y, v)
+    ctx.kv = twin.shape[1]
 
 
 def exclusive_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-    dy, dv = exclusive_backward(*ctx.saved_tensors, dz)
+    dy, dv = exclusive_backward(*ctx.saved_tensors, dz, ctx.kv)
     return dy, None, dv
 
 
-fused_exclusive.register_autograd(
-    exclusive_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
-)
+fused_exclusive.register_autograd(exclusive_gradients, setup_context=save_exclusive)
 
 
 # The output product of the attention

@@ -57,13 +57,19 @@ def enter_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
 
 
 def heads_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
-    """`uses`: q, k, v alone, or the twin of v too."""
+    """`uses`: q, k, v alone, or the twin of v too. Keys and values of plain parts are copied as the kernels copy them."""
     q, k, v, twin = parts.heads(rows_of(i), i["weight"], i["gain"], i["rotary"], i.get("extra"))
-    return [q, k, v, *([Carry.apply(v, twin)] if "twin" in uses else [])]
+    carried = Carry.apply(v[:, :: v.shape[1] // twin.shape[1]], twin)
+    k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (k, v))
+    return [q, k, v, *([carried] if "twin" in uses else [])]
 
 
 def exclusive_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
-    return [parts.exclusive(i["y"], i["v"], i["twin"])]
+    """`uses`: the copies of v that the kernel gets, of which all but the first must not be read."""
+    v = i["v"]
+    if uses and parts is not t.PLAIN_LAYER:
+        v = torch.stack([v] + [torch.full_like(v, torch.nan)] * (int(uses) - 1), 2).flatten(1, 2)
+    return [parts.exclusive(i["y"], v, i["twin"])]
 
 
 def leave_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
@@ -179,6 +185,7 @@ def exclusive_cases() -> None:
     """Every size of group; values that are 0 leave y as it is, and below the clamp the gradient is the plain one."""
     for heads, kv, size in ((6, 3, 12), (4, 4, 8), (4, 1, 5)):
         check_part(exclusive_part, draw(y=(37, heads, size), v=(37, kv, size)))
+        check_part(exclusive_part, draw(y=(37, heads, size), v=(37, kv, size)), "", str(heads // kv))
     values = draw(y=(5, 4, 8), v=(5, 2, 8))
     check_part(exclusive_part, {**values, "v": 1e-7 * values["v"]})
     got = run_part(exclusive_part, t.fused_layer(), {**values, "v": 0 * values["v"]}, set(), "")
