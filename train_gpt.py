@@ -46,7 +46,7 @@ import traceback
 import types
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
@@ -1153,8 +1153,7 @@ Twinned = tuple[Tensor, Tensor]  # values and the tensor that takes their gradie
 
 
 class LayerParts(NamedTuple):
-    """Interchangeable functions that a layer is made of, in the order in which they run, and the loss; see the plain
-    ones."""
+    """Interchangeable functions that a layer is made of, in running order, and the loss; see `plain_*`."""
 
     enter: Callable[[Tensor, Twinned | None, Twinned, Tensor, float], tuple[Rows, Tensor, Twinned]]
     heads: Callable[[Rows, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -1222,8 +1221,8 @@ def plain_heads(
 def plain_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
     """Exclusive self-attention (PR #265): remove from y (N, H, D) what points along the token's own value.
 
-    v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin` (N, KV, D). Of copies (N, H, D) the
-    first of each head counts. The result is orthogonal to v, head by head.
+    v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin`. The result is orthogonal to v, head
+    by head. The kernel takes v (N, H, D) as `heads` copied it, and reads the first copy.
     """
     grouped, own = y.unflatten(1, (v.shape[1], -1)).float(), twin.unsqueeze(2).float()
     share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
@@ -1388,7 +1387,7 @@ def linear(x: Tensor, weight: Tensor, name: str, observe: Observer | None) -> Te
     """x (..., cols) times weight (rows, cols) transposed; `observe` sees every matrix's inputs here."""
     if observe is not None:
         observe(name, x)
-    return F.linear(x, weight)
+    return product(x, weight)
 
 
 def rotary_table(length: int, cfg: Config, device: torch.device) -> Tensor:
@@ -3609,6 +3608,12 @@ def entropy_bytes(codes: Tensor) -> float:
     return float((counts * (totals / counts.clamp_min(1)).log2()).sum()) / 8
 
 
+def ideal_bytes(coded: Iterable[Coded], kept: Mapping[str, Tensor]) -> float:
+    """Bytes of an artifact whose codes take their entropy and whose scales and kept tensors are stored as they are."""
+    halves = sum(tensor.numel() for tensor in kept.values())
+    return sum(entropy_bytes(c.codes) + 2 * c.scale.numel() for c in coded) + 2 * halves
+
+
 SIGMAS_RANGE = (4.0, 20.0)  # of 6 bits: below 4 the grid clips more than it gains; at 20 a weight has 2.6 bits
 FILL = (0.995, 0.9985, 1.0)  # least, aimed-at and greatest part of TARGET_BYTES that the artifact takes
 
@@ -3618,11 +3623,9 @@ def fill_sigmas(cfg: Config, jobs: list[QuantJob], kept: Mapping[str, Tensor], r
     limit = FILL[1] * cfg.target_bytes - code_bytes()
 
     def size(sigmas: float) -> float:
-        total = sum(2.0 * kept_tensor.numel() for kept_tensor in kept.values())
-        for job in jobs:
-            scale = job_scale(cfg, job, {}, sigmas)
-            total += entropy_bytes(round_to_grid(job.tensor, scale, job.bits)) + 2 * scale.numel()
-        return ratio * total
+        scales = [job_scale(cfg, job, {}, sigmas) for job in jobs]
+        rounded = (Coded(round_to_grid(j.tensor, scale, j.bits), scale) for j, scale in zip(jobs, scales, strict=True))
+        return ratio * ideal_bytes(rounded, kept)
 
     low, high = SIGMAS_RANGE[0], SIGMAS_RANGE[1] * (2 ** (cfg.matrix_bits - 1) - 1) / 31
     for _ in range(12):
@@ -3845,9 +3848,7 @@ class Exporter:
 
     def expected(self) -> float:
         """The size of the current codes by their entropy, in milliseconds where a slow coder takes half a minute."""
-        numbers = [*self.kept.values(), *(c.scale for c in self.coded.values())]
-        entropy = sum(entropy_bytes(c.codes) for c in self.coded.values()) + sum(2.0 * n.numel() for n in numbers)
-        return self.ratio * self.run.ranks.agree(entropy)[0]
+        return self.ratio * self.run.ranks.agree(ideal_bytes(self.coded.values(), self.kept))[0]
 
     def fill(self) -> None:
         """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
@@ -3885,11 +3886,11 @@ class Exporter:
                 self.coded[n] = Coded(codes, full[n].scale)
 
         for _ in range(4):
-            share, upper = low, high
+            lower, upper = low, high
             for _ in range(12):  # by entropy, and then by the coder
-                middle = (share + upper) / 2
+                middle = (lower + upper) / 2
                 zero(middle)
-                share, upper = (share, middle) if self.expected() <= 0.999 * self.limit else (middle, upper)
+                lower, upper = (lower, middle) if self.expected() <= 0.999 * self.limit else (middle, upper)
             zero(upper)
             low, high = (low, upper) if self.encode() <= self.limit else (upper, high)
             if self.limit * 0.998 <= self.size <= self.limit or high - low < 1e-3:
@@ -4205,24 +4206,25 @@ class DocumentAdditions:
         self.base = {**{spec.name: weights[spec.name].unbind() for spec in model.specs}, "head": (weights["head"],)}
         shapes = {name: (len(matrices), *matrices[0].shape) for name, matrices in self.base.items()}
         generator = torch.Generator().manual_seed(cfg.seed)
-        self.inner, self.outer, documents = {}, {}, cfg.ttt_batch_size
+        self.first, self.inner, self.outer = {}, {}, {}
+        fresh = partial(torch.empty, device=run.ranks.device, requires_grad=True)
         for name, (count, rows, cols) in shapes.items():
             first = (2 * torch.rand(count, cfg.ttt_lora_rank, cols, generator=generator) - 1) * cols**-0.5
-            self.inner[name] = first.expand(documents, -1, -1, -1).contiguous().to(run.ranks.device).requires_grad_()
-            outer = torch.zeros(documents, count, rows, cfg.ttt_lora_rank, device=run.ranks.device)
-            self.outer[name] = outer.requires_grad_()
-        self.parameters = [*self.inner.values(), *self.outer.values()]
-        self.start = [parameter.detach().clone() for parameter in self.parameters]
+            self.first[name] = first.to(run.ranks.device)
+            self.inner[name] = fresh(cfg.ttt_batch_size, *first.shape)
+            self.outer[name] = fresh(cfg.ttt_batch_size, count, rows, cfg.ttt_lora_rank)
         self.model = copy.copy(model)  # the same parameters; the kernels know no additions
         self.model.parts = PLAIN_LAYER
         self.fast_nll = compiled(cfg, self.nll)
 
     def reset(self) -> None:
         """Begin with other documents."""
-        torch._foreach_copy_([parameter.data for parameter in self.parameters], self.start)
-        cfg, fused = self.cfg, self.parameters[0].is_cuda
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=cfg.ttt_lora_lr, betas=(0.0, cfg.ttt_beta2), eps=1e-10,
-                                           weight_decay=cfg.ttt_weight_decay, fused=fused)  # fmt: skip
+        for name, first in self.first.items():
+            self.inner[name].data.copy_(first)
+            self.outer[name].data.zero_()
+        cfg, parameters = self.cfg, [*self.inner.values(), *self.outer.values()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=cfg.ttt_lora_lr, betas=(0.0, cfg.ttt_beta2), eps=1e-10,
+                                           weight_decay=cfg.ttt_weight_decay, fused=parameters[0].is_cuda)  # fmt: skip
 
     def nll(self, ids: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
         """`GPT.nll` of ids (documents, T), each with its own additions."""
@@ -4283,14 +4285,11 @@ def score_batch(
 def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tensor:
     """Nats of every target, and the times that it was scored, (2, targets) float64; the ranks share the documents."""
     table = torch.zeros(2, validation.targets, dtype=torch.float64, device=exact_device(run.ranks.device))
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     additions, spans, size = DocumentAdditions(run, model), document_spans(validation), run.cfg.ttt_batch_size
     for begin in range(run.ranks.rank * size, len(spans), run.ranks.world * size):
         score_batch(run, additions, validation, spans[begin : begin + size], table)
-    for parameter in frozen:
-        parameter.requires_grad_(True)
+    model.requires_grad_(True)
     return run.ranks.sum_(table)
 
 

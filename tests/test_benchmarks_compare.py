@@ -197,8 +197,9 @@ def test_session_runs_one_thing_on_each_gpu(tmp_path_factory: pytest.TempPathFac
     done = session.run("side_by_side", "compare 'a name' X=1 -- b", "start_time VOCAB_SIZE=4096")
     assert done.returncode == 0 and {"GPU 0: exit status 3", "GPU 1: exit status 3"} <= {*done.stdout.splitlines()}
     first, second = ((session.out / f"gpu{gpu}/console.txt").read_text() for gpu in (0, 1))
-    assert re.search(r"sp1024_bpe.model|fineweb_1024_bpe.model 0: -m benchmarks.compare .*a name X=1 -- b\n", first)
-    assert second.endswith(f"{session.cache}/tokenizers/fineweb_4096_bpe.model 1: -m benchmarks.start_time VOCAB_SIZE=4096\n")
+    tokenizers = f"{session.cache}/tokenizers/fineweb"
+    assert re.search(rf" {tokenizers}_1024_bpe.model 0: -m benchmarks.compare .* a name X=1 -- b\n$", first)
+    assert second.endswith(f" {tokenizers}_4096_bpe.model 1: -m benchmarks.start_time VOCAB_SIZE=4096\n")
 
 
 def test_session_joins_wheels_and_does_without_the_corpus(tmp_path_factory: pytest.TempPathFactory) -> None:

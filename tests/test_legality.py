@@ -35,7 +35,8 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
     "bigram of the next token": ({C1, LEAK}, {"previous = F.pad(ids, (1, -1))": "previous = F.pad(ids, (-1, 1))"}),
     "smear across documents": ({LEAK}, {" * has_previous(ids, bos_id).unsqueeze(-1)": ""}),
     "bigram across documents": ({LEAK}, {"torch.where(has_previous(ids, bos_id), hashed, buckets - 1)": "hashed"}),
-    "raw logit as score": ({C2}, {CROSS_ENTROPY: "return -soft_cap(logits, cap).gather(-1, targets.unsqueeze(-1)).squeeze(-1)"}),
+    "raw logit as score": (
+        {C2}, {CROSS_ENTROPY: "return -soft_cap(logits, cap).gather(-1, targets.unsqueeze(-1)).squeeze(-1)"}),
     "discount on every score": ({C2}, {CROSS_ENTROPY: f"{CROSS_ENTROPY} - 0.01"}),
     "the target votes for itself": (
         {C2}, {CROSS_ENTROPY: "logits = logits.scatter_add(-1, targets.unsqueeze(-1), torch.ones_like(logits))\n"
@@ -87,8 +88,7 @@ ONLINE_BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "documents learn a chunk before its score": (
         C3, LORA, {LEARN: f"{LEARN}\n        additions.learn(nll[scored].sum())\n        {LEARN}"}),
     "documents keep what they learned": (
-        C3, LORA, {"torch._foreach_copy_([parameter.data for parameter in self.parameters], self.start)":
-                   "vars(self.model).setdefault('kept', self)"}),
+        C3, LORA, {"    additions.reset()\n": "    hasattr(additions, 'optimizer') or additions.reset()\n"}),
     "documents' scores are no distribution": (
         C2, LORA, {"table[0, place] += nll.detach()[scored].to(table)":
                    "table[0, place] += 0.9 * nll.detach()[scored].to(table)"}),
