@@ -8,10 +8,10 @@ forward, backward, optimizer and EMA; medians of rank 0 after 10 steps. Optimize
 update, waiting for a slower rank included. Muon: the updates of the rank's own layers without communication. Seconds
 are those of a second call, all ranks together. `--windows` scores the first N windows of the sliding evaluation only.
 
-The last row is a model: one GPU has also done the part of each rank of `--model` ranks (its layers of Muon and of GPTQ,
-its batches and windows), with every collective left out; the slowest rank counts. Its step is that of one GPU with this
-part of Muon in place of all layers', plus communication: what the second row takes beyond the same sum for its own
-ranks, times (W-1)/W over the same of those, since every byte enters or leaves a GPU once.
+The last row is a model: one GPU has also done the parts of the first and the last of `--model` ranks (layers of Muon
+and of GPTQ, batches and windows), with every collective left out; the slower one counts. Its step is that of one GPU
+with this part of Muon in place of all layers', plus communication: what the second row takes beyond the same sum for
+its own ranks, times (W-1)/W over the same of those, since every byte enters or leaves a GPU once.
 """
 
 import argparse
@@ -155,7 +155,7 @@ def measure(run: t.Runtime, given: argparse.Namespace) -> World:
     step, optimizer = time_steps(run, trainer, averager, given.steps)
     parts, model = time_parts(run, trainer, validation, given.windows), None
     if run.ranks.world == 1:
-        others = [replace(run, ranks=Pretended(rank, given.model, device)) for rank in range(given.model)]
+        others = [replace(run, ranks=Pretended(rank, given.model, device)) for rank in (0, given.model - 1)]
         model = Parts(*map(max, zip(*(time_parts(r, trainer, validation, given.windows) for r in others))))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, gloo"
     return World(run.ranks.world, step, optimizer, parts, model, name)
@@ -168,7 +168,9 @@ def run_world(ranks: int, given: argparse.Namespace, env: Mapping[str, str]) -> 
         command = [*torchrun, "-m", "benchmarks.scaling", *sys.argv[1:], "--result", file.name]
         subprocess.run(command, env={**env, "TRAIN_BATCH_TOKENS": str(given.tokens * ranks)}, check=True)
         *head, parts, model, device = json.load(file)
-    return World(*head, Parts(*parts), Parts(*model) if model else None, device)
+    world = World(*head, Parts(*parts), Parts(*model) if model else None, device)
+    print(world, flush=True)  # the second world may never end
+    return world
 
 
 def modelled(one: World, two: World | None, ranks: int) -> tuple[float, float]:

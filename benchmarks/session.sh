@@ -32,8 +32,10 @@ if [[ -d .bench && ! -d $cache/bench ]]; then cp -r .bench "$cache/bench"; fi
 if [[ ! -d .bench && -d $cache/bench ]]; then bench=$cache/bench; fi
 if [[ -d $bench ]]; then
   export MINITRACK_CACHE=$cache
-  : > "$cache/nothing.py"  # run.sh builds the shards before it runs a script
-  bash "$bench/minitrack/run.sh" "$cache/nothing.py" VOCAB_SIZE="$vocab"
+  if [[ ! -e $cache/datasets/fineweb10B_sp$vocab/.complete ]]; then
+    : > "$cache/nothing.py"  # run.sh builds the shards before it runs a script
+    bash "$bench/minitrack/run.sh" "$cache/nothing.py" VOCAB_SIZE="$vocab"
+  fi
   export TOKENIZER_PATH=$cache/tokenizers/fineweb_${vocab}_bpe.model DATA_PATH=$cache/datasets/fineweb10B_sp$vocab
 else
   export MINITRACK_CACHE=$cache/validation
@@ -48,6 +50,7 @@ fi
 exec 9>&-
 
 case $name in
+  unpack) exit ;;
   side_by_side)
     gpu=0
     for words in "$@"; do
