@@ -41,6 +41,7 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 import traceback
 import types
@@ -546,6 +547,7 @@ class Ranks:
     world: int
     device: torch.device
     control: Any = None  # gloo group for decisions of the host, so that they never wait for the GPU
+    env: Mapping[str, str] = field(default_factory=dict)  # what torchrun told, for `close`
 
     @classmethod
     def start(cls, cfg: Config, env: Mapping[str, str]) -> "Ranks":
@@ -556,7 +558,7 @@ class Ranks:
             return cls(rank, world, device)
         bound = {"device_id": device} if device.type == "cuda" else {}
         dist.init_process_group("nccl" if bound else "gloo", timeout=timedelta(minutes=5), **bound)
-        return cls(rank, world, device, dist.new_group(backend="gloo"))
+        return cls(rank, world, device, dist.new_group(backend="gloo"), env)
 
     @property
     def is_main(self) -> bool:
@@ -590,7 +592,7 @@ class Ranks:
         """This rank's contiguous part of `count` pieces of work; sizes differ by one at most."""
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
-    def close(self, problem: BaseException | None, env: Mapping[str, str]) -> None:
+    def close(self, problem: BaseException | None) -> None:
         """Leave the group; after a problem at once, since peers may never answer. The first rank that has one tells it.
 
         The others have the same one, or have lost a peer: they end silently, or torchrun ends them (SIGTERM as soon
@@ -599,7 +601,7 @@ class Ranks:
         if self.world > 1 and problem is None:
             dist.destroy_process_group()
         elif self.world > 1:
-            if is_first_to_fail(env):
+            if is_first_to_fail(self.env):
                 print(describe(problem), file=sys.stderr, flush=True)
             os._exit(1)
 
@@ -737,7 +739,7 @@ class Runtime:
             if problem := sys.exc_info()[1]:
                 log(describe(problem), console=False)
             log.close()
-            ranks.close(problem, env)
+            ranks.close(problem)
 
     @contextlib.contextmanager
     def timed(self, phase: str, budget: str) -> Iterator[None]:
@@ -1734,7 +1736,13 @@ class GPT(nn.Module):
 
 def compiled(cfg: Config, function: Callable) -> Callable:
     """torch.compile as one static graph, or the function itself when COMPILE=0."""
-    return torch.compile(function, dynamic=False, fullgraph=True) if cfg.compile else function
+    if not cfg.compile:
+        return function
+    # Inductor describes an operator that is new to it, or fails, by all that leads to it, in a time exponential in its
+    # depth (torch 2.11; 2.13 only where it fails): with XSA_LAST_N=4 of 11 layers no step was made in four minutes.
+    issue = importlib.import_module("torch._inductor.exc").OperatorIssue
+    issue.operator_str = staticmethod(lambda target, *_: str(target))
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
@@ -2331,6 +2339,38 @@ def fused_leave(rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
 
 
 @jit
+def halves(pairs):
+    """The two bfloat16 in each 32 bits, as float32."""
+    return (pairs << 16).to(tl.float32, bitcast=True), (pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@jit
+def add_rows(sums, value):
+    """Sums of columns so far, (rows / 16, 8, columns), with those of `value` (rows, columns) added.
+
+    A thread keeps the sum of what it holds, rows 8 apart: exchanging it with other threads in every tile cost 1.2 ms a
+    step. For bfloat16 `sums` are pairs of columns in 32 bits, since in float32 they do not fit into the registers.
+    """
+    groups: tl.constexpr = value.shape[0] // 16
+    more = tl.sum(tl.reshape(value, (groups, 2, 8, value.shape[1])), 1)
+    if sums.dtype == tl.float32:
+        return sums + more
+    even, odd = tl.split(tl.reshape(more, (groups, 8, value.shape[1] // 2, 2)))
+    even_sum, odd_sum = halves(sums)
+    even, odd = (even_sum + even).to(tl.bfloat16), (odd_sum + odd).to(tl.bfloat16)
+    return odd.to(tl.uint16, bitcast=True).to(tl.uint32) << 16 | even.to(tl.uint16, bitcast=True).to(tl.uint32)
+
+
+@jit
+def total_rows(sums):
+    """Sums of all columns (columns,) from those of the threads."""
+    if sums.dtype == tl.float32:
+        return tl.sum(tl.sum(sums, 0), 0)
+    even, odd = halves(sums)
+    return tl.interleave(tl.sum(tl.sum(even, 0), 0), tl.sum(tl.sum(odd, 0), 0))
+
+
+@jit
 def end_unit(value, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWARD: tl.constexpr,
              BETA_GRAD: tl.constexpr):  # fmt: skip
     """Ending of a tile: pre = r value and activations; backward, r times the gradient of pre. Returns the sums for beta
@@ -2342,7 +2382,7 @@ def end_unit(value, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWA
         h = pre.load([row, column]).to(tl.float32)
         negative = tl.minimum(h, 0.0)
         if BETA_GRAD:
-            sums += tl.sum(value * negative * negative, 0)
+            sums = add_rows(sums, value * negative * negative)
         out.store([row, column], (value * (2 * factor) * (tl.maximum(h, 0.0) + below * negative)).to(out.dtype))
     else:
         h = (value * factor).to(pre.dtype)
@@ -2359,8 +2399,11 @@ def unit_tiles(a, b, pre, out, r, beta, sums, tokens, hidden, inputs, BACKWARD: 
 
     With BETA_GRAD a program keeps to its columns (their number divides that of programs) and adds their sums up.
     """
+    tl.assume(inputs > 0)  # or the sums change their layout for the case that a tile has no products
     across = tl.cdiv(hidden, COLS)
-    sums_left, sums_right = tl.zeros((COLS // 2,), tl.float32), tl.zeros((COLS // 2,), tl.float32)
+    kept: tl.constexpr = tl.uint32 if out.dtype == tl.bfloat16 else tl.float32
+    sums_left = tl.zeros((ROWS // 16, 8, COLS // (4 if kept == tl.uint32 else 2)), kept)
+    sums_right = sums_left
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
         left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
@@ -2370,8 +2413,8 @@ def unit_tiles(a, b, pre, out, r, beta, sums, tokens, hidden, inputs, BACKWARD: 
     if BETA_GRAD:
         channel = tl.program_id(0) % across * COLS + tl.arange(0, COLS // 2)
         line = sums + tl.program_id(0) // across * hidden + channel
-        tl.store(line, sums_left, mask=channel < hidden)
-        tl.store(line + COLS // 2, sums_right, mask=channel + COLS // 2 < hidden)
+        tl.store(line, total_rows(sums_left), mask=channel < hidden)
+        tl.store(line + COLS // 2, total_rows(sums_right), mask=channel + COLS // 2 < hidden)
 
 
 def run_unit(a: Tensor, b: Tensor, r: Tensor, pre: Tensor, beta: Tensor, backward: tuple[bool, bool]) -> list[Tensor]:
@@ -2448,7 +2491,8 @@ class Normalized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, twin: Tensor, r: Tensor) -> Tensor:
         ctx.save_for_backward(r)
-        return (x * r.unsqueeze(-1)).to(x.dtype)
+        always = torch.ones((), dtype=torch.bool, device=x.device)  # torch 2.11 compiles no gradient for an unused twin
+        return torch.where(always, (x * r.unsqueeze(-1)).to(x.dtype), twin)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
@@ -3106,7 +3150,7 @@ def warm_up(run: Runtime, trainer: Trainer) -> None:
 
 
 def measure_reserve(run: Runtime, trainer: Trainer) -> float:
-    """Seconds of the clock to keep for calibration and GPTQ: as set, or both timed, and a fifth on top."""
+    """Seconds of the clock to keep for calibration and GPTQ: as set, or both timed, a fifth on top and a second."""
     cfg, model = run.cfg, trainer.model
     if cfg.gptq_reserve_seconds is not None or not cfg.max_wallclock_seconds:
         return cfg.gptq_reserve_seconds or 0.0
@@ -3125,7 +3169,7 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
         quantize_shared(run, jobs, hessians, sigmas)
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
     seconds = batches * calibration.total / 3 + gradients.total + passes * rounding.total
-    return run.ranks.agree(1.2 * seconds + 0.5)[0]
+    return run.ranks.agree(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
 
 
 def calibration_batches(run: Runtime, shape: BatchShape) -> int:
@@ -3133,6 +3177,9 @@ def calibration_batches(run: Runtime, shape: BatchShape) -> int:
     cfg = run.cfg
     tokens = cfg.gptq_calibration_batches * min(cfg.train_batch_tokens, MICRO_BATCH_TOKENS)
     return -(-tokens // (run.ranks.world * shape.sequences * cfg.train_seq_len)) if cfg.gptq_enabled else 0
+
+
+STUCK_SECONDS = 15  # for a step to end after SIGTERM; torchrun sends SIGKILL after 30
 
 
 class Trained(NamedTuple):
@@ -3156,11 +3203,14 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
     model.order = phases(cfg)["train"].order
     averager, active, phase, graphs = Averager(cfg, model), set(), next(iter(phases(cfg))), 0
-    clock, step = Clock(run.ranks.device), 0
+    clock, step, ends_soon = Clock(run.ranks.device), 0, False
     clock.start()
-    with sigterm_noted() as noted:
+    with sigterm_noted(run) as noted:
         while True:
+            if ends_soon:  # the host runs ahead of the GPU: 0.2 s over the end were seen
+                synchronize(run.ranks.device)
             seconds, terminated = run.ranks.agree(clock.seconds(), len(noted))
+            ends_soon = seconds * (1 + 10 / max(step, 1)) >= budget
             if terminated:
                 save_weights(run, averager, step)
                 remedy = f"EXPORT_ONLY=1 WEIGHTS_PATH={cfg.weights_file} makes an artifact of it"
@@ -3197,14 +3247,35 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
 
 
 @contextlib.contextmanager
-def sigterm_noted() -> Iterator[list[int]]:
-    """Inside, SIGTERM (30 s before SIGKILL, as a rule) goes to the list instead of ending the process."""
-    noted: list[int] = []
+def sigterm_noted(run: Runtime) -> Iterator[list[int]]:
+    """Inside, SIGTERM (30 s before SIGKILL, as a rule) goes to the list instead of ending the process.
+
+    A rank that waits on its GPU for a lost peer runs no handler: `end_when_stuck` hears of signals through a pipe.
+    """
+    noted, ended, (readable, writable) = [], threading.Event(), os.pipe()
+    os.set_blocking(writable, False)
     usual = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    usual_pipe = signal.set_wakeup_fd(writable)
+    threading.Thread(target=end_when_stuck, args=(run, readable, ended), daemon=True).start()
     try:
         yield noted
     finally:
+        ended.set()
+        signal.set_wakeup_fd(usual_pipe)
+        os.close(writable)
         signal.signal(signal.SIGTERM, usual)
+
+
+def end_when_stuck(run: Runtime, pipe: int, ended: threading.Event) -> None:
+    """End this process, with a message, where STUCK_SECONDS after SIGTERM the training loop has not `ended`."""
+    with open(pipe, "rb", buffering=0) as numbers:
+        while (number := numbers.read(1)) and number[0] != signal.SIGTERM:
+            pass
+    if number and not ended.wait(STUCK_SECONDS):
+        what = f"no step ended within {STUCK_SECONDS} s of SIGTERM"
+        problem = UserError(f"another rank has ended or does not answer: {what}; the launcher's report names it")
+        run.log(describe(problem), console=False)
+        run.ranks.close(problem)
 
 
 def is_due(every: int, step: int) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import train_gpt as t
 
+tl = t.tl
 CPU = torch.device("cpu")
 REAL_TILE, SMALL_TILE = t.TILE, (16, 32, 16)
 SCALE, LENGTH = 0.7, 7
@@ -208,6 +209,29 @@ def feed_forward_cases() -> None:
             check_part(feed_forward_part, values, fixed)
 
 
+@t.jit
+def columns_three_times(value, out, ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr):
+    """Sums of the columns of a tile that is added three times."""
+    at = tl.arange(0, COLS)
+    tile = tl.load(value + tl.arange(0, ROWS)[:, None] * COLS + at[None, :])
+    if PACKED:
+        sums = tl.zeros((ROWS // 16, 8, COLS // 2), tl.uint32)
+    else:
+        sums = tl.zeros((ROWS // 16, 8, COLS), tl.float32)
+    for _ in range(3):
+        sums = t.add_rows(sums, tile)
+    tl.store(out + at, t.total_rows(sums))
+
+
+def column_sums_cases() -> None:
+    """In float32 and as pairs of bfloat16, which hold these small integers exactly."""
+    value = torch.randint(-20, 21, (32, 16), generator=torch.Generator().manual_seed(0)).float()
+    for packed in (False, True):
+        out = torch.full((16,), torch.nan)
+        columns_three_times[(1,)](value, out, 32, 16, packed)
+        assert torch.equal(out, 3 * value.sum(0)), (packed, out, value.sum(0))
+
+
 def normalized_cases() -> None:
     check_part(normalized_part, draw(x=(7, 12)))
 
@@ -292,7 +316,7 @@ def compare_models(variables: dict[str, Any], is_graph: bool) -> None:
 
 CASES: dict[str, list[Callable[[], None]]] = {
     "parts": [enter_cases, heads_cases, zero_gain_cases, exclusive_cases, leave_cases, feed_forward_cases,
-              normalized_cases, nll_cases],
+              column_sums_cases, normalized_cases, nll_cases],
     "layers": [probed_layers],
     "models": [partial(compare_models, variables, False) for variables in MODELS],
     "graphs": [partial(compare_models, variables, True) for variables in GRAPHS],

@@ -1,5 +1,6 @@
 """Sections 4 and 6 of train_gpt.py: the forward pass under every feature, and late QAT on the export's grid."""
 
+import importlib
 import itertools
 import math
 import re
@@ -639,3 +640,15 @@ def test_qat_has_a_sensible_grid_in_every_step(
         model = t.build_model(run, run.cfg, validation.bos_id)
         t.train(run, t.Trainer(run, model), validation)
     assert len(seen) >= 3 and max(seen) < 0.2
+
+
+def test_inductor_names_an_operator_without_all_that_leads_to_it() -> None:
+    """What it describes are nodes of the graph that contain their inputs, which contain theirs."""
+
+    class Node:
+        def __str__(self) -> str:
+            raise AssertionError("described")
+
+    issue = importlib.import_module("torch._inductor.exc").OperatorIssue
+    t.compiled(tiny_config(COMPILE=1), lambda: None)
+    assert issue.operator_str("enter", [Node()], {"out": Node()}) == "enter"

@@ -28,7 +28,7 @@ FAST = {"NUM_LAYERS": 2, "XSA_LAST_N": 2, "VE_LAYERS": "1", "WARMUP_STEPS": 0, "
         "CHECKPOINT_EVERY": 5, "RUN_ID": "r"}  # fmt: skip
 
 INJECT = f"""
-import os, runpy, signal, sys, time, errno
+import hashlib, os, runpy, signal, sys, time, errno
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import pathlib, torch
 import train_gpt as t
@@ -51,6 +51,13 @@ def fail(kind, *text):
 def spoil(trainer):
     trainer.model.rest["resid_mix"].data.fill_(float("nan"))
 
+def die(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def wait_in_c(_):
+    "Waits where no handler of a signal runs, as for a GPU that waits for a lost peer."
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
 def full(path, blob):
     "A disk that takes half of an artifact."
     if ".pgolf" in path.name:
@@ -67,7 +74,8 @@ except t.UserError as problem:
 """
 
 FAULTS = {
-    "killed": 'if rank == 1: before_step(7, lambda _: os.kill(os.getpid(), signal.SIGKILL))',
+    "killed": "if rank == 1: before_step(7, die)",
+    "stuck": "t.STUCK_SECONDS = 3; before_step(7, wait_in_c if rank == 0 else die)",
     "bad input": 'if rank == 1: before_step(7, fail(t.UserError, "shard 3 is bad"))',
     "nan": "if rank == 1: before_step(7, spoil)",
     "disk full": "pathlib.Path.write_bytes = full",
@@ -139,6 +147,7 @@ def faults(
 
 EXPECTED = {  # fault -> beginning of the message, steps behind the saved weights
     "killed": ("error: another rank has ended or does not answer", 5),
+    "stuck": ("error: another rank has ended or does not answer: no step ended within 3 s of SIGTERM", 5),
     "bad input": ("error: shard 3 is bad", 5),
     "nan": ("error: step 8: the training loss is nan; lower MATRIX_LR=0.025 or change SEED; logs/r.weights.pt has", 5),
     "disk full": ("error: ARTIFACT_PATH=logs/r.pgolf: No space left on device", 12),

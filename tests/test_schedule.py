@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -256,3 +258,30 @@ def test_averages_name_every_parameter_and_load_back() -> None:
     assert set(weights) == set(model.state_dict()) and torch.equal(model.banks["out"].detach().double(), values[-1])
     model.load(weights)
     assert torch.equal(model.banks["out"].detach(), weights["banks.out"])
+
+
+# --- the clock ------------------------------------------------------------------------------------
+
+
+def test_steps_that_the_device_has_not_made_yet_count(run: t.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that runs four steps ahead of its device ends within the clock all the same."""
+    waiting: list[int] = []
+
+    def synchronize(_: torch.device) -> None:
+        time.sleep(0.1 * len(waiting))
+        waiting.clear()
+
+    def step(_: t.Trainer, number: int, *__: Any) -> Tensor:
+        waiting.append(number)
+        if len(waiting) > 4:
+            time.sleep(0.1)
+            waiting.pop()
+        return torch.ones(())
+
+    limits = {"max_wallclock_seconds": 3.0, "gptq_reserve_seconds": 0.0, "iterations": 100_000, "train_log_every": 1000}
+    run = replace(run, cfg=replace(run.cfg, **limits))
+    trainer = t.Trainer(run, t.build_model(run, run.cfg, 1))
+    monkeypatch.setattr(t, "synchronize", synchronize)
+    monkeypatch.setattr(t.Trainer, "step", step)
+    t.train(run, trainer, t.load_validation(run))
+    assert 2.7 < sum(seconds for _, phase, seconds in run.ledger if phase == "steps") <= 3.0
