@@ -5,8 +5,10 @@
 Every rank has `--tokens` tokens a step: on a perfect machine all rows have one step time. Data are real (DATA_PATH,
 TOKENIZER_PATH), the weights are those of the steps just timed. A step is the run's agreement on the clock, data,
 forward, backward, optimizer and EMA; medians of rank 0 after 10 steps. Optimizer: from the first reduction to the last
-update, waiting for a slower rank included. Muon: the updates of the rank's own layers without communication. Seconds
-are those of a second call, all ranks together. `--windows` scores the first N windows of the sliding evaluation only.
+update, waiting for a slower rank included. Collectives: in how much of a step NCCL's kernels run, waiting included, and
+alone, in how much nothing runs beside them; from a trace of five steps, which a CPU has not. Muon: the updates of the
+rank's own layers without communication. Seconds are those of a second call, all ranks together. `--windows` scores the
+first N windows of the sliding evaluation only.
 
 The last row is a model: one GPU has also done the parts of the first and the last of `--model` ranks (layers of Muon
 and of GPTQ, batches and windows), with every collective left out; the slower one counts. Its step is that of one GPU
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ import torch
 import torch._dynamo.config
 
 import train_gpt as t
-from benchmarks.step_time import build, one_step
+from benchmarks.step_time import PROFILED_STEPS, Kernel, build, busy, kernels_of, one_step, profile
 
 
 class Parts(NamedTuple):
@@ -50,6 +52,7 @@ class World(NamedTuple):
     ranks: int
     step: float
     optimizer: float
+    collectives: tuple[float, float]  # in which they run, and in which nothing else does
     parts: Parts
     model: Parts | None  # of a rank among as many as `--model` says; one rank measures it
     device: str
@@ -108,6 +111,13 @@ def time_steps(run: t.Runtime, trainer: t.Trainer, averager: t.Averager, steps: 
     return statistics.median(ended.ms_since(begun)), statistics.median(optimized.ms_since(optimizing))
 
 
+def collectives_of(kernels: list[Kernel], steps: int) -> tuple[float, float]:
+    """Milliseconds of a step in which collectives run on this GPU, and in which nothing else does."""
+    others = [kernel for kernel in kernels if "nccl" not in kernel.name.lower()]
+    own = [kernel for kernel in kernels if "nccl" in kernel.name.lower()]
+    return busy(own) / 1000 / steps, (busy(kernels) - busy(others)) / 1000 / steps
+
+
 @torch.no_grad()
 def time_muon(run: t.Runtime, trainer: t.Trainer, repeats: int = 20) -> float:
     """Median ms of the updates of a rank's layers; their gradients are random."""
@@ -153,12 +163,13 @@ def measure(run: t.Runtime, given: argparse.Namespace) -> World:
     device, validation = run.ranks.device, t.load_validation(run)
     trainer, averager = build(run)
     step, optimizer = time_steps(run, trainer, averager, given.steps)
+    collectives = collectives_of(kernels_of(profile(trainer, averager)), PROFILED_STEPS)
     parts, model = time_parts(run, trainer, validation, given.windows), None
     if run.ranks.world == 1:
         others = [replace(run, ranks=Pretended(rank, given.model, device)) for rank in (0, given.model - 1)]
         model = Parts(*map(max, zip(*(time_parts(r, trainer, validation, given.windows) for r in others))))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, gloo"
-    return World(run.ranks.world, step, optimizer, parts, model, name)
+    return World(run.ranks.world, step, optimizer, collectives, parts, model, name)
 
 
 def run_world(ranks: int, given: argparse.Namespace, env: Mapping[str, str]) -> World:
@@ -184,19 +195,21 @@ def modelled(one: World, two: World | None, ranks: int) -> tuple[float, float]:
 
 def table(worlds: list[World], given: argparse.Namespace) -> list[str]:
     """The rows that were measured and the one that was modelled, as Markdown."""
-    titles = "ranks, ms/step, over one rank, tokens/s, optimizer ms, Muon ms, Hessians s, GPTQ s, sliding s".split(", ")
+    titles = ["ranks", "ms/step", "over one rank", "tokens/s", "optimizer ms", "collectives ms", "alone ms", "Muon ms",
+              "Hessians s", "GPTQ s", "sliding s"]  # fmt: skip
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     one = worlds[0]
 
-    def line(name: str, ranks: int, step: float, optimizer: str, parts: Parts) -> str:
-        cells = [name, f"{step:.2f}", f"{step / one.step:.3f}", f"{1000 * ranks * given.tokens / step:,.0f}", optimizer,
-                 f"{parts.muon:.2f}", *(f"{seconds:.3f}" for seconds in parts[1:])]  # fmt: skip
+    def line(name: str, ranks: int, step: float, optimizer: Sequence[str], parts: Parts) -> str:
+        cells = [name, f"{step:.2f}", f"{step / one.step:.3f}", f"{1000 * ranks * given.tokens / step:,.0f}",
+                 *optimizer, f"{parts.muon:.2f}", *(f"{seconds:.3f}" for seconds in parts[1:])]  # fmt: skip
         return f"| {' | '.join(cells)} |"
 
     for world in worlds:
-        lines.append(line(str(world.ranks), world.ranks, world.step, f"{world.optimizer:.2f}", world.parts))
+        optimizer = [f"{ms:.2f}" for ms in (world.optimizer, *world.collectives)]
+        lines.append(line(str(world.ranks), world.ranks, world.step, optimizer, world.parts))
     step, communication = modelled(one, worlds[1] if len(worlds) > 1 else None, given.model)
-    lines.append(line(f"{given.model}, model", given.model, step, "", one.model))
+    lines.append(line(f"{given.model}, model", given.model, step, [""] * 3, one.model))
     return [*lines, "", f"Communication in the model: {communication:.2f} ms a step" if len(worlds) > 1 else
             "Communication in the model: none, since no second world was measured"]  # fmt: skip
 

@@ -3,7 +3,9 @@
 #
 #   bash benchmarks/session.sh compare --recipes           # any module of benchmarks/ and its arguments
 #   bash benchmarks/session.sh minitrack KEY=value ...     # minitrack/run.sh with train_gpt.py
-#   bash benchmarks/session.sh side_by_side "compare a" "minitrack SEED=42"     # one on each GPU, at once
+#   bash benchmarks/session.sh sh COMMAND ...              # anything else, with the same environment
+#   bash benchmarks/session.sh unpack                      # nothing but what this call carries
+#   bash benchmarks/session.sh corpus NAME ...             # NAME, once the shards of the corpus are there
 #
 # What the calls of a session carry (benchmarks/carry.sh makes it): .bench with corpus, tokenizers and mini-track; .fa4_1
 # and .fa4_2, the halves of FlashAttention 4's wheels, in two calls. All of it, the shards and the compile cache are kept in
@@ -13,10 +15,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 name=$1 && shift
-out=${OUT:-logs} vocab=${VOCAB_SIZE:-1024} kept=.rows/rows.jsonl
-for word in "$@"; do if [[ $word == VOCAB_SIZE=* ]]; then vocab=${word#*=}; fi; done
+out=${OUT:-logs} vocab=${VOCAB_SIZE:-1024} id=${RUN_ID:-mini_$(date +%H%M%S)} kept=.rows/rows.jsonl
+for word in "$@"; do case $word in VOCAB_SIZE=*) vocab=${word#*=} ;; RUN_ID=*) id=${word#*=} ;; esac; done
 cache=${MINITRACK_CACHE:-/tmp/minitrack} wheels=$cache/fa4 bench=.bench
-export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+if [[ $name == corpus ]]; then
+  until [[ -e $cache/datasets/fineweb10B_sp1024/.complete ]]; do sleep 1; done
+  name=$1 && shift
+fi
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
 mkdir -p "$cache" "$out"
 
 # What this call carries, unpacked; a second process waits until the first one is done.
@@ -51,18 +57,8 @@ exec 9>&-
 
 case $name in
   unpack) exit ;;
-  side_by_side)
-    gpu=0
-    for words in "$@"; do
-      mkdir -p "$out/gpu$gpu"
-      (export CUDA_VISIBLE_DEVICES=$gpu OUT=$out/gpu$gpu TORCHINDUCTOR_CACHE_DIR=$cache/inductor$gpu MINITRACK_CACHE=$cache
-       eval "bash benchmarks/session.sh $words" > "$out/gpu$gpu/console.txt" 2>&1 || echo "GPU $gpu: exit status $?"
-       echo "GPU $gpu, after $SECONDS s: $words" && tail -n 30 "$out/gpu$gpu/console.txt" | cut -c1-400) &
-      gpu=$((gpu + 1))
-    done
-    wait && exit ;;
+  sh) exec "$@" ;;
   minitrack)
-    id=${RUN_ID:-mini_$(date +%H%M%S)}
     bash "$bench/minitrack/run.sh" train_gpt.py "$@" RUN_ID="$id" 2>&1 | tee "$out/minitrack.txt"
     cp "$MINITRACK_CACHE/runs/$id/logs/$id".{txt,jsonl} "$out/" && exit ;;
   compare)

@@ -18,6 +18,7 @@ from conftest import tiny_env, tiny_model
 import test_style
 import train_gpt as t
 from benchmarks import export_time, scaling
+from benchmarks.step_time import Kernel
 
 PHASES = ["Hessians, 3 batches", "choosing the clip", "GPTQ of all matrices", "encoding the artifact, 2 cores",
           "reading it back, 2 cores", "plain evaluation, stride 32", "sliding evaluation, stride 16"]  # fmt: skip
@@ -205,7 +206,7 @@ def test_scaling_prints_every_world_and_a_model(scaling_output: str) -> None:
     assert [row[0] for row in rows] == ["1", "2", "3, model"]
     assert rows[0][2] == "1.000" and rows[2][4] == ""
     for name, *numbers in rows:
-        step, ratio, rate, _, muon, *seconds = (float(n.replace(",", "") or "nan") for n in numbers)
+        step, ratio, rate, _, _, _, muon, *seconds = (float(n.replace(",", "") or "nan") for n in numbers)
         assert min(step, muon, *seconds) > 0 and ratio == pytest.approx(step / float(rows[0][1]), abs=2e-3)
         assert rate == pytest.approx(int(name[0]) * 64 * 1000 / step, rel=0.01)
     assert "64 tokens per rank, 3 steps after 10" in lines[first - 1]
@@ -215,10 +216,18 @@ def test_scaling_prints_every_world_and_a_model(scaling_output: str) -> None:
 def test_the_model_adds_up() -> None:
     """Muon's layers are shared, the rest is not; communication grows from 1/2 to 7/8 of the bytes."""
     parts = [scaling.Parts(muon, 1.0, 1.0, 1.0) for muon in (8.0, 4.5, 1.5)]
-    one = scaling.World(1, 100.0, 10.0, parts[0], parts[2], "")
-    two = scaling.World(2, 96.9, 7.0, parts[1], None, "")
+    one = scaling.World(1, 100.0, 10.0, (0.0, 0.0), parts[0], parts[2], "")
+    two = scaling.World(2, 96.9, 7.0, (1.0, 0.5), parts[1], None, "")
     assert scaling.modelled(one, two, 8) == pytest.approx((100 - 8 + 1.5 + 0.4 * 7 / 4, 0.4 * 7 / 4))
     assert scaling.modelled(one, None, 8) == (93.5, 0.0)
+
+
+def test_collectives_beside_other_kernels_are_told_from_those_alone() -> None:
+    """Microseconds of two steps: a reduction half beside a cast, a gathering wholly beside a product."""
+    spans = {"ncclReduceScatter": (0, 4000), "cast": (2000, 5000), "gemm": (6000, 9000), "ncclAllGather": (7000, 8000)}
+    kernels = [Kernel(name, begin, end, True) for name, (begin, end) in spans.items()]
+    assert scaling.collectives_of(kernels, 2) == (2.5, 1.0)
+    assert scaling.collectives_of(kernels[1:3], 2) == (0.0, 0.0)
 
 
 def test_pretended_ranks_do_all_the_work_between_them(run: t.Runtime) -> None:

@@ -190,16 +190,42 @@ def test_session_prepares_data_and_continues(
     assert session.run("start_time", VOCAB_SIZE="2048").stdout.startswith(built)
 
 
-def test_session_runs_one_thing_on_each_gpu(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """At once, with a folder each; quoted words stay together, and a failure is named and does not stop the other."""
+def test_lanes_run_jobs_on_each_gpu_and_some_on_both(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In order, with a folder each; quoted words stay together; a failure is noted and stops nothing; `both` is alone."""
     session = Session(tmp_path_factory)
     session.write(".bench/minitrack/run.sh", RUN)
-    done = session.run("side_by_side", "compare 'a name' X=1 -- b", "start_time VOCAB_SIZE=4096")
-    assert done.returncode == 0 and {"GPU 0: exit status 3", "GPU 1: exit status 3"} <= {*done.stdout.splitlines()}
-    first, second = ((session.out / f"gpu{gpu}/console.txt").read_text() for gpu in (0, 1))
-    tokenizers = f"{session.cache}/tokenizers/fineweb"
-    assert re.search(rf" {tokenizers}_1024_bpe.model 0: -m benchmarks.compare .* a name X=1 -- b\n$", first)
-    assert second.endswith(f" {tokenizers}_4096_bpe.model 1: -m benchmarks.start_time VOCAB_SIZE=4096\n")
+    session.run("unpack")
+    (session.cache / "datasets/fineweb10B_sp1024").mkdir(parents=True)
+    (session.cache / "datasets/fineweb10B_sp1024/.complete").touch()
+    plan = ["# comment", "0 a compare 'a name' X=1 -- b", "1 b sh sleep 1", "both c sh printenv CUDA_VISIBLE_DEVICES",
+            "1 d corpus sh bash -c 'echo $PWD $DATA_PATH $OUT'", "0 e sh echo $RUN"]  # fmt: skip
+    session.write("plan", "\n".join(plan) + "\n")
+    env = {**os.environ, "PATH": f"{session.repo}/bin:{os.environ['PATH']}", "LANES": str(session.out / "lanes"),
+           "MINITRACK_CACHE": str(session.cache), "OUT": str(session.out)}  # fmt: skip
+    for words in (("start", "plan"), ("wait", "30")):
+        done = subprocess.run(["bash", "benchmarks/lanes.sh", *words], cwd=session.repo, env=env, capture_output=True,
+                              text=True, timeout=40, check=True)  # fmt: skip
+    log = [line.split(" s: ")[1] for line in (session.out / "lanes/log").read_text().splitlines()]
+    assert "end a, status 3" in log and log.index("end b, status 0") < log.index("begin c")
+    assert log.index("end c, status 0") < min(log.index("begin d"), log.index("begin e"))
+    said = {name: (session.out / f"lanes/out/{name}/console.txt").read_text().strip() for name in "acde"}
+    assert re.search(r" 0: -m benchmarks.compare .* a name X=1 -- b$", said["a"]) and said["c"] == "0,1"
+    assert said["d"] == f"{session.out}/lanes/checkout {session.cache}/datasets/fineweb10B_sp1024 {session.out}/lanes/out/d"
+    assert said["e"].startswith("MUON_MOMENTUM_WARMUP_STEPS=600 ") and "=== c\n0,1\n" in done.stdout
+    assert (session.out / "lanes.tgz").stat().st_size > 100
+
+
+def test_the_plan_of_the_next_session_is_valid() -> None:
+    """Its settings are accepted; what one job leaves has the name under which another looks for it."""
+    lines = [line.split() for line in (compare.ROOT / "benchmarks/session.plan").read_text().splitlines()[1:]]
+    assert all(line[0] in ("0", "1", "both") and line[2] == "corpus" for line in lines)
+    for _, name, _, kind, *words in lines:
+        settings = dict(word.split("=", 1) for word in words if "=" in word)
+        assert kind != "minitrack" or settings["RUN_ID"] == name
+        settings = {key: value.replace("$PWD", str(compare.ROOT)) for key, value in settings.items()}
+        t.Config.from_env(settings)
+        for used in re.findall(r"runs/(\w+)/logs/(\w+)\.", " ".join(words)):
+            assert used[0] == used[1] and used[0] in [line[1] for line in lines]
 
 
 def test_session_joins_wheels_and_does_without_the_corpus(tmp_path_factory: pytest.TempPathFactory) -> None:
