@@ -3179,9 +3179,6 @@ def calibration_batches(run: Runtime, shape: BatchShape) -> int:
     return -(-tokens // (run.ranks.world * shape.sequences * cfg.train_seq_len)) if cfg.gptq_enabled else 0
 
 
-STUCK_SECONDS = 15  # for a step to end after SIGTERM; torchrun sends SIGKILL after 30
-
-
 class Trained(NamedTuple):
     """What training leaves behind besides the weights in the model."""
 
@@ -3244,6 +3241,9 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
         average, active = dict(model.named_parameters()), active | {"post_qat"}
         save_weights(run, Averager(replace(cfg, ema_enabled=False), model), step)
     return Trained(step, {name: value.detach().clone() for name, value in average.items()}, active)
+
+
+STUCK_SECONDS = 15  # for a step to end after SIGTERM; torchrun sends SIGKILL after 30
 
 
 @contextlib.contextmanager

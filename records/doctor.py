@@ -105,6 +105,12 @@ def runtime(t: Any, cfg: train_gpt.Config) -> Iterator[train_gpt.Runtime]:
             os.chdir(home)
 
 
+def chosen(run: train_gpt.Runtime, variable: str) -> str:
+    """The back end that was last chosen for a variable, and why, as the log says."""
+    log = Path("logs", f"{run.cfg.run_id}.txt").read_text()
+    return re.findall(rf"^{variable.lower()}:(.*)$", log, re.MULTILINE)[-1]
+
+
 def back_ends(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
     """Which attention and which layer kernels the run would take, and why no better one."""
     chains = {"attention": (t.ATTENTION_BACK_ENDS, run.cfg.attn_backend),
@@ -115,8 +121,7 @@ def back_ends(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
         except t.UserError as error:
             yield CheckResult(name, "fail", str(error))
             continue
-        log = Path("logs", f"{run.cfg.run_id}.txt").read_text()
-        yield CheckResult(name, "pass", re.findall(rf"^{ends.variable.lower()}:(.*)$", log, re.MULTILINE)[-1])
+        yield CheckResult(name, "pass", chosen(run, ends.variable))
 
 
 def data(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
@@ -168,11 +173,13 @@ class Measured(NamedTuple):
 
 
 def measure(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT, steps: int) -> Measured:
-    """Steps of the first phase after three untimed ones, then what the run itself would reserve."""
+    """Steps of the phase `train` after three untimed ones, recorded as in a run; then what that would reserve."""
     trainer = t.Trainer(run, model)
     phase = t.phases(run.cfg)["train"]
     for step in range(3):
         trainer.step(step, phase, 1.0, t.momentum_at(run.cfg, 0))
+        if not step:
+            trainer.record(phase)
     t.synchronize(run.ranks.device)
     start = time.perf_counter()
     for step in range(3, 3 + steps):
@@ -189,13 +196,13 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def rate_key(cfg: train_gpt.Config, device: str) -> str:
-    """What a step rate depends on: the GPU, the model, the tokens of one rank's step, and compilation.
+def rate_key(cfg: train_gpt.Config, device: str, attention: str) -> str:
+    """What a step rate depends on: GPU, attention back end, model, tokens of one rank's step, and compilation.
 
     Features that are off are left out, so that a reference outlives the next feature.
     """
     what = {name: value for name, value in {**cfg.architecture(), "compile": cfg.compile}.items() if value}
-    return f"{device}, {cfg.train_batch_tokens} tokens a step, model {config_hash(what)[:12]}"
+    return f"{device}, {attention}, {cfg.train_batch_tokens} tokens a step, model {config_hash(what)[:12]}"
 
 
 def ranks_of(args: argparse.Namespace) -> int:
@@ -247,7 +254,8 @@ def measured(t: Any, run: train_gpt.Runtime, args: argparse.Namespace) -> Iterat
     if found is None:
         yield CheckResult("step rate", "skip", "not measured on this device; --steps N measures it")
         return
-    yield from forecast(run, found, args, rate_key(run.cfg, device_name(run.ranks.device)))
+    attention = chosen(run, t.ATTENTION_BACK_ENDS.variable).split()[0]
+    yield from forecast(run, found, args, rate_key(run.cfg, device_name(run.ranks.device), attention))
 
 
 def examine(args: argparse.Namespace) -> Iterator[CheckResult]:
