@@ -220,6 +220,7 @@ def test_the_plan_of_the_next_session_is_valid() -> None:
     lines = [line.split() for line in (compare.ROOT / "benchmarks/session.plan").read_text().splitlines()[1:]]
     assert all(line[0] in ("0", "1", "both") and line[2] == "corpus" for line in lines)
     for _, name, _, kind, *words in lines:
+        assert kind != "compare" or compare.main(["--dry-run", *words]) == 0
         settings = dict(word.split("=", 1) for word in words if "=" in word)
         assert kind != "minitrack" or settings["RUN_ID"] == name
         settings = {key: value.replace("$PWD", str(compare.ROOT)) for key, value in settings.items()}
