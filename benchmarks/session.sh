@@ -60,7 +60,7 @@ case $name in
   sh) exec "$@" ;;
   minitrack)
     bash "$bench/minitrack/run.sh" train_gpt.py "$@" RUN_ID="$id" 2>&1 | tee "$out/minitrack.txt"
-    cp "$MINITRACK_CACHE/runs/$id/logs/$id".{txt,jsonl} "$out/" && exit ;;
+    cp "$MINITRACK_CACHE/runs/$id/logs/$id"*.{txt,jsonl} "$out/" && exit ;; # EVAL_ONLY and EXPORT_ONLY add a word
   compare)
     if [[ -e $kept ]]; then cp "$kept" "$out/rows.jsonl"; fi
     set -- --out "$out/rows.jsonl" --limit-s $((585 - SECONDS)) "$@" ;;
