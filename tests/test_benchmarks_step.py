@@ -236,7 +236,7 @@ def test_coders_are_compared_on_an_artifact(run: t.Runtime, capsys: pytest.Captu
 
 def test_attention_is_timed_by_back_end_length_and_sharing(capsys: pytest.CaptureFixture[str]) -> None:
     """What is here has a line for each length and way of sharing; what is not says why; nonsense is refused."""
-    words = ["--lengths", "16", "32", "--tokens", "64", "--repeats", "2", "DEVICE=cpu"]
+    words = ["--lengths", "16", "32", "--tokens", "64", "--repeats", "9", "DEVICE=cpu"]
     assert attention_time.main([*words, "MODEL_DIM=32", "NUM_HEADS=4", "NUM_KV_HEADS=2", "ROPE_DIMS=4"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]

@@ -284,4 +284,5 @@ def test_steps_that_the_device_has_not_made_yet_count(run: t.Runtime, monkeypatc
     monkeypatch.setattr(t, "synchronize", synchronize)
     monkeypatch.setattr(t.Trainer, "step", step)
     t.train(run, trainer, t.load_validation(run))
-    assert 2.7 < sum(seconds for _, phase, seconds in run.ledger if phase == "steps") <= 3.0
+    spent = sum(seconds for _, phase, seconds in run.ledger if phase == "steps")
+    assert 2.7 < spent < 3.2, "not what four steps more would take (3.35 s); a busy machine sleeps longer"
