@@ -70,10 +70,11 @@ class Finished(NamedTuple):
     error: str
 
 
-def command(ranks: int) -> list[str]:
-    """The launch command of train_gpt.py: torchrun where there are several ranks."""
+def command(ranks: int, env: Mapping[str, str]) -> list[str]:
+    """The launch command of train_gpt.py: torchrun where there are several ranks, in_turn.py where runs take turns."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / "train_gpt.py")]
+    script = "benchmarks/in_turn.py" if "MINITRACK_TURN" in env else "train_gpt.py"
+    return [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / script)]
 
 
 def logged(run_id: str, suffix: str) -> Path:
@@ -87,19 +88,13 @@ def start(env: Mapping[str, str], ranks: int) -> subprocess.Popen:
     for suffix in (".jsonl", ".txt"):  # what an older run left must not be read as this one's
         logged(env["RUN_ID"], suffix).unlink(missing_ok=True)
     with logged(env["RUN_ID"], ".console.txt").open("wb") as console:
-        return subprocess.Popen(command(ranks), env=dict(env), stdout=console, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command(ranks, env), env=dict(env), stdout=console, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen, run_id: str, begin: float) -> Finished:
     """Wait for a run that was started at `begin` (time.perf_counter)."""
     status = process.wait()
     return Finished(status, time.perf_counter() - begin, last_error(run_id) if status else "")
-
-
-def train(env: Mapping[str, str], ranks: int = 1) -> Finished:
-    """Run train_gpt.py to its end, whatever that is."""
-    begin = time.perf_counter()
-    return finish(start(env, ranks), env["RUN_ID"], begin)
 
 
 def last_error(run_id: str) -> str:

@@ -11,7 +11,7 @@
     --ranks N           GPUs of a run, through torchrun (1); a rank takes 98,304 tokens of a step
     --written-for S     clock that recipes are written for (600): their lengths in steps shrink by seconds / S
     --limit-s S         start no run that would not end within S seconds of the beginning (0: no limit)
-    --precompile N      compile the next N variants side by side before they run one after the other (0: do not)
+    --ahead N           start the next N runs while one trains: they compile and wait for their turn (0)
     --out FILE          rows as JSON lines; runs that are finished there are not repeated
     --dry-run           show what would run
 
@@ -26,10 +26,10 @@ logs/<RUN_ID>.jsonl, and what a run printed lies in logs/<RUN_ID>.console.txt.
 On the device machine, after what benchmarks/README.md says of carrying data there; the same line in the next call
 continues a series that the 10 minutes of a call cut off:
 
-    bash benchmarks/session.sh compare --precompile 3 --recipes -- xsa_gptq GPTQ_RESERVE_SECONDS=7 -- default
+    bash benchmarks/session.sh compare --ahead 1 --recipes -- xsa_gptq GPTQ_RESERVE_SECONDS=7 -- default
     bash benchmarks/session.sh compare --shared MAX_WALLCLOCK_SECONDS=0 EVAL_STRIDE=64 \\
         -- control RECIPE=records/recipes/mar22_control.env -- asqu RECIPE=records/recipes/mar22_asqu.env
-    bash benchmarks/session.sh compare --precompile 3 --seeds 1337 42 0 --remove XSA_LAST_N=0 --remove VE_ENABLED=0 \\
+    bash benchmarks/session.sh compare --ahead 1 --seeds 1337 42 0 --remove XSA_LAST_N=0 --remove VE_ENABLED=0 \\
         --remove BIGRAM_VOCAB_SIZE=0 --remove SMEAR_GATE_ENABLED=0 --remove MLP_ACTIVATION=relu2 --remove LN_SCALE=0 \\
         --remove EMA_ENABLED=0 --remove LATE_QAT_THRESHOLD=0 --remove GPTQ_ENABLED=0 default
 """
@@ -38,9 +38,12 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +63,6 @@ from benchmarks.common import (
     settings_of,
     shown,
     start,
-    train,
 )
 from records.runs import config_hash
 
@@ -68,10 +70,6 @@ RECIPES = ROOT / "records" / "recipes"
 BASE = {"MAX_WALLCLOCK_SECONDS": "60", "WARMUP_STEPS": "5", "VAL_LOSS_EVERY": "0", "TRAIN_LOG_EVERY": "50",
         "EVAL_STRIDE": "256"}  # fmt: skip
 LENGTHS = "warmdown_iters muon_momentum_warmup_steps swa_every lawa_freq post_qat_seconds".split()  # shrink with a run
-COMPILE_ONLY = {  # one step, nothing that waits for a slow coder or for room, and half the memory
-    "ITERATIONS": "1", "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1", "GPTQ_CALIBRATION_BATCHES": "1",
-    "COMPRESSOR": "zlib", "COMPRESSOR_LEVEL": "1", "TARGET_BYTES": "1000000000", "CUDA_GRAPH": "0",
-}  # fmt: skip
 SCORES = {  # part of a score's name -> column, the first that fits
     "ttt_lora": "document TTT", "ngram": "n-gram", "ttt": "TTT", "sliding_window": "sliding", "roundtrip": "round trip",
 }  # fmt: skip
@@ -136,7 +134,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--written-for", type=float, default=600.0)
     parser.add_argument("--limit-s", type=float, default=0.0)
-    parser.add_argument("--precompile", type=int, default=0)
+    parser.add_argument("--ahead", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("words", nargs="*")
@@ -372,28 +370,34 @@ def table(given: argparse.Namespace, rows: Sequence[Row]) -> str:
 # ---------------------------------------------------------------------------------------
 
 
-def precompile(given: argparse.Namespace, waiting: Sequence[Job], compiled: set[str]) -> None:
-    """Fill the compile cache for the next `--precompile` variants, side by side; scores do not count."""
-    fresh, running = {}, []
-    for job in waiting:
-        if not job.problem and job.variant.name not in compiled:
-            fresh.setdefault(job.variant.name, job)
-    for job in list(fresh.values())[: given.precompile]:
-        run_id = f"{job.env['RUN_ID']}_compile"
+class Running(NamedTuple):
+    """A run in its own process; a job that cannot run is one that has ended."""
+
+    job: Job
+    process: subprocess.Popen | None
+    begin: float
+
+    @classmethod
+    def start(cls, given: argparse.Namespace, job: Job, turn: Mapping[str, str]) -> "Running":
+        print(f"running {job.variant.name}, seed {job.seed}", flush=True)
         begin = time.perf_counter()
-        qat = {"POST_QAT_SECONDS": "0.1"} if t.Config.from_env(job.env).post_qat_seconds else {}
-        env = {**job.env, **COMPILE_ONLY, **qat, "RUN_ID": run_id}
-        running.append((job, start(env, given.ranks), run_id, begin))
-    for job, *started in running:
-        compiled.add(job.variant.name)
-        ended = finish(*started)
-        print(f"compiled {job.variant.name}: {ended.seconds:.0f} s {ended.error}", flush=True)
+        return cls(job, None if job.problem else start({**job.env, **turn}, given.ranks), begin)
+
+    def ended(self) -> bool:
+        return self.process is None or self.process.poll() is not None
+
+    def row(self) -> Row:
+        if self.process is None:
+            return row_of(self.job, Finished(1, 0.0, self.job.problem))
+        return row_of(self.job, finish(self.process, self.job.env["RUN_ID"], self.begin))
 
 
-def run_one(given: argparse.Namespace, job: Job) -> Row:
-    """Run a job, or take its problem for its result; the row is in --out before anything else can happen."""
-    print(f"running {job.variant.name}, seed {job.seed}", flush=True)
-    row = row_of(job, Finished(1, 0.0, job.problem) if job.problem else train(job.env, given.ranks))
+def next_row(given: argparse.Namespace, running: list[Running]) -> Row:
+    """Wait for the first run to end; its row is in --out before anything else can happen."""
+    while not (ended := [one for one in running if one.ended()]):
+        time.sleep(0.1)
+    running.remove(ended[0])
+    row = ended[0].row()
     if given.out:
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -402,20 +406,23 @@ def run_one(given: argparse.Namespace, job: Job) -> Row:
 
 def run_all(given: argparse.Namespace, jobs: Sequence[Job]) -> list[Row]:
     """Run what is not done yet while the time allows, with a table after every run; returns the rows."""
-    done, begin, compiled = read_done(given.out), time.perf_counter(), set()
+    done, begin, running = read_done(given.out), time.perf_counter(), []
     rows = [done[job.key] for job in jobs if job.key in done]
     waiting = [job for job in jobs if job.key not in done]
     print(f"{len(rows)} runs finished before, {len(waiting)} to do", flush=True)
-    while waiting:
-        longest = max((row["wall_s"] for row in rows), default=0.0)
-        if given.limit_s and time.perf_counter() - begin + longest > given.limit_s:
-            break
-        if given.precompile and not (waiting[0].problem or waiting[0].variant.name in compiled):
-            precompile(given, waiting, compiled)
-            continue  # that took time
-        rows.append(run_one(given, waiting.pop(0)))
-        if waiting:
-            print(table(given, rows), flush=True)
+    with tempfile.NamedTemporaryFile(suffix=".turn") as lock:
+        turn = {"MINITRACK_TURN": os.environ.get("MINITRACK_TURN", lock.name)} if given.ahead else {}
+        while running or waiting:
+            longest = max((row["wall_s"] for row in rows), default=0.0)
+            late = given.limit_s and time.perf_counter() - begin + longest > given.limit_s
+            if waiting and not late and len(running) <= given.ahead:
+                running.append(Running.start(given, waiting.pop(0), turn))
+            elif running:
+                rows.append(next_row(given, running))
+                if running or waiting:
+                    print(table(given, rows), flush=True)
+            else:
+                break
     print(f"\nvariants:\n{described(jobs)}")
     print(table(given, rows))
     for job in waiting:

@@ -1,39 +1,45 @@
 #!/usr/bin/env bash
-# Jobs on the device machine that run on between its calls: one after the other on each GPU, no call being their limit.
+# Jobs on the device machine that run on between its calls: one after the other in each lane, no call being their limit.
 #
 #   bash benchmarks/lanes.sh start PLAN      # copies the checkout to $LANES, begins, and returns at once
+#   bash benchmarks/lanes.sh add PLAN        # more lines, for lanes that have not ended
 #   bash benchmarks/lanes.sh wait SECONDS    # at most, for all to end; prints what did; all logs to $OUT/lanes.tgz
 #
-# A line of PLAN is a GPU, the job's name and the words of session.sh; `both` runs alone, after every line above it:
+# A line of PLAN is a lane, the job's name and the words of session.sh. A lane is a GPU, 0 or 1, or a second list for it, 0b
+# or 1b: their runs compile beside each other and train in turn (in_turn.py). `both` runs alone, after every line above it:
 #
 #   0 steps step_time --profile LAYER_BACKEND=triton -- LAYER_BACKEND=plain
-#   1 default240 corpus minitrack SEED=42
+#   1 seed_42 corpus minitrack SEED=42
+#   1b seed_0 corpus minitrack SEED=0
 #   both scaling scaling --ranks 1 2 --windows 4096
 #
-# $RUN stands for the settings of a mini-track run of 240 s. A job is killed after 560 s. An idle machine goes back after
-# 30 s: `wait` again at once.
+# $RUN stands for the settings of a mini-track run of 240 s, $SHORT for those of 500 steps. A job is killed after 1200 s. An
+# idle machine goes back after 30 s: `wait` again at once.
 set -euo pipefail
-export LANES=${LANES:-/tmp/lanes}
+export LANES=${LANES:-/tmp/lanes} LIMIT_S=1180
 RUN="MUON_MOMENTUM_WARMUP_STEPS=600 WARMUP_STEPS=2 GPTQ_CALIBRATION_BATCHES=32 CHECKPOINT_EVERY=0 EVAL_STRIDE=64"
+SHORT="ITERATIONS=500 MAX_WALLCLOCK_SECONDS=0 MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.98 WARMUP_STEPS=2 \
+  GPTQ_CALIBRATION_BATCHES=16 CHECKPOINT_EVERY=0 EVAL_STRIDE=0 TRAIN_LOG_EVERY=100"
 begun=$(cat "$LANES/begun" 2> /dev/null || date +%s)
 note() { echo "$(($(date +%s) - begun)) s: $*" >> "$LANES/log"; }
 
 run_job() { # GPUS NAME WORDS...
-  export OUT=$LANES/out/$2 && mkdir -p "$OUT" && note "begin $2"
-  CUDA_VISIBLE_DEVICES=$1 timeout -k 5 560 bash benchmarks/session.sh "${@:3}" > "$OUT/console.txt" 2>&1 && rc=0 || rc=$?
+  export OUT=$LANES/out/$2 MINITRACK_TURN=$LANES/turn$1 && mkdir -p "$OUT" && note "begin $2"
+  if [[ $1 == *,* ]]; then unset MINITRACK_TURN; fi
+  CUDA_VISIBLE_DEVICES=$1 timeout -k 5 1200 bash benchmarks/session.sh "${@:3}" > "$OUT/console.txt" 2>&1 < /dev/null && rc=0 || rc=$?
   touch "$LANES/done/$2" && note "end $2, status $rc"
 }
 
-run_lane() { # GPU: its lines and those for both, which the first lane runs
+run_lane() { # LANE: its lines and those for both, which the first lane runs
   cd "$LANES/checkout"
   local above=()
-  while read -r gpu name words; do
-    if [[ -z $gpu || $gpu == \#* ]]; then continue; fi
-    if [[ $gpu == both ]]; then
+  while read -r lane name words; do
+    if [[ -z $lane || $lane == \#* ]]; then continue; fi
+    if [[ $lane == both ]]; then
       for job in "${above[@]}"; do until [[ -e $LANES/done/$job ]]; do sleep 0.2; done; done
-      if [[ $1 == 0 ]]; then eval "run_job 0,1 $name $words"; fi
+      if [[ $1 == $(head -n 1 "$LANES/lanes") ]]; then eval "run_job 0,1 $name $words"; fi
       until [[ -e $LANES/done/$name ]]; do sleep 0.2; done
-    elif [[ $gpu == "$1" ]]; then eval "run_job $1 $name $words"; fi
+    elif [[ $lane == "$1" ]]; then eval "run_job ${lane%b} $name $words"; fi
     above+=("$name")
   done < "$LANES/plan"
   note "lane $1 has nothing left"
@@ -42,14 +48,16 @@ run_lane() { # GPU: its lines and those for both, which the first lane runs
 case $1 in
   start)
     rm -rf "$LANES" && mkdir -p "$LANES"/{checkout,out,done} && date +%s > "$LANES/begun" && cp "$2" "$LANES/plan" && touch "$LANES/log"
+    awk 'NF && !/^#/ && $1 != "both" { print $1 }' "$2" | sort -u > "$LANES/lanes"
     tar c --exclude=./.bench --exclude=./.fa4_? --exclude=./.venv --exclude=./.git . | tar x -C "$LANES/checkout"
-    for gpu in 0 1; do
-      setsid bash "$LANES/checkout/benchmarks/lanes.sh" lane $gpu > "$LANES/lane$gpu.txt" 2>&1 < /dev/null &
-    done ;;
+    while read -r lane; do
+      setsid bash "$LANES/checkout/benchmarks/lanes.sh" lane "$lane" > "$LANES/lane$lane.txt" 2>&1 < /dev/null &
+    done < "$LANES/lanes" ;;
   lane) run_lane "$2" ;;
+  add) cat "$2" >> "$LANES/plan" ;;
   wait)
     seen=$(wc -l < "$LANES/log")
-    until ((SECONDS >= $2)) || (($(grep -c "has nothing left" "$LANES/log") == 2)); do sleep 0.5; done
+    until ((SECONDS >= $2)) || (($(grep -c "has nothing left" "$LANES/log") == $(wc -l < "$LANES/lanes"))); do sleep 0.5; done
     cat "$LANES/log"
     for name in $(tail -n +$((seen + 1)) "$LANES/log" | sed -n 's/.*: end \(.*\), status.*/\1/p'); do
       echo "=== $name" && tail -n 40 "$LANES/out/$name/console.txt" | cut -c1-330

@@ -11,7 +11,8 @@
 # and .fa4_2, the halves of FlashAttention 4's wheels, in two calls. All of it, the shards and the compile cache are kept in
 # /tmp and are there again while the machine stays warm. Before .bench has come, the shards are those of the validation
 # text. What is printed is also in $OUT; so are the rows of `compare`, which go on from .rows/rows.jsonl (carried). No run
-# is started that would not end within 585 s: a command is killed after 600. VOCAB_SIZE picks another tokenizer.
+# is started that would not end within LIMIT_S (585 s: a command is killed after 600). VOCAB_SIZE picks another tokenizer.
+# With MINITRACK_TURN, a mini-track run and those of `compare` are in_turn.py's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 name=$1 && shift
@@ -59,11 +60,12 @@ case $name in
   unpack) exit ;;
   sh) exec "$@" ;;
   minitrack)
-    bash "$bench/minitrack/run.sh" train_gpt.py "$@" RUN_ID="$id" 2>&1 | tee "$out/minitrack.txt"
+    if [[ ${MINITRACK_TURN:-} ]]; then script=benchmarks/in_turn.py; else script=train_gpt.py; fi
+    RUN_ID=$id bash "$bench/minitrack/run.sh" "$script" "$@" RUN_ID="$id" 2>&1 | tee "$out/minitrack.txt"
     cp "$MINITRACK_CACHE/runs/$id/logs/$id"*.{txt,jsonl} "$out/" && exit ;; # EVAL_ONLY and EXPORT_ONLY add a word
   compare)
     if [[ -e $kept ]]; then cp "$kept" "$out/rows.jsonl"; fi
-    set -- --out "$out/rows.jsonl" --limit-s $((585 - SECONDS)) "$@" ;;
-  step_time) set -- --limit-s $((585 - SECONDS)) "$@" ;;
+    set -- --out "$out/rows.jsonl" --limit-s $((${LIMIT_S:-585} - SECONDS)) "$@" ;;
+  step_time) set -- --limit-s $((${LIMIT_S:-585} - SECONDS)) "$@" ;;
 esac
 python3 -m "benchmarks.$name" "$@" 2>&1 | tee "$out/$name.txt"

@@ -1,5 +1,6 @@
 """benchmarks/compare.py and start_time.py: rows say what the event stream says, and no run is lost or made twice."""
 
+import fcntl
 import json
 import math
 import os
@@ -8,15 +9,19 @@ import shlex
 import shutil
 import statistics
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny_env
 
 import train_gpt as t
-from benchmarks import common, compare, start_time, step_time
+from benchmarks import common, compare, in_turn, start_time, step_time
 
 Command = Callable[..., int]
 NEVER_SET = ("RUN_ID", "MAX_WALLCLOCK_SECONDS")
@@ -167,7 +172,7 @@ class Session:
         return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
-RUN = '[[ -s $1 ]] || echo "built $2 in $MINITRACK_CACHE"\n'  # run.sh on the empty script that only builds
+RUN = '[[ -s $1 ]] && echo "ran $1 $RUN_ID" || echo "built $2 in $MINITRACK_CACHE"\n'  # the empty script only builds
 
 
 def test_session_prepares_data_and_continues(
@@ -191,39 +196,46 @@ def test_session_prepares_data_and_continues(
 
 
 def test_lanes_run_jobs_on_each_gpu_and_some_on_both(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """In order, with a folder each; quoted words stay together; a failure is noted and stops nothing; `both` is alone."""
+    """In order, with a folder each; quoted words stay together; a failure is noted and stops nothing; `both` is alone.
+    A GPU's second lane goes on beside the first one, has its turn, and takes lines that are added."""
     session = Session(tmp_path_factory)
     session.write(".bench/minitrack/run.sh", RUN)
     session.run("unpack")
     (session.cache / "datasets/fineweb10B_sp1024").mkdir(parents=True)
     (session.cache / "datasets/fineweb10B_sp1024/.complete").touch()
     plan = ["# comment", "0 a compare 'a name' X=1 -- b", "1 b sh sleep 1", "both c sh printenv CUDA_VISIBLE_DEVICES",
-            "1 d corpus sh bash -c 'echo $PWD $DATA_PATH $OUT'", "0 e sh echo $RUN"]  # fmt: skip
+            "1 d corpus sh bash -c 'echo $PWD $DATA_PATH $OUT'", "0 e sh echo $RUN", "1b f sh sleep 3"]  # fmt: skip
     session.write("plan", "\n".join(plan) + "\n")
+    session.write("more", "1b g sh printenv CUDA_VISIBLE_DEVICES MINITRACK_TURN\n1b h minitrack RUN_ID=h\n")
     env = {**os.environ, "PATH": f"{session.repo}/bin:{os.environ['PATH']}", "LANES": str(session.out / "lanes"),
            "MINITRACK_CACHE": str(session.cache), "OUT": str(session.out)}  # fmt: skip
-    for words in (("start", "plan"), ("wait", "30")):
+    for words in (("start", "plan"), ("add", "more"), ("wait", "30")):
         done = subprocess.run(["bash", "benchmarks/lanes.sh", *words], cwd=session.repo, env=env, capture_output=True,
                               text=True, timeout=40, check=True)  # fmt: skip
     log = [line.split(" s: ")[1] for line in (session.out / "lanes/log").read_text().splitlines()]
     assert "end a, status 3" in log and log.index("end b, status 0") < log.index("begin c")
     assert log.index("end c, status 0") < min(log.index("begin d"), log.index("begin e"))
-    said = {name: (session.out / f"lanes/out/{name}/console.txt").read_text().strip() for name in "acde"}
+    said = {name: (session.out / f"lanes/out/{name}/console.txt").read_text().strip() for name in "acdegh"}
     assert re.search(r" 0: -m benchmarks.compare .* a name X=1 -- b$", said["a"]) and said["c"] == "0,1"
     assert said["d"] == f"{session.out}/lanes/checkout {session.cache}/datasets/fineweb10B_sp1024 {session.out}/lanes/out/d"
     assert said["e"].startswith("MUON_MOMENTUM_WARMUP_STEPS=600 ") and "=== c\n0,1\n" in done.stdout
+    assert said["g"].split() == ["1", f"{session.out}/lanes/turn1"] and said["h"].startswith("ran benchmarks/in_turn.py h")
     assert (session.out / "lanes.tgz").stat().st_size > 100
 
 
 def test_the_plan_of_the_next_session_is_valid() -> None:
     """Its settings are accepted; what one job leaves has the name under which another looks for it."""
-    lines = [line.split() for line in (compare.ROOT / "benchmarks/session.plan").read_text().splitlines()[1:]]
-    assert all(line[0] in ("0", "1", "both") and line[2] == "corpus" for line in lines)
-    for _, name, _, kind, *words in lines:
+    folder = Path(compare.__file__).parent
+    plan, lanes = (folder / "session.plan").read_text(), (folder / "lanes.sh").read_text()
+    plan = plan.replace("$PWD", str(compare.ROOT))
+    for name, value in re.findall(r'^(RUN|SHORT)="(.+?)"$', lanes, re.MULTILINE | re.DOTALL):
+        plan = plan.replace(f"${name} ", value.replace("\\\n", "") + " ")
+    lines = [line.replace(" corpus ", " ").split() for line in plan.splitlines()[1:]]
+    assert all(line[0] in ("0", "0b", "1", "1b", "both") for line in lines) and "$RUN" not in plan and "$SHORT" not in plan
+    for _, name, kind, *words in lines:
         assert kind != "compare" or compare.main(["--dry-run", *words]) == 0
         settings = dict(word.split("=", 1) for word in words if "=" in word)
         assert kind != "minitrack" or settings["RUN_ID"] == name
-        settings = {key: value.replace("$PWD", str(compare.ROOT)) for key, value in settings.items()}
         t.Config.from_env(settings)
         for used in re.findall(r"runs/(\w+)/logs/(\w+)\.", " ".join(words)):
             assert used[0] == used[1] and used[0] in [line[1] for line in lines]
@@ -346,25 +358,29 @@ def test_runs_end_to_end_and_are_not_repeated(
     assert list(rows[0]["scores"]) == ["round trip", "sliding"]
     assert rows[0]["train_limit_s"] == 60 and rows[0]["steps"] == 12 and rows[0]["wall_s"] > rows[0]["train_s"]
 
-    tried = []
-    failed = common.Finished(3, 1.0, "x")
-    monkeypatch.setattr(compare, "train", lambda env, ranks: tried.append(env["RUN_ID"]) or failed)
+    tried: list[str] = []
+    fake_runs(monkeypatch, tried, common.Finished(3, 1.0, "x"))
     assert compare.main(words) == 1
     again = capsys.readouterr().out
     assert [run_id.split("_")[1] for run_id in tried] == ["diverges"] and "1 runs finished before, 2 to do" in again
     assert cells(again)[1] == cells(output)[1] and column(again, "status")[:2] == ["ok", "**exit 3**: x"]
 
 
-def fake_train(calls: list[str], seconds: float) -> Callable[..., common.Finished]:
-    """In place of a run: its events, and the time it would have taken."""
+def fake_runs(monkeypatch: pytest.MonkeyPatch, started: list[str], ended: common.Finished) -> None:
+    """In place of processes: they leave the events of a good run and end when somebody looks for the first time."""
 
-    def run(env: dict[str, str], ranks: int) -> common.Finished:
+    class Process:
+        def poll(self) -> int:
+            return ended.status
+
+    def start(env: dict[str, str], ranks: int) -> Process:
         Path("logs").mkdir(exist_ok=True)
-        common.logged(env["RUN_ID"], ".jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
-        calls.append(env["RUN_ID"])
-        return common.Finished(0, seconds, "")
+        common.logged(env["RUN_ID"], ".jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS * (not ended.status)))
+        started.append(env["RUN_ID"])
+        return Process()
 
-    return run
+    monkeypatch.setattr(compare, "start", start)
+    monkeypatch.setattr(compare, "finish", lambda process, run_id, begin: ended)
 
 
 @pytest.mark.parametrize(("limit", "made"), [("0", 3), ("1000", 3), ("399", 1)])
@@ -373,7 +389,7 @@ def test_no_run_begins_that_would_end_too_late(
 ) -> None:
     """Judged by the longest run so far; what was not run is said, and the next call makes it."""
     calls: list[str] = []
-    monkeypatch.setattr(compare, "train", fake_train(calls, 400.0))
+    fake_runs(monkeypatch, calls, common.Finished(0, 400.0, ""))
     words = ["--out", "rows.jsonl", "--limit-s", limit, "a", "--", "b", "--", "c"]
     assert compare.main(words) == 0
     output = capsys.readouterr().out
@@ -384,20 +400,58 @@ def test_no_run_begins_that_would_end_too_late(
     assert [call.split("_")[1] for call in calls] == ["a", "b", "c"]
 
 
-def test_compiling_ahead_is_for_the_next_variants(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As many as asked for at a time, each once, none that is refused; one step without a clock."""
-    order: list[str] = []
-    monkeypatch.setattr(compare, "train", fake_train(order, 1.0))
-    monkeypatch.setattr(compare, "start", lambda env, ranks: order.append(env["RUN_ID"]) or env)
-    late = common.Finished(0, 0.0, "late")
-    monkeypatch.setattr(compare, "finish", lambda env, run_id, begin: late if env["ITERATIONS"] == "1" else None)
-    words = ["--precompile", "2", "--seeds", "1", "2", "a", "--", "bad", "MODEL_DIM=7", "--", "b", "--", "c"]
-    assert compare.main(words) == 1
-    short = [re.sub(r"compare_(\w+?)_\w{8}_seed(\d)", r"\1\2", run_id) for run_id in order]
-    assert short == ["a1_compile", "b1_compile", "a1", "b1", "c1_compile", "c1", "a2", "b2", "c2"]
-    assert "compiled b: 0 s late" in capsys.readouterr().out
+def test_runs_ahead_wait_for_their_turn(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real runs: as many as asked for have warmed up and none trains while somebody else has the lock; a refused one
+    blocks nothing, and all come to their end."""
+    monkeypatch.setenv("MINITRACK_TURN", "turn")
+
+    def texts() -> list[str]:
+        return [path.read_text() for path in Path("logs").glob("compare_*.txt") if "console" not in path.name]
+
+    def hold() -> None:
+        while sum("warmup:train" in text for text in texts()) < 2:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        seen.extend(texts())
+        lock.close()
+
+    words = ["--out", "rows.jsonl", "--ahead", "1", "--seeds", "1", "2", "--shared", "EVAL_STRIDE=0", "a", "--", "bad",
+             "MODEL_DIM=7"]  # fmt: skip
+    seen: list[str] = []
+    with Path("turn").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        holder = threading.Thread(target=hold, daemon=True)
+        holder.start()
+        assert compare.main(words) == 1
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert sorted((row["name"], row["status"]) for row in rows) == [("a", 0)] * 2 + [("bad", 1)] * 2
+    assert len(seen) == 2 and not any("step:1/" in text for text in seen) and all("step:1/" in text for text in texts())
+
+
+def test_a_turn_ends_with_the_artifact_or_with_the_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else has the lock between warm-up and the end of the export; with a sliding window to score, of the run."""
+    monkeypatch.setattr(t, "measure_reserve", lambda run, trainer: free())
+    monkeypatch.setattr(t, "export_model", lambda run, trainer: free())
+    monkeypatch.setenv("MINITRACK_TURN", "turn")
+
+    def free() -> bool:
+        with Path("turn").open("w") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    def seen(stride: int) -> list[bool]:
+        ranks = t.Ranks(0, 1, torch.device("cpu"))
+        run, states = SimpleNamespace(ranks=ranks, cfg=SimpleNamespace(eval_stride=stride)), []
+        with monkeypatch.context() as patch:
+            for name in ("measure_reserve", "export_model"):
+                patch.setattr(t, name, getattr(t, name))
+            in_turn.main(lambda: states.extend([free(), t.measure_reserve(run, None), t.export_model(run, None), free()]))
+        return [*states, free()]
+
+    assert seen(0) == [True, False, False, True, True] and seen(64) == [True, False, False, False, True]
 
 
 def test_a_broken_line_in_the_rows_is_passed_over(tmp_path: Path) -> None:
@@ -410,9 +464,10 @@ def test_a_broken_line_in_the_rows_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_launch_is_torchrun_for_several_ranks(toy: Path) -> None:
-    """And the batch grows with the ranks."""
-    assert common.command(1)[1:] == [t.__file__]
-    assert common.command(3)[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", t.__file__]
+    """And in_turn.py where runs take turns."""
+    assert common.command(1, {})[1:] == [t.__file__]
+    assert common.command(3, {})[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", t.__file__]
+    assert common.command(1, {"MINITRACK_TURN": "x"})[1:] == [in_turn.__file__]
 
 
 @pytest.mark.parametrize(("log", "console", "error"), [
