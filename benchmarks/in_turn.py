@@ -2,10 +2,10 @@
 
     MINITRACK_TURN=/tmp/gpu0.turn python benchmarks/in_turn.py      # other variables as for train_gpt.py
 
-The run waits for the lock MINITRACK_TURN when its warm-up has ended, before anything is timed, and holds it until its
-artifact is made; where a sliding window is to be scored, until it ends. So the 40 to 120 s until a run's clock starts
+The run waits for the lock MINITRACK_TURN when its warm-up has ended (or, with EXPORT_ONLY, before it loads the weights) and
+holds it until its artifact is made; where a sliding window is to be scored, until it ends. So the 40 to 120 s until a run's clock starts
 cost the GPU nothing, and the clock runs on a GPU that only another run's compilation disturbs. `warmup` in the ledger
-includes the wait. EVAL_ONLY and EXPORT_ONLY take no turn.
+includes the wait. EVAL_ONLY takes no turn.
 """
 
 import fcntl
@@ -21,14 +21,21 @@ import train_gpt as t
 
 def trains_in_turn(lock: TextIO) -> None:
     """Let train_gpt.py take `lock` after warm-up and give it back after the export."""
-    measure, export = t.measure_reserve, t.export_model
+    measure, load, export = t.measure_reserve, t.load_weights, t.export_model
 
-    def measure_in_turn(run: t.Runtime, trainer: t.Trainer) -> float:
+    def take(run: t.Runtime) -> None:
         t.synchronize(run.ranks.device)
         if run.ranks.is_main:
             fcntl.flock(lock, fcntl.LOCK_EX)
         run.ranks.agree(0.0)  # the other ranks wait for the first
+
+    def measure_in_turn(run: t.Runtime, trainer: t.Trainer) -> float:
+        take(run)
         return measure(run, trainer)
+
+    def load_in_turn(run: t.Runtime, model: t.GPT) -> t.Trained:
+        take(run)
+        return load(run, model)
 
     def export_in_turn(run: t.Runtime, *arguments: Any) -> Any:
         exported = export(run, *arguments)
@@ -36,7 +43,7 @@ def trains_in_turn(lock: TextIO) -> None:
             fcntl.flock(lock, fcntl.LOCK_UN)
         return exported
 
-    t.measure_reserve, t.export_model = measure_in_turn, export_in_turn
+    t.measure_reserve, t.load_weights, t.export_model = measure_in_turn, load_in_turn, export_in_turn
 
 
 def main(run: Callable[[], None] = t.main) -> None:

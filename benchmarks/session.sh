@@ -37,6 +37,9 @@ fi
 if [[ -d $wheels ]]; then export PYTHONPATH=$wheels:$wheels/nvidia_cutlass_dsl/dsl_packages; fi
 if [[ -d .bench && ! -d $cache/bench ]]; then cp -r .bench "$cache/bench"; fi
 if [[ ! -d .bench && -d $cache/bench ]]; then bench=$cache/bench; fi
+exec 9>&-
+
+exec 9> "$cache/lock_$vocab" && flock 9  # shards of several tokenizers may be built side by side
 if [[ -d $bench ]]; then
   export MINITRACK_CACHE=$cache
   if [[ ! -e $cache/datasets/fineweb10B_sp$vocab/.complete ]]; then

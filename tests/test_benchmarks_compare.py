@@ -430,8 +430,9 @@ def test_runs_ahead_wait_for_their_turn(toy: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_turn_ends_with_the_artifact_or_with_the_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody else has the lock between warm-up and the end of the export; with a sliding window to score, of the run."""
-    monkeypatch.setattr(t, "measure_reserve", lambda run, trainer: free())
-    monkeypatch.setattr(t, "export_model", lambda run, trainer: free())
+    names = ("measure_reserve", "load_weights", "export_model")
+    for name in names:
+        monkeypatch.setattr(t, name, lambda run, other: free())
     monkeypatch.setenv("MINITRACK_TURN", "turn")
 
     def free() -> bool:
@@ -442,16 +443,18 @@ def test_a_turn_ends_with_the_artifact_or_with_the_run(in_tmp: Path, monkeypatch
                 return False
         return True
 
-    def seen(stride: int) -> list[bool]:
+    def seen(first: str, stride: int) -> list[bool]:
         ranks = t.Ranks(0, 1, torch.device("cpu"))
         run, states = SimpleNamespace(ranks=ranks, cfg=SimpleNamespace(eval_stride=stride)), []
         with monkeypatch.context() as patch:
-            for name in ("measure_reserve", "export_model"):
+            for name in names:
                 patch.setattr(t, name, getattr(t, name))
-            in_turn.main(lambda: states.extend([free(), t.measure_reserve(run, None), t.export_model(run, None), free()]))
+            in_turn.main(lambda: states.extend([free(), getattr(t, first)(run, None), t.export_model(run, None), free()]))
         return [*states, free()]
 
-    assert seen(0) == [True, False, False, True, True] and seen(64) == [True, False, False, False, True]
+    for first in names[:2]:  # a run that trains, and one with EXPORT_ONLY
+        assert seen(first, 0) == [True, False, False, True, True]
+        assert seen(first, 64) == [True, False, False, False, True]
 
 
 def test_a_broken_line_in_the_rows_is_passed_over(tmp_path: Path) -> None:
