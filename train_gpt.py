@@ -210,7 +210,7 @@ class Config:
     lowbit_bits: int = opt(0, "bits of the matrices in LOWBIT_NAME_PATTERNS (0: MATRIX_BITS)", low=0, high=8)
     lowbit_name_patterns: tuple[str, ...] = opt((), "parts of names blocks.<i>.<matrix>., as .mlp.,.attn.proj.")
     embed_bits: int = opt(8, "bits of the code of an embedding entry (2 to 8)", low=2, high=8)
-    clip_policy: str = opt("sigma", "k x std, amax, search, or k by gradients", choices="sigma amax search fisher")
+    clip_policy: str = opt("sigma", "grid from k x std, amax, or a search", choices="sigma amax search")
     matrix_clip_sigmas: float = opt(0.0, "k of clip policy sigma (0: what fills TARGET_BYTES)", low=0)
     embed_clip_sigmas: float = opt(8.0, "k of the embeddings under clip policy sigma", low=0.1)
     compressor: str = opt("auto", "auto and ans: entropy coder for codes", choices="auto ans zlib lzma zstd brotli")
@@ -268,7 +268,7 @@ class Config:
     @property
     def fits_clip(self) -> bool:
         """Whether the clip of the matrices is ours to choose, so that the artifact fills TARGET_BYTES."""
-        return self.clip_policy in ("sigma", "fisher") and not self.matrix_clip_sigmas
+        return self.clip_policy == "sigma" and not self.matrix_clip_sigmas
 
     @property
     def eval_len(self) -> int:
@@ -493,10 +493,6 @@ def training_rules(cfg: Config) -> Rules:
          f"LATE_EMA_DECAY={cfg.late_ema_decay}: needs EMA_ENABLED=1 and late QAT (not QAT_ENABLED)"),
         (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
-        (cfg.clip_policy != "fisher" or (cfg.matrix_bits == cfg.embed_bits == 8 and not cfg.lowbit_bits),
-         "CLIP_POLICY=fisher: set MATRIX_BITS=8 EMBED_BITS=8 LOWBIT_BITS=0; its steps set the bytes, not its bits"),
-        (cfg.clip_policy != "fisher" or not any(phase.fake_quant for phase in phases(cfg).values()),
-         "CLIP_POLICY=fisher finds its grid after training: set QAT_ENABLED=0 LATE_QAT_THRESHOLD=0 POST_QAT_SECONDS=0"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
         (cfg.compressor_level <= CODECS.get(cfg.compressor, ("", "", -1))[2],
          f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
@@ -3155,20 +3151,18 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     if cfg.gptq_reserve_seconds is not None or not cfg.max_wallclock_seconds:
         return cfg.gptq_reserve_seconds or 0.0
     hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
-    calibration, gradients, rounding = (Clock(run.ranks.device) for _ in range(3))
+    calibration, rounding = Clock(run.ranks.device), Clock(run.ranks.device)
     if batches:
         collect_hessians(run, trainer, 0, 1)  # compiles
         with calibration.running():
             hessians = collect_hessians(run, trainer, 0, 3)
-    with gradients.running():
-        units = fisher_units(run, trainer, 0)
-    quantize_shared(run, quant_jobs(model, units=units), hessians, 6.0)  # loads libraries
+    quantize_shared(run, quant_jobs(model), hessians, 6.0)  # loads libraries
     with rounding.running():
-        jobs = quant_jobs(model, units=units)
+        jobs = quant_jobs(model)
         sigmas = fill_sigmas(cfg, jobs, kept_tensors(model)) if cfg.fits_clip else cfg.matrix_clip_sigmas
         quantize_shared(run, jobs, hessians, sigmas)
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
-    seconds = batches * calibration.total / 3 + gradients.total + passes * rounding.total
+    seconds = batches * calibration.total / 3 + passes * rounding.total
     return run.ranks.agree(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
 
 
@@ -3485,7 +3479,6 @@ class QuantJob(NamedTuple):
     hessians: list[str]
     bits: Tensor  # (n, rows, 1) integer
     sigmas: float  # k of policy sigma; 0: the common one
-    unit: Tensor | None = None  # (n, rows, 1): what k multiplies under policy fisher
 
 
 class Coded(NamedTuple):
@@ -3498,9 +3491,7 @@ class Coded(NamedTuple):
         return self.codes.float() * self.scale.float().unsqueeze(-1)
 
 
-def quant_jobs(
-    model: GPT, matrix_bits: Mapping[int, int] | None = None, units: Mapping[str, Tensor] | None = None
-) -> list[QuantJob]:
+def quant_jobs(model: GPT, matrix_bits: Mapping[int, int] | None = None) -> list[QuantJob]:
     """All coded tensors of the model in artifact order; `matrix_bits` limits the bits of single layers."""
     cfg, jobs, home = model.cfg, [], exact_device(model.clip_sigmas.device)
     for spec in model.specs:
@@ -3516,59 +3507,12 @@ def quant_jobs(
             bits = torch.full((1, tensor.shape[1], 1), cfg.embed_bits, device=tensor.device)
             inputs = "head" if spec.name == head else spec.name
             jobs.append(QuantJob(spec.name, tensor, [inputs], bits, cfg.embed_clip_sigmas))
-    return [job._replace(unit=units[job.name]) for job in jobs] if units else jobs
+    return jobs
 
 
 def kept_tensors(model: GPT) -> dict[str, Tensor]:
     """Control parameters, never quantized: name -> tensor in half precision."""
     return {s.name: model.rest[s.name].detach().half() for s in model.rest_specs if not s.coded}
-
-
-FISHER_BATCHES = 16  # micro-batches over all ranks; every matrix has 10^5 entries to average over
-
-
-def fisher_units(run: Runtime, trainer: Trainer, first: int) -> dict[str, Tensor]:
-    """Under CLIP_POLICY=fisher the grid step of every coded row up to a common factor, tensor name -> (n, rows, 1).
-
-    An error of e in a weight costs about F e^2 / 2 nats, F being the mean squared gradient of a token's loss (Fisher
-    information). A step s costs F s^2 / 24 and saves log2 s bits, so for given bytes F s^2 is the same everywhere:
-    s = 1 / sqrt(F), F averaged over a matrix (finer gained nothing, and single rows are noisy). The common factor gives
-    s the geometric mean of the rows' standard deviations over all entries, so that k means what it does under sigma.
-    """
-    if run.cfg.clip_policy != "fisher":
-        return {}
-    squares, rows = collect_squares(run, trainer, first), {s.name: [n for _, n in s.roles] for s in trainer.model.specs}
-    units, logs, entries = {}, 0.0, 0
-    for job in quant_jobs(trainer.model):
-        parts = squares[job.name].split(rows.get(job.name, job.tensor.shape[1]), dim=1)
-        fisher = torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in parts], dim=1)
-        units[job.name] = fisher.clamp_min(1e-30).rsqrt().unsqueeze(-1)
-        std = job.tensor.std(-1, correction=0, keepdim=True).clamp_min(1e-12)
-        logs += float((std / units[job.name]).log().sum()) * job.tensor.shape[2]
-        entries += job.tensor.numel()
-    return {name: unit * math.exp(logs / entries) for name, unit in units.items()}
-
-
-def collect_squares(run: Runtime, trainer: Trainer, first: int) -> dict[str, Tensor]:
-    """Sums of squared gradients of single tokens' losses, averaged over the columns of coded tensors: (n, rows).
-
-    Every token's loss gets a random sign before they are added up, so that the square of their gradient is in the mean
-    the sum of squares: one backward pass, through the graph of training.
-    """
-    model, ranks, totals = trainer.model, run.ranks, {}
-    coded = {**model.banks, **{s.name: model.rest[s.name] for s in model.rest_specs if s.coded}}
-    for number in range(first, first - (-FISHER_BATCHES // ranks.world)):
-        inputs, targets = trainer.loader.fetch(number)
-        nll = model.fast_nll(inputs, targets, model.fast_weights(False), model.order)
-        generator = torch.Generator(nll.device).manual_seed(number * ranks.world + ranks.rank)
-        signs = 2 * torch.randint(0, 2, nll.shape, generator=generator, device=nll.device) - 1
-        model.zero_grad()
-        (nll * signs).sum().backward()
-        for name, parameter in coded.items():
-            square = parameter.grad.square().mean(-1).reshape(-1, parameter.shape[-2])
-            totals[name] = totals.get(name, 0.0) + square
-    model.zero_grad()
-    return {name: ranks.sum_(total).to(exact_device(total.device)) for name, total in totals.items()}
 
 
 def job_scale(cfg: Config, job: QuantJob, hessians: Mapping[str, Tensor], sigmas: float) -> Tensor:
@@ -3577,9 +3521,6 @@ def job_scale(cfg: Config, job: QuantJob, hessians: Mapping[str, Tensor], sigmas
     `search` takes per row the clip percentile of least Hessian-weighted rounding error (GPTQ-lite, PR #374); a
     column's weight is its Hessian's diagonal, or 1 where no inputs were observed.
     """
-    if job.unit is not None:  # never clips: a matrix may need finer steps than its largest entries have codes for
-        clip = torch.maximum(sigmas * job.unit, job.tensor.abs().amax(-1, keepdim=True))
-        return row_scale(clip, Grid(job.bits, "amax", 0.0))
     if cfg.clip_policy != "search":
         return row_scale(job.tensor, Grid(job.bits, cfg.clip_policy, job.sigmas or sigmas))
     w, ones = job.tensor, torch.ones_like(job.tensor[0, 0])
@@ -3889,10 +3830,8 @@ def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
 class Exporter:
     """Quantizes and encodes the model's weights so that code and artifact fit TARGET_BYTES."""
 
-    def __init__(
-        self, run: Runtime, model: GPT, hessians: dict[str, Tensor], units: dict[str, Tensor] | None = None
-    ) -> None:
-        self.run, self.cfg, self.model, self.hessians, self.units = run, run.cfg, model, hessians, units
+    def __init__(self, run: Runtime, model: GPT, hessians: dict[str, Tensor]) -> None:
+        self.run, self.cfg, self.model, self.hessians = run, run.cfg, model, hessians
         self.kept, self.limit = kept_tensors(model), run.cfg.target_bytes - code_bytes()
         self.sigmas, self.layer_bits = run.cfg.matrix_clip_sigmas, {}
         self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
@@ -3900,7 +3839,7 @@ class Exporter:
 
     def quantize(self) -> None:
         with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
-            jobs = quant_jobs(self.model, self.layer_bits, self.units)
+            jobs = quant_jobs(self.model, self.layer_bits)
             self.coded = quantize_shared(self.run, jobs, self.hessians, self.sigmas)
 
     def encode(self) -> int:
@@ -3930,7 +3869,7 @@ class Exporter:
         ratio = 1.0
         for _ in range(3):
             with self.run.timed("clip", "train"):
-                jobs = quant_jobs(self.model, units=self.units)
+                jobs = quant_jobs(self.model)
                 (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
             self.quantize()
             share = (self.encode() + code_bytes()) / self.cfg.target_bytes
@@ -4018,9 +3957,7 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
             hessians = collect_hessians(run, trainer, trained.steps * trainer.loader.shape.accum, batches)
         seconds, count = run.ledger[-1][2], cfg.gptq_calibration_batches
         run.log(f"GPTQ:collected {len(hessians)} Hessians over {count} batches in {seconds:.1f}s")
-    with run.timed("fisher", "train") if cfg.clip_policy == "fisher" else contextlib.nullcontext():
-        units = fisher_units(run, trainer, trained.steps * trainer.loader.shape.accum)
-    blob = Exporter(run, model, hessians, units).export()
+    blob = Exporter(run, model, hessians).export()
     if run.ranks.is_main:
         write_whole(cfg.artifact_file, blob, "ARTIFACT_PATH")
         log_sizes(run, read_header(blob, cfg.artifact_file)[0])

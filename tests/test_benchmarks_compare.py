@@ -230,11 +230,11 @@ def test_the_plan_of_the_next_session_is_valid() -> None:
     plan = plan.replace("$PWD", str(compare.ROOT))
     for name, value in re.findall(r'^(RUN|SHORT)="(.+?)"$', lanes, re.MULTILINE | re.DOTALL):
         plan = plan.replace(f"${name} ", value.replace("\\\n", "") + " ")
-    lines = [line.replace(" corpus ", " ").split() for line in plan.splitlines()[1:]]
+    lines = [shlex.split(line.replace(" corpus ", " ")) for line in plan.splitlines()[1:]]
     assert all(line[0] in ("0", "0b", "1", "1b", "both") for line in lines) and "$RUN" not in plan and "$SHORT" not in plan
     for _, name, kind, *words in lines:
         assert kind != "compare" or compare.main(["--dry-run", *words]) == 0
-        settings = dict(word.split("=", 1) for word in words if "=" in word)
+        settings = dict(word.split("=", 1) for word in words if "=" in word and kind != "sh")
         assert kind != "minitrack" or settings["RUN_ID"] == name
         t.Config.from_env(settings)
         for used in re.findall(r"runs/(\w+)/logs/(\w+)\.", " ".join(words)):
