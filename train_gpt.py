@@ -148,7 +148,7 @@ class Config:
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
     qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0.01)
-    doc_attention: bool = opt(False, "attention that does not cross documents (back ends flex and math)")
+    doc_attention: bool = opt(False, "attention that does not cross documents (not by cudnn and flash)")
     xsa_last_n: int = opt(11, "last layers with exclusive self-attention", low=0)
     ln_scale: bool = opt(True, "scale normalized inputs of layer i by 1/sqrt(i+1)")
     tie_embeddings: bool = opt(True, "use the token embedding as the output head")
@@ -462,8 +462,8 @@ def model_rules(cfg: Config) -> Rules:
         (head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={head_dim} is odd: rotary embedding needs pairs"),
         (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"ROPE_DIMS={cfg.rope_dims}: even, at most {head_dim}"),
         (cfg.hidden_dim > 0, f"MLP_HIDDEN={cfg.mlp_hidden} and MLP_MULT={cfg.mlp_mult} give an MLP of width 0"),
-        (cfg.attn_backend in ("auto", "math", *(("flex",) if cfg.doc_attention else set(ATTENTION))),
-         f"ATTN_BACKEND={cfg.attn_backend} DOC_ATTENTION={cfg.doc_attention:d}: flex and DOC_ATTENTION=1 go together"),
+        (cfg.attn_backend in ("auto", *(DOCUMENT_ATTENTION if cfg.doc_attention else ATTENTION)),
+         f"ATTN_BACKEND={cfg.attn_backend}: not with DOC_ATTENTION={cfg.doc_attention:d}; leave it at auto"),
         (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
         (ve_fits or not cfg.ve_enabled,
          f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
@@ -1055,30 +1055,43 @@ def flash_package(module: str) -> Attend:
 @cache
 def flash_attention_4() -> Attend:
     """FlashAttention 4 (package flash-attn-4) as a custom operator: it is JIT-compiled Python that
-    torch.compile cannot trace, and without an operator round it every layer would break the graph."""
+    torch.compile cannot trace, and without an operator round it every layer would break the graph.
+
+    With `ends` and `longest` it takes tensors (N, H, D) and is the `VariedAttend` of `packed_documents`.
+    """
     kernels = importlib.import_module("flash_attn.cute.interface")
 
     @torch.library.custom_op(f"{OPERATORS}::fa4", mutates_args=())
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels._flash_attn_fwd(q, k, v, causal=True, return_lse=True)[:2]
+    def forward(q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int | None) -> tuple[Tensor, Tensor]:
+        return kernels._flash_attn_fwd(q, k, v, **lengths(ends, longest), return_lse=True)[:2]
 
     @torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
-    def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return kernels._flash_attn_bwd(q, k, v, y, dy.contiguous(), lse, causal=True)[:3]
+    def backward(
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, y: Tensor, lse: Tensor, longest: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels._flash_attn_bwd(q, k, v, y, dy.contiguous(), lse, **lengths(ends, longest))[:3]
+
+    def lengths(ends: Tensor | None, longest: int | None) -> dict[str, Any]:
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        return {"causal": True, **dict(zip(names, (ends, ends, longest, longest), strict=True))}
 
     @forward.register_fake
-    def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
 
     @backward.register_fake
-    def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
-    def save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *output)
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.longest = inputs
+        ctx.save_for_backward(*tensors, *output)
 
-    forward.register_autograd(lambda ctx, dy, _: backward(dy, *ctx.saved_tensors), setup_context=save)
-    return lambda q, k, v: forward(q, k, v)[0]
+    def differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(dy, *ctx.saved_tensors, ctx.longest), None, None
+
+    forward.register_autograd(differentiate, setup_context=save)
+    return lambda q, k, v, ends=None, longest=None: forward(q, k, v, ends, longest)[0]
 
 
 ATTENTION: dict[str, Callable[[], Attend]] = {  # in order of preference on Hopper GPUs
@@ -1132,7 +1145,53 @@ def flex_documents() -> DocumentAttention:
     return DocumentAttention(mask, attend)
 
 
-DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {"flex": flex_documents, "math": math_documents}
+VariedAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]  # q (N,H,D), k, v, ends, longest -> y (N,H,D)
+
+
+def varied_flash_package(module: str) -> VariedAttend:
+    """`flash_attn_varlen_func` of an installed FlashAttention package."""
+    attend = importlib.import_module(module).flash_attn_varlen_func
+    return lambda q, k, v, ends, longest: attend(q, k, v, ends, ends, longest, longest, causal=True)
+
+
+def most_documents(tokens: int) -> int:
+    """How many documents of a batch are told apart: half as many again as FineWeb has at 8,192 pieces. Every sequence
+    that a kernel must be prepared for costs it time, and their number may not depend on the batch."""
+    return max(64, tokens // 512)
+
+
+def packed_documents(attend: VariedAttend) -> DocumentAttention:
+    """FlashAttention over sequences of varied length, end to end: nothing is computed that would be masked."""
+
+    def mask(documents: Tensor) -> Tensor:
+        """Where each sequence of the batch begins, then its end: (rows + most_documents + 1,) int32."""
+        count = documents.numel()
+        goes_on = F.pad(documents[:, 1:] == documents[:, :-1], (1, 0)).flatten()
+        places = torch.arange(count, device=documents.device).masked_fill(goes_on, count).sort().values
+        return F.pad(places[: len(documents) + most_documents(count)], (0, 1), value=count).int()
+
+    def attend_rows(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+        y = attend(*(tensor.flatten(0, 1) for tensor in (q, k, v)), ends, q.shape[1])
+        return y.unflatten(0, q.shape[:2])
+
+    return DocumentAttention(mask, attend_rows)
+
+
+DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {  # in order of preference on Hopper GPUs
+    "fa3": lambda: packed_documents(varied_flash_package("flash_attn_interface")),
+    "fa4": lambda: packed_documents(flash_attention_4()),
+    "fa2": lambda: packed_documents(varied_flash_package("flash_attn")),
+    "flex": flex_documents,
+    "math": math_documents,
+}
+
+
+def document_numbers(ids: Tensor, bos_id: int) -> Tensor:
+    """Numbers (B, T) that are equal for tokens of the same document of a row of ids (B, T); documents beyond
+    `most_documents` of the batch are taken for one with the one before them."""
+    begins = ids == bos_id
+    counted = begins.flatten().cumsum(0).view_as(ids) <= most_documents(ids.numel())
+    return (begins & counted).cumsum(1)
 
 
 class Rows(NamedTuple):
@@ -1640,7 +1699,7 @@ class GPT(nn.Module):
         slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
         fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
         beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
-        mask = (self.attend.mask((ids == self.bos_id).cumsum(1)),) if self.cfg.doc_attention else ()
+        mask = (self.attend.mask(document_numbers(ids, self.bos_id)),) if self.cfg.doc_attention else ()
         return Pass(order, banks, vectors, self.mixes(order), rotary, value, mask, beta, observe)
 
     def mixes(self, order: tuple[int, ...]) -> tuple[Tensor, ...]:

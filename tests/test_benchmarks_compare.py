@@ -226,11 +226,11 @@ def test_lanes_run_jobs_on_each_gpu_and_some_on_both(tmp_path_factory: pytest.Te
 def test_the_plan_of_the_next_session_is_valid() -> None:
     """Its settings are accepted; what one job leaves has the name under which another looks for it."""
     folder = Path(compare.__file__).parent
-    plan, lanes = (folder / "session.plan").read_text(), (folder / "lanes.sh").read_text()
+    plan, lanes = ("".join((folder / name).read_text() for name in ("session.plan", "finals.plan")), (folder / "lanes.sh").read_text())
     plan = plan.replace("$PWD", str(compare.ROOT))
     for name, value in re.findall(r'^(RUN|SHORT)="(.+?)"$', lanes, re.MULTILINE | re.DOTALL):
         plan = plan.replace(f"${name} ", value.replace("\\\n", "") + " ")
-    lines = [shlex.split(line.replace(" corpus ", " ")) for line in plan.splitlines()[1:]]
+    lines = [shlex.split(line.replace(" corpus ", " ")) for line in plan.splitlines() if line[0] != "#"]
     assert all(line[0] in ("0", "0b", "1", "1b", "both") for line in lines) and "$RUN" not in plan and "$SHORT" not in plan
     for _, name, kind, *words in lines:
         assert kind != "compare" or compare.main(["--dry-run", *words]) == 0

@@ -1,6 +1,10 @@
 """DOC_ATTENTION: attention that does not cross documents (descendants of PR #634)."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +66,94 @@ def test_flex_attention_is_the_plain_definition() -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+def attention_of_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """What a FlashAttention package computes for sequences end to end: q (N, H, D), k and v (N, KV, D)."""
+    parts = []
+    for begin, end in pairwise(ends.tolist()):
+        heads_first = (x[begin:end].transpose(0, 1) for x in (q, k, v))
+        parts.append(torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True))
+    return torch.cat(parts, 1).transpose(0, 1)
+
+
+def flash_2(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, ends_k: torch.Tensor, longest: int,
+    longest_k: int, causal: bool,
+) -> torch.Tensor:  # fmt: skip
+    """In place of `flash_attn_varlen_func`."""
+    assert ends is ends_k and longest == longest_k >= ends.diff().max() and causal and ends.dtype == torch.int32
+    return attention_of_parts(q, k, v, ends)
+
+
+def flash_4_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int | None, max_seqlen_k: int | None, return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """In place of FlashAttention 4's."""
+    assert causal and return_lse and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+    if cu_seqlens_q is None:
+        y = t.sdpa(t.SDPBackend.MATH)(q, k, v)
+    else:
+        y = attention_of_parts(q, k, v, cu_seqlens_q)
+    return y, q.new_zeros(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
+
+
+def flash_4_backward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, dy: torch.Tensor, lse: torch.Tensor, **rest: Any
+) -> tuple[torch.Tensor, ...]:
+    """In a thread of its own, since inside an operator nothing is differentiated."""
+
+    def differentiate() -> tuple[torch.Tensor, ...]:
+        inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        again = flash_4_forward(*inputs, **rest, return_lse=True)[0]
+        assert torch.equal(again, y) and lse.shape == q.transpose(-2, -3).shape[:-1]
+        return torch.autograd.grad(again, inputs, dy)
+
+    with ThreadPoolExecutor() as other:
+        return other.submit(differentiate).result()
+
+
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
+def test_packages_get_documents_end_to_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients of the plain definition; FlashAttention 4's operator still serves rows as a whole too."""
+    for module in ("flash_attn", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_varlen_func=flash_2))
+    kernels = SimpleNamespace(_flash_attn_fwd=flash_4_forward, _flash_attn_bwd=flash_4_backward)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", kernels)
+    monkeypatch.setattr(t, "OPERATORS", "pgolf_test")
+    t.flash_attention_4.cache_clear()
+    cfg = tiny_config(DOC_ATTENTION=1)
+    assert t.probe_document_attention(t.DOCUMENT_ATTENTION[name](), cfg, CPU) < 1e-5
+    if name == "fa4":
+        assert t.probe_attention(t.flash_attention_4(), cfg, CPU) < 1e-5
+    t.flash_attention_4.cache_clear()
+
+
+def test_sequences_begin_with_rows_and_documents() -> None:
+    """As many entries as any batch of this size can need; what is left over are empty sequences at the end."""
+    packed_ends = t.packed_documents(lambda *_: None).mask
+    assert packed_ends(t.document_numbers(packed(), BOS)).tolist() == [0, 9, 21, 32, 48] + [64] * 60
+    every = torch.full((2, 32), BOS)
+    assert packed_ends(t.document_numbers(every, BOS)).tolist() == [*range(65)]
+
+    whole = torch.compile(lambda ids: packed_ends(t.document_numbers(ids, BOS)), backend="eager", fullgraph=True)
+    assert torch.equal(whole(packed()), packed_ends(t.document_numbers(packed(), BOS)))
+
+
+def test_documents_beyond_the_most_are_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They see the document before them, as without DOC_ATTENTION, but never another row; nothing else changes."""
+    monkeypatch.setattr(t, "most_documents", lambda tokens: 4)
+    numbers = t.document_numbers(packed(), BOS)
+    assert numbers[0].tolist() == [1] * 9 + [2] * 12 + [3] * 11 and numbers[1].tolist() == [1] * 32
+    assert t.packed_documents(lambda *_: None).mask(numbers).tolist() == [0, 9, 21, 32, 64, 64, 64]
+    ids, model = packed(), document_model()
+    merged = ids.clone()
+    merged[1, 16] = 5
+    assert torch.equal(t.document_numbers(merged, BOS), numbers)
+    got = logits(model, ids)
+    model.attend = t.packed_documents(lambda q, k, v, ends, _: attention_of_parts(q, k, v, ends))
+    torch.testing.assert_close(logits(model, ids), got, rtol=0, atol=1e-5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has a backward pass on CUDA only")
 def test_flex_attention_and_its_gradients_on_the_gpu() -> None:
     assert t.probe_document_attention(t.flex_documents(), tiny_config(MODEL_DIM=256), torch.device("cuda")) < 2e-2
@@ -102,7 +194,7 @@ def test_a_run_trains_and_scores_with_it(
 
 @pytest.mark.parametrize("settings", [{"ATTN_BACKEND": "flex"}, {"ATTN_BACKEND": "cudnn", "DOC_ATTENTION": 1}])
 def test_back_ends_that_do_not_fit_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(t.UserError, match="ATTN_BACKEND=(flex|cudnn) DOC_ATTENTION=[01]: flex and"):
+    with pytest.raises(t.UserError, match="ATTN_BACKEND=(flex|cudnn): not with DOC_ATTENTION=[01]"):
         tiny_config(**settings)
 
 
