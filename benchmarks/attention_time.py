@@ -4,8 +4,9 @@
 
 Queries and keys are normalized random rows, as the model hands them over, in the compute type. `copies`: every query
 head has keys and values of its own; what a back end then saves is what it pays for adding up the gradients of shared
-ones (FlashAttention 4 does so in float32). Medians of device time after three untimed calls. A back end that is not
-installed or wrong is a line with the reason.
+ones (FlashAttention 4 does so in float32). With DOC_ATTENTION=1 attention stays within the documents of the first validation
+tokens (DATA_PATH), and making the mask is not timed. Medians of device time after three untimed calls. A back end that is
+not installed or wrong is a line with the reason.
 """
 
 import argparse
@@ -55,20 +56,32 @@ def times(attend: t.Attend, qkv: list[Tensor], repeats: int) -> tuple[float, flo
     return forward, median_ms(both, repeats, device)
 
 
+def within_documents(attention: t.DocumentAttention, cfg: t.Config, qkv: list[Tensor]) -> t.Attend:
+    """Attention over rows of validation tokens, within their documents; compiled, since flex is slow otherwise."""
+    rows, length = qkv[0].shape[:2]
+    tokens = torch.from_numpy(t.TokenStream(cfg, "val").read(0, rows * length).astype("int64"))
+    ids = tokens.to(qkv[0].device).view(rows, length)
+    mask = attention.mask(t.document_numbers(ids, t.ByteTable(cfg.tokenizer_file, cfg.vocab_size).bos_id))
+    return t.compiled(cfg, lambda q, k, v: attention(q, k, v, mask))
+
+
 def back_end_rows(name: str, cfg: t.Config, given: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
     """A line of one back end for every length and way of sharing."""
-    attend = t.ATTENTION[name]()
-    if (error := t.probe_attention(attend, cfg, device)) > 2e-2:
+    ends = t.DOCUMENT_BACK_ENDS if cfg.doc_attention else t.ATTENTION_BACK_ENDS
+    attention = ends.makers[name]()
+    if (error := ends.probe(attention, cfg, device)) > 2e-2:
         raise RuntimeError(f"wrong by {error:.1e}")
     for length, copies in itertools.product(given.lengths, (False, True)):
-        measured = times(attend, inputs(cfg, given.tokens, length, device, copies), given.repeats)
+        qkv = inputs(cfg, given.tokens, length, device, copies)
+        attend = within_documents(attention, cfg, qkv) if cfg.doc_attention else attention
+        measured = times(attend, qkv, given.repeats)
         sharing = "copies" if copies else f"{cfg.num_heads} over {cfg.num_kv_heads}"
         yield [name, str(length), sharing, *(f"{ms:.3f}" for ms in measured), ""]
 
 
 def rows(cfg: t.Config, given: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
     """The lines of all back ends, or why there are none."""
-    for name in t.ATTENTION:
+    for name in t.DOCUMENT_ATTENTION if cfg.doc_attention else t.ATTENTION:
         try:
             yield from back_end_rows(name, cfg, given, device)
         except t.BACK_END_FAULTS as problem:

@@ -249,6 +249,22 @@ def test_attention_is_timed_by_back_end_length_and_sharing(capsys: pytest.Captur
     assert attention_time.main(["DEVICE"]) == 2 and attention_time.main(["MATRX_LR=1"]) == 2
 
 
+def test_attention_is_timed_within_documents(
+    corpus: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With DOC_ATTENTION=1 by the back ends that can, over the documents of validation tokens."""
+    seen, plain = [], t.math_documents()
+    noting = plain._replace(mask=lambda documents: seen.append(documents) or plain.mask(documents))
+    monkeypatch.setitem(t.DOCUMENT_ATTENTION, "math", lambda: noting)
+    words = ["--lengths", "64", "--tokens", "512", "--repeats", "3"]
+    settings = {**tiny_env(**corpus), "DOC_ATTENTION": "1", "COMPILE": "0"}
+    assert attention_time.main([*words, *(f"{k}={v}" for k, v in settings.items() if k != "RUN_ID")]) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert {row[0] for row in rows} == {*t.DOCUMENT_ATTENTION} and [row[0] for row in rows if row[3]] == ["math"] * 2
+    tokens = t.TokenStream(tiny_config(**corpus), "val").read(0, 512).reshape(8, 64)
+    assert seen[-1].tolist() == (tokens == 1).cumsum(1).tolist() and seen[-1].max() > 0
+
+
 def test_copied_heads_are_the_same_function() -> None:
     """`copies` are independent tensors: as many heads as queries, for which the gradients need no sum."""
     cfg = tiny_config()
