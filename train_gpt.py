@@ -1165,10 +1165,12 @@ def packed_documents(attend: VariedAttend) -> DocumentAttention:
 
     def mask(documents: Tensor) -> Tensor:
         """Where each sequence of the batch begins, then its end: (rows + most_documents + 1,) int32."""
-        count = documents.numel()
-        goes_on = F.pad(documents[:, 1:] == documents[:, :-1], (1, 0)).flatten()
-        places = torch.arange(count, device=documents.device).masked_fill(goes_on, count).sort().values
-        return F.pad(places[: len(documents) + most_documents(count)], (0, 1), value=count).int()
+        count, most = documents.numel(), len(documents) + most_documents(documents.numel())
+        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
+        places = torch.arange(count, dtype=torch.int32, device=documents.device)
+        slots = torch.where(begins, begins.cumsum(0) - 1, most)
+        ends = places.new_full((most + 1,), count).scatter(0, slots, places)
+        return F.pad(ends[:most], (0, 1), value=count)
 
     def attend_rows(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
         y = attend(*(tensor.flatten(0, 1) for tensor in (q, k, v)), ends, q.shape[1])

@@ -131,9 +131,9 @@ def test_packages_get_documents_end_to_end(name: str, monkeypatch: pytest.Monkey
 def test_sequences_begin_with_rows_and_documents() -> None:
     """As many entries as any batch of this size can need; what is left over are empty sequences at the end."""
     packed_ends = t.packed_documents(lambda *_: None).mask
-    assert packed_ends(t.document_numbers(packed(), BOS)).tolist() == [0, 9, 21, 32, 48] + [64] * 60
+    assert packed_ends(t.document_numbers(packed(), BOS)).tolist() == [0, 9, 21, 32, 48] + [64] * 62
     every = torch.full((2, 32), BOS)
-    assert packed_ends(t.document_numbers(every, BOS)).tolist() == [*range(65)]
+    assert packed_ends(t.document_numbers(every, BOS)).tolist() == [*range(65), 64, 64]
 
     whole = torch.compile(lambda ids: packed_ends(t.document_numbers(ids, BOS)), backend="eager", fullgraph=True)
     assert torch.equal(whole(packed()), packed_ends(t.document_numbers(packed(), BOS)))
