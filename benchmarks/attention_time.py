@@ -4,9 +4,9 @@
 
 Queries and keys are normalized random rows, as the model hands them over, in the compute type. `copies`: every query
 head has keys and values of its own; what a back end then saves is what it pays for adding up the gradients of shared
-ones (FlashAttention 4 does so in float32). With DOC_ATTENTION=1 attention stays within the documents of the first validation
-tokens (DATA_PATH), and making the mask is not timed. Medians of device time after three untimed calls. A back end that is
-not installed or wrong is a line with the reason.
+ones (FlashAttention 4 does so in float32). With DOC_ATTENTION=1 attention stays within the documents of the first
+validation tokens (DATA_PATH), and making the mask is not timed. Medians of device time after three untimed calls. A
+back end that is not installed or wrong is a line with the reason.
 """
 
 import argparse

@@ -45,7 +45,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -404,25 +404,34 @@ def next_row(given: argparse.Namespace, running: list[Running]) -> Row:
     return row
 
 
+def rows_as_they_end(
+    given: argparse.Namespace, waiting: list[Job], rows: Sequence[Row], turn: Mapping[str, str]
+) -> Iterator[Row]:
+    """Run what is waiting while the time allows, judged by the longest of `rows`, which grow meanwhile."""
+    running, begin = [], time.perf_counter()
+    while running or waiting:
+        longest = max((row["wall_s"] for row in rows), default=0.0)
+        late = given.limit_s and time.perf_counter() - begin + longest > given.limit_s
+        if waiting and not late and len(running) <= given.ahead:
+            running.append(Running.start(given, waiting.pop(0), turn))
+        elif running:
+            yield next_row(given, running)
+        else:
+            return
+
+
 def run_all(given: argparse.Namespace, jobs: Sequence[Job]) -> list[Row]:
     """Run what is not done yet while the time allows, with a table after every run; returns the rows."""
-    done, begin, running = read_done(given.out), time.perf_counter(), []
+    done = read_done(given.out)
     rows = [done[job.key] for job in jobs if job.key in done]
     waiting = [job for job in jobs if job.key not in done]
     print(f"{len(rows)} runs finished before, {len(waiting)} to do", flush=True)
     with tempfile.NamedTemporaryFile(suffix=".turn") as lock:
         turn = {"MINITRACK_TURN": os.environ.get("MINITRACK_TURN", lock.name)} if given.ahead else {}
-        while running or waiting:
-            longest = max((row["wall_s"] for row in rows), default=0.0)
-            late = given.limit_s and time.perf_counter() - begin + longest > given.limit_s
-            if waiting and not late and len(running) <= given.ahead:
-                running.append(Running.start(given, waiting.pop(0), turn))
-            elif running:
-                rows.append(next_row(given, running))
-                if running or waiting:
-                    print(table(given, rows), flush=True)
-            else:
-                break
+        for row in rows_as_they_end(given, waiting, rows, turn):
+            rows.append(row)
+            if len(rows) < len(jobs):
+                print(table(given, rows), flush=True)
     print(f"\nvariants:\n{described(jobs)}")
     print(table(given, rows))
     for job in waiting:

@@ -2,10 +2,10 @@
 
     MINITRACK_TURN=/tmp/gpu0.turn python benchmarks/in_turn.py      # other variables as for train_gpt.py
 
-The run waits for the lock MINITRACK_TURN when its warm-up has ended (or, with EXPORT_ONLY, before it loads the weights) and
-holds it until its artifact is made; where a sliding window is to be scored, until it ends. So the 40 to 120 s until a run's clock starts
-cost the GPU nothing, and the clock runs on a GPU that only another run's compilation disturbs. `warmup` in the ledger
-includes the wait. EVAL_ONLY takes no turn.
+The run waits for the lock MINITRACK_TURN when its warm-up has ended (with EXPORT_ONLY, before it loads the weights) and
+holds it until its artifact is made; where a sliding window is to be scored, until it ends. So the 40 to 120 s until a
+run's clock starts cost the GPU nothing, and the clock runs on a GPU that only another run's compilation disturbs.
+`warmup` in the ledger includes the wait. EVAL_ONLY takes no turn.
 """
 
 import fcntl
