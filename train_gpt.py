@@ -148,7 +148,7 @@ class Config:
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
     qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0.01)
-    doc_attention: bool = opt(False, "attention that does not cross documents (not by cudnn and flash)")
+    doc_attention: bool = opt(False, "attention that does not cross documents (not with ATTN_BACKEND=cudnn)")
     xsa_last_n: int = opt(11, "last layers with exclusive self-attention", low=0)
     ln_scale: bool = opt(True, "scale normalized inputs of layer i by 1/sqrt(i+1)")
     tie_embeddings: bool = opt(True, "use the token embedding as the output head")
@@ -1154,6 +1154,17 @@ def varied_flash_package(module: str) -> VariedAttend:
     return lambda q, k, v, ends, longest: attend(q, k, v, ends, ends, longest, longest, causal=True)
 
 
+def varied_flash() -> VariedAttend:
+    """The FlashAttention 2 that PyTorch brings along; it shares no keys and values among heads in torch 2.11."""
+    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+    def unshared(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
+        k, v = (x if x.shape == q.shape else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return attend(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+
+    return unshared
+
+
 def most_documents(tokens: int) -> int:
     """How many documents of a batch are told apart: half as many again as FineWeb has at 8,192 pieces. Every sequence
     that a kernel must be prepared for costs it time, and their number may not depend on the batch."""
@@ -1183,6 +1194,7 @@ DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {  # in order o
     "fa3": lambda: packed_documents(varied_flash_package("flash_attn_interface")),
     "fa4": lambda: packed_documents(flash_attention_4()),
     "fa2": lambda: packed_documents(varied_flash_package("flash_attn")),
+    "flash": lambda: packed_documents(varied_flash()),
     "flex": flex_documents,
     "math": math_documents,
 }

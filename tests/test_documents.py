@@ -112,11 +112,21 @@ def flash_4_backward(
         return other.submit(differentiate).result()
 
 
-@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
+def bundled_flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, ends_k: torch.Tensor, longest: int,
+    longest_k: int, *, window_size: tuple[int, int],
+) -> torch.Tensor:  # fmt: skip
+    """In place of `varlen_attn`, which in torch 2.11 takes equal numbers of heads only."""
+    assert q.shape == k.shape == v.shape and window_size == (-1, 0)
+    return flash_2(q, k, v, ends, ends_k, longest, longest_k, causal=True)
+
+
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4", "flash"])
 def test_packages_get_documents_end_to_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients of the plain definition; FlashAttention 4's operator still serves rows as a whole too."""
     for module in ("flash_attn", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_varlen_func=flash_2))
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=bundled_flash))
     kernels = SimpleNamespace(_flash_attn_fwd=flash_4_forward, _flash_attn_bwd=flash_4_backward)
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", kernels)
     monkeypatch.setattr(t, "OPERATORS", "pgolf_test")
@@ -154,9 +164,11 @@ def test_documents_beyond_the_most_are_not_told_apart(monkeypatch: pytest.Monkey
     torch.testing.assert_close(logits(model, ids), got, rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has a backward pass on CUDA only")
-def test_flex_attention_and_its_gradients_on_the_gpu() -> None:
-    assert t.probe_document_attention(t.flex_documents(), tiny_config(MODEL_DIM=256), torch.device("cuda")) < 2e-2
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels, and the backward pass of flex, are for CUDA only")
+@pytest.mark.parametrize("name", ["flash", "flex"])
+def test_values_and_gradients_on_the_gpu(name: str) -> None:
+    attention = t.DOCUMENT_ATTENTION[name]()
+    assert t.probe_document_attention(attention, tiny_config(MODEL_DIM=256), torch.device("cuda")) < 2e-2
 
 
 def test_the_probe_finds_a_mask_that_leaks() -> None:
