@@ -1057,23 +1057,23 @@ def flash_attention_4() -> Attend:
     """FlashAttention 4 (package flash-attn-4) as a custom operator: it is JIT-compiled Python that
     torch.compile cannot trace, and without an operator round it every layer would break the graph.
 
-    With `ends` and `longest` it takes tensors (N, H, D) and is the `VariedAttend` of `packed_documents`.
+    With cumulated lengths `cu` and `longest` it takes tensors (N, H, D) and is a `VarlenAttend`.
     """
     kernels = importlib.import_module("flash_attn.cute.interface")
 
     @torch.library.custom_op(f"{OPERATORS}::fa4", mutates_args=())
-    def forward(q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int | None) -> tuple[Tensor, Tensor]:
-        return kernels._flash_attn_fwd(q, k, v, **lengths(ends, longest), return_lse=True)[:2]
+    def forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int | None) -> tuple[Tensor, Tensor]:
+        return kernels._flash_attn_fwd(q, k, v, **lengths(cu, longest), return_lse=True)[:2]
 
     @torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
     def backward(
-        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, y: Tensor, lse: Tensor, longest: int | None
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, y: Tensor, lse: Tensor, longest: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return kernels._flash_attn_bwd(q, k, v, y, dy.contiguous(), lse, **lengths(ends, longest))[:3]
+        return kernels._flash_attn_bwd(q, k, v, y, dy.contiguous(), lse, **lengths(cu, longest))[:3]
 
-    def lengths(ends: Tensor | None, longest: int | None) -> dict[str, Any]:
+    def lengths(cu: Tensor | None, longest: int | None) -> dict[str, Any]:
         names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-        return {"causal": True, **dict(zip(names, (ends, ends, longest, longest), strict=True))}
+        return {"causal": True, **dict(zip(names, (cu, cu, longest, longest), strict=True))}
 
     @forward.register_fake
     def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -1091,7 +1091,7 @@ def flash_attention_4() -> Attend:
         return *backward(dy, *ctx.saved_tensors, ctx.longest), None, None
 
     forward.register_autograd(differentiate, setup_context=save)
-    return lambda q, k, v, ends=None, longest=None: forward(q, k, v, ends, longest)[0]
+    return lambda q, k, v, cu=None, longest=None: forward(q, k, v, cu, longest)[0]
 
 
 ATTENTION: dict[str, Callable[[], Attend]] = {  # in order of preference on Hopper GPUs
@@ -1145,22 +1145,23 @@ def flex_documents() -> DocumentAttention:
     return DocumentAttention(mask, attend)
 
 
-VariedAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]  # q (N,H,D), k, v, ends, longest -> y (N,H,D)
+# q (N,H,D), k and v (N,KV,D), cu_seqlens (sequences + 1,) int32, length of the longest that may come -> y (N,H,D)
+VarlenAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
-def varied_flash_package(module: str) -> VariedAttend:
+def varlen_flash_package(module: str) -> VarlenAttend:
     """`flash_attn_varlen_func` of an installed FlashAttention package."""
     attend = importlib.import_module(module).flash_attn_varlen_func
-    return lambda q, k, v, ends, longest: attend(q, k, v, ends, ends, longest, longest, causal=True)
+    return lambda q, k, v, cu, longest: attend(q, k, v, cu, cu, longest, longest, causal=True)
 
 
-def varied_flash() -> VariedAttend:
+def varlen_flash() -> VarlenAttend:
     """The FlashAttention 2 that PyTorch brings along; it shares no keys and values among heads in torch 2.11."""
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
 
-    def unshared(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
+    def unshared(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         k, v = (x if x.shape == q.shape else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return attend(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+        return attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
 
     return unshared
 
@@ -1171,7 +1172,7 @@ def most_documents(tokens: int) -> int:
     return max(64, tokens // 512)
 
 
-def packed_documents(attend: VariedAttend) -> DocumentAttention:
+def varlen_documents(attend: VarlenAttend) -> DocumentAttention:
     """FlashAttention over sequences of varied length, end to end: nothing is computed that would be masked."""
 
     def mask(documents: Tensor) -> Tensor:
@@ -1180,21 +1181,21 @@ def packed_documents(attend: VariedAttend) -> DocumentAttention:
         begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
         places = torch.arange(count, dtype=torch.int32, device=documents.device)
         slots = torch.where(begins, begins.cumsum(0) - 1, most)
-        ends = places.new_full((most + 1,), count).scatter(0, slots, places)
-        return F.pad(ends[:most], (0, 1), value=count)
+        cu_seqlens = places.new_full((most + 1,), count).scatter(0, slots, places)
+        return F.pad(cu_seqlens[:most], (0, 1), value=count)
 
-    def attend_rows(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
-        y = attend(*(tensor.flatten(0, 1) for tensor in (q, k, v)), ends, q.shape[1])
+    def attend_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        y = attend(*(tensor.flatten(0, 1) for tensor in (q, k, v)), cu_seqlens, q.shape[1])
         return y.unflatten(0, q.shape[:2])
 
     return DocumentAttention(mask, attend_rows)
 
 
 DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {  # in order of preference on Hopper GPUs
-    "fa3": lambda: packed_documents(varied_flash_package("flash_attn_interface")),
-    "fa4": lambda: packed_documents(flash_attention_4()),
-    "fa2": lambda: packed_documents(varied_flash_package("flash_attn")),
-    "flash": lambda: packed_documents(varied_flash()),
+    "fa3": lambda: varlen_documents(varlen_flash_package("flash_attn_interface")),
+    "fa4": lambda: varlen_documents(flash_attention_4()),
+    "fa2": lambda: varlen_documents(varlen_flash_package("flash_attn")),
+    "flash": lambda: varlen_documents(varlen_flash()),
     "flex": flex_documents,
     "math": math_documents,
 }

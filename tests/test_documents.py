@@ -140,7 +140,7 @@ def test_packages_get_documents_end_to_end(name: str, monkeypatch: pytest.Monkey
 
 def test_sequences_begin_with_rows_and_documents() -> None:
     """As many entries as any batch of this size can need; what is left over are empty sequences at the end."""
-    packed_ends = t.packed_documents(lambda *_: None).mask
+    packed_ends = t.varlen_documents(lambda *_: None).mask
     assert packed_ends(t.document_numbers(packed(), BOS)).tolist() == [0, 9, 21, 32, 48] + [64] * 62
     every = torch.full((2, 32), BOS)
     assert packed_ends(t.document_numbers(every, BOS)).tolist() == [*range(65), 64, 64]
@@ -154,13 +154,13 @@ def test_documents_beyond_the_most_are_not_told_apart(monkeypatch: pytest.Monkey
     monkeypatch.setattr(t, "most_documents", lambda tokens: 4)
     numbers = t.document_numbers(packed(), BOS)
     assert numbers[0].tolist() == [1] * 9 + [2] * 12 + [3] * 11 and numbers[1].tolist() == [1] * 32
-    assert t.packed_documents(lambda *_: None).mask(numbers).tolist() == [0, 9, 21, 32, 64, 64, 64]
+    assert t.varlen_documents(lambda *_: None).mask(numbers).tolist() == [0, 9, 21, 32, 64, 64, 64]
     ids, model = packed(), document_model()
     merged = ids.clone()
     merged[1, 16] = 5
     assert torch.equal(t.document_numbers(merged, BOS), numbers)
     got = logits(model, ids)
-    model.attend = t.packed_documents(lambda q, k, v, ends, _: attention_of_parts(q, k, v, ends))
+    model.attend = t.varlen_documents(lambda q, k, v, ends, _: attention_of_parts(q, k, v, ends))
     torch.testing.assert_close(logits(model, ids), got, rtol=0, atol=1e-5)
 
 
