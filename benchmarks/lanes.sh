@@ -3,7 +3,8 @@
 #
 #   bash benchmarks/lanes.sh start PLAN      # copies the checkout to $LANES, begins, and returns at once
 #   bash benchmarks/lanes.sh add PLAN        # more lines, for lanes that have not ended
-#   bash benchmarks/lanes.sh wait SECONDS    # at most, for all to end; prints what did; all logs to $OUT/lanes.tgz
+#   bash benchmarks/lanes.sh wait SECONDS    # at most, for all to end; prints what did, and the last line of what goes on;
+#                                            # all logs to $OUT/lanes.tgz
 #
 # A line of PLAN is a lane, the job's name and the words of session.sh. A lane is a GPU, 0 or 1, or a second list for it, 0b
 # or 1b: their runs compile beside each other and train in turn (in_turn.py). `both` runs alone, after every line above it:
@@ -61,6 +62,9 @@ case $1 in
     cat "$LANES/log"
     for name in $(tail -n +$((seen + 1)) "$LANES/log" | sed -n 's/.*: end \(.*\), status.*/\1/p'); do
       echo "=== $name" && tail -n 40 "$LANES/out/$name/console.txt" | cut -c1-330
+    done
+    for out in "$LANES"/out/*; do
+      if [[ ! -e $LANES/done/${out##*/} ]]; then echo "... ${out##*/}: $(tail -n 1 "$out/console.txt" | cut -c1-200)"; fi
     done
     mkdir -p "${OUT:=logs}" && tar c -C "$LANES" log out | gzip > "$OUT/lanes.tgz" ;;
 esac

@@ -209,17 +209,20 @@ def test_lanes_run_jobs_on_each_gpu_and_some_on_both(tmp_path_factory: pytest.Te
     session.write("more", "1b g sh printenv CUDA_VISIBLE_DEVICES MINITRACK_TURN\n1b h minitrack RUN_ID=h\n")
     env = {**os.environ, "PATH": f"{session.repo}/bin:{os.environ['PATH']}", "LANES": str(session.out / "lanes"),
            "MINITRACK_CACHE": str(session.cache), "OUT": str(session.out)}  # fmt: skip
-    for words in (("start", "plan"), ("add", "more"), ("wait", "30")):
+    printed = ""
+    for words in (("start", "plan"), ("add", "more"), ("wait", "1"), ("wait", "30")):
         done = subprocess.run(["bash", "benchmarks/lanes.sh", *words], cwd=session.repo, env=env, capture_output=True,
                               text=True, timeout=40, check=True)  # fmt: skip
+        printed += done.stdout
     log = [line.split(" s: ")[1] for line in (session.out / "lanes/log").read_text().splitlines()]
     assert "end a, status 3" in log and log.index("end b, status 0") < log.index("begin c")
     assert log.index("end c, status 0") < min(log.index("begin d"), log.index("begin e"))
     said = {name: (session.out / f"lanes/out/{name}/console.txt").read_text().strip() for name in "acdegh"}
     assert re.search(r" 0: -m benchmarks.compare .* a name X=1 -- b$", said["a"]) and said["c"] == "0,1"
     assert said["d"] == f"{session.out}/lanes/checkout {session.cache}/datasets/fineweb10B_sp1024 {session.out}/lanes/out/d"
-    assert said["e"].startswith("MUON_MOMENTUM_WARMUP_STEPS=600 ") and "=== c\n0,1\n" in done.stdout
+    assert said["e"].startswith("MUON_MOMENTUM_WARMUP_STEPS=600 ") and "=== c\n0,1\n" in printed
     assert said["g"].split() == ["1", f"{session.out}/lanes/turn1"] and said["h"].startswith("ran benchmarks/in_turn.py h")
+    assert "\n... b: \n" in printed and "..." not in done.stdout, "what goes on, and at the end nothing does"
     assert (session.out / "lanes.tgz").stat().st_size > 100
 
 
