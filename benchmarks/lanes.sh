@@ -59,9 +59,9 @@ case $1 in
   wait)
     seen=$(cat "$LANES/seen" 2> /dev/null || echo 0)  # lines of the log that the call before this one showed
     until ((SECONDS >= $2)) || (($(grep -c "has nothing left" "$LANES/log") == $(wc -l < "$LANES/lanes"))); do sleep 0.5; done
-    cat "$LANES/log"
-    wc -l < "$LANES/log" > "$LANES/seen"
-    for name in $(head -n "$(cat "$LANES/seen")" "$LANES/log" | tail -n +$((seen + 1)) | sed -n 's/.*: end \(.*\), status.*/\1/p'); do
+    log=$(cat "$LANES/log")
+    echo "$log" && echo "$log" | wc -l > "$LANES/seen"
+    for name in $(echo "$log" | tail -n +$((seen + 1)) | sed -n 's/.*: end \(.*\), status.*/\1/p'); do
       echo "=== $name" && tail -n 40 "$LANES/out/$name/console.txt" | cut -c1-330
     done
     for out in "$LANES"/out/*; do

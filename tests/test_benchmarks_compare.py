@@ -203,7 +203,7 @@ def test_lanes_run_jobs_on_each_gpu_and_some_on_both(tmp_path_factory: pytest.Te
     session.run("unpack")
     (session.cache / "datasets/fineweb10B_sp1024").mkdir(parents=True)
     (session.cache / "datasets/fineweb10B_sp1024/.complete").touch()
-    plan = ["# comment", "0 a compare 'a name' X=1 -- b", "1 b sh sleep 1", "both c sh printenv CUDA_VISIBLE_DEVICES",
+    plan = ["# comment", "0 a compare 'a name' X=1 -- b", "1 b sh sleep 3", "both c sh printenv CUDA_VISIBLE_DEVICES",
             "1 d corpus sh bash -c 'echo $PWD $DATA_PATH $OUT'", "0 e sh echo $RUN", "1b f sh sleep 3"]  # fmt: skip
     session.write("plan", "\n".join(plan) + "\n")
     session.write("more", "1b g sh printenv CUDA_VISIBLE_DEVICES MINITRACK_TURN\n1b h minitrack RUN_ID=h\n")
