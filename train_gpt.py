@@ -462,7 +462,7 @@ def model_rules(cfg: Config) -> Rules:
         (head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={head_dim} is odd: rotary embedding needs pairs"),
         (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"ROPE_DIMS={cfg.rope_dims}: even, at most {head_dim}"),
         (cfg.hidden_dim > 0, f"MLP_HIDDEN={cfg.mlp_hidden} and MLP_MULT={cfg.mlp_mult} give an MLP of width 0"),
-        (cfg.attn_backend in ("auto", *(DOCUMENT_ATTENTION if cfg.doc_attention else ATTENTION)),
+        (cfg.attn_backend in ("auto", *attention_back_ends(cfg).makers),
          f"ATTN_BACKEND={cfg.attn_backend}: not with DOC_ATTENTION={cfg.doc_attention:d}; leave it at auto"),
         (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
         (ve_fits or not cfg.ve_enabled,
@@ -1413,6 +1413,10 @@ DOCUMENT_BACK_ENDS = BackEnds("ATTN_BACKEND", DOCUMENT_ATTENTION, ("math",), pro
 LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), probe_layer)
 
 
+def attention_back_ends(cfg: Config) -> BackEnds:
+    return DOCUMENT_BACK_ENDS if cfg.doc_attention else ATTENTION_BACK_ENDS
+
+
 BACK_END_FAULTS = (
     ImportError, AttributeError, AssertionError, TypeError, ValueError, OSError, RuntimeError, TritonError,
 )
@@ -1817,7 +1821,7 @@ def compiled(cfg: Config, function: Callable) -> Callable:
 
 def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
     """The model of `cfg` on this rank's device, with its parameter count in the log."""
-    attend = choose_back_end(run, DOCUMENT_BACK_ENDS if cfg.doc_attention else ATTENTION_BACK_ENDS, cfg.attn_backend)
+    attend = choose_back_end(run, attention_back_ends(cfg), cfg.attn_backend)
     parts = choose_back_end(run, LAYER_BACK_ENDS, cfg.layer_backend)
     model = GPT(cfg, bos_id, attend, run.ranks.device, parts)
     sizes = {name.split(".")[1]: p.numel() for name, p in model.named_parameters()}

@@ -67,7 +67,7 @@ def within_documents(attention: t.DocumentAttention, cfg: t.Config, qkv: list[Te
 
 def back_end_rows(name: str, cfg: t.Config, given: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
     """A line of one back end for every length and way of sharing."""
-    ends = t.DOCUMENT_BACK_ENDS if cfg.doc_attention else t.ATTENTION_BACK_ENDS
+    ends = t.attention_back_ends(cfg)
     attention = ends.makers[name]()
     if (error := ends.probe(attention, cfg, device)) > 2e-2:
         raise RuntimeError(f"wrong by {error:.1e}")
@@ -81,7 +81,7 @@ def back_end_rows(name: str, cfg: t.Config, given: argparse.Namespace, device: t
 
 def rows(cfg: t.Config, given: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
     """The lines of all back ends, or why there are none."""
-    for name in t.DOCUMENT_ATTENTION if cfg.doc_attention else t.ATTENTION:
+    for name in t.attention_back_ends(cfg).makers:
         try:
             yield from back_end_rows(name, cfg, given, device)
         except t.BACK_END_FAULTS as problem:

@@ -64,7 +64,7 @@ case $name in
   sh) exec "$@" ;;
   minitrack)
     if [[ ${MINITRACK_TURN:-} ]]; then script=benchmarks/in_turn.py; else script=train_gpt.py; fi
-    RUN_ID=$id bash "$bench/minitrack/run.sh" "$script" "$@" RUN_ID="$id" 2>&1 | tee "$out/minitrack.txt"
+    RUN_ID=$id bash "$bench/minitrack/run.sh" "$script" "$@" 2>&1 | tee "$out/minitrack.txt"
     cp "$MINITRACK_CACHE/runs/$id/logs/$id"*.{txt,jsonl} "$out/" && exit ;; # EVAL_ONLY and EXPORT_ONLY add a word
   compare)
     if [[ -e $kept ]]; then cp "$kept" "$out/rows.jsonl"; fi

@@ -113,7 +113,7 @@ def chosen(run: train_gpt.Runtime, variable: str) -> str:
 
 def back_ends(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
     """Which attention and which layer kernels the run would take, and why no better one."""
-    chains = {"attention": (t.ATTENTION_BACK_ENDS, run.cfg.attn_backend),
+    chains = {"attention": (t.attention_back_ends(run.cfg), run.cfg.attn_backend),
               "layer": (t.LAYER_BACK_ENDS, run.cfg.layer_backend)}  # fmt: skip
     for name, (ends, asked) in chains.items():
         try:

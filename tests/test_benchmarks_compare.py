@@ -229,12 +229,13 @@ def test_lanes_run_jobs_on_each_gpu_and_some_on_both(tmp_path_factory: pytest.Te
 def test_the_plan_of_the_next_session_is_valid() -> None:
     """Its settings are accepted; what one job leaves has the name under which another looks for it."""
     folder = Path(compare.__file__).parent
-    plan, lanes = ("".join((folder / name).read_text() for name in ("session.plan", "finals.plan")), (folder / "lanes.sh").read_text())
-    plan = plan.replace("$PWD", str(compare.ROOT))
+    plan = "".join((folder / name).read_text() for name in ("session.plan", "finals.plan"))
+    plan, lanes = plan.replace("$PWD", str(compare.ROOT)), (folder / "lanes.sh").read_text()
     for name, value in re.findall(r'^(RUN|SHORT)="(.+?)"$', lanes, re.MULTILINE | re.DOTALL):
         plan = plan.replace(f"${name} ", value.replace("\\\n", "") + " ")
     lines = [shlex.split(line.replace(" corpus ", " ")) for line in plan.splitlines() if line[0] != "#"]
-    assert all(line[0] in ("0", "0b", "1", "1b", "both") for line in lines) and "$RUN" not in plan and "$SHORT" not in plan
+    assert all(line[0] in ("0", "0b", "1", "1b", "both") for line in lines)
+    assert "$RUN" not in plan and "$SHORT" not in plan
     for _, name, kind, *words in lines:
         assert kind != "compare" or compare.main(["--dry-run", *words]) == 0
         settings = dict(word.split("=", 1) for word in words if "=" in word and kind != "sh")
@@ -378,7 +379,8 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch, started: list[str], ended: common
 
     def start(env: dict[str, str], ranks: int) -> Process:
         Path("logs").mkdir(exist_ok=True)
-        common.logged(env["RUN_ID"], ".jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS * (not ended.status)))
+        lines = [json.dumps(event) + "\n" for event in EVENTS if not ended.status]
+        common.logged(env["RUN_ID"], ".jsonl").write_text("".join(lines))
         started.append(env["RUN_ID"])
         return Process()
 

@@ -941,6 +941,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     assert 0 < int(found[1]) < 99999 and 1 <= float(found[2]) < 60, "the reserve is at least a second"
     assert main([*limited[:-1], "MAX_WALLCLOCK_SECONDS=0.1"]) == 1
     assert "nothing is left to train" in capsys.readouterr().out
+    assert main(["doctor", "--", "DOC_ATTENTION=1"]) == 0 and "pass attention: math " in capsys.readouterr().out
     assert main(["doctor", "--", "MODEL_DIM=33"]) == 1 and "MODEL_DIM=33 is not divisible" in capsys.readouterr().out
     assert main(["doctor", "--", "DATA_PATH=nowhere"]) == 1 and "DATA_PATH=" in capsys.readouterr().out
     assert main(["doctor", "--", "nonsense"]) == 1 and "KEY=value" in capsys.readouterr().err
