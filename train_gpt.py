@@ -1072,8 +1072,7 @@ def flash_attention_4() -> Attend:
         return kernels._flash_attn_bwd(q, k, v, y, dy.contiguous(), lse, **lengths(cu, longest))[:3]
 
     def lengths(cu: Tensor | None, longest: int | None) -> dict[str, Any]:
-        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-        return {"causal": True, **dict(zip(names, (cu, cu, longest, longest), strict=True))}
+        return dict(causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
 
     @forward.register_fake
     def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
