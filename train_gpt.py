@@ -101,7 +101,7 @@ class Config:
     seed: int = opt(1337, "seed of initial weights and data order", low=0)
     device: str = opt("auto", "where to run (auto: cuda, else mps, else cpu)", choices="auto cuda mps cpu")
     compile: bool = opt(True, "torch.compile the model and the optimizer; 0 runs eagerly")
-    cuda_graph: bool = opt(True, "replay a phase's forward and backward pass as one CUDA graph")
+    cuda_graph: bool = opt(True, "replay a micro-step's forward and backward pass as one CUDA graph")
     attn_backend: str = opt("auto", "attention (auto: the best here)", choices="auto fa3 fa4 cudnn fa2 flash flex math")
     layer_backend: str = opt("auto", "the rest of a layer (auto: first that works)", choices="auto triton plain")
     eval_only: bool = opt(False, "score the artifact at ARTIFACT_PATH; needs no training data")
@@ -3106,14 +3106,17 @@ class StepGraph:
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # the loader's thread goes on
             self.loss = function(*self.batch)
         self.grads = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
 
     def replay(self, batch: list[Tensor]) -> Tensor:
-        """The function's value on `batch`; the parameters' gradients are those of this batch until the next replay."""
+        """Add the gradients of `batch` to the parameters'; returns the function's value, which the next one overwrites."""
         for mine, given in zip(self.batch, batch, strict=True):
             mine.copy_(given, non_blocking=True)
+        earlier = [p.grad.clone() if p.grad is not None else None for p in self.parameters]  # as a rule in our memory
         self.graph.replay()
-        for parameter, grad in zip(self.parameters, self.grads, strict=True):
-            parameter.grad = grad
+        for parameter, grad, added in zip(self.parameters, self.grads, earlier, strict=True):
+            parameter.grad = grad if added is None else grad.add_(added)
         return self.loss
 
 
@@ -3151,13 +3154,13 @@ class Trainer:
 
     @property
     def replays(self) -> bool:
-        """Whether steps are to be replayed: with several micro-steps, gradients add up, and the host has time."""
-        return self.run.cfg.cuda_graph and self.run.ranks.device.type == "cuda" and self.loader.shape.accum == 1
+        """Whether micro-steps are to be replayed."""
+        return self.run.cfg.cuda_graph and self.run.ranks.device.type == "cuda"
 
     def record(self, phase: Phase) -> None:
-        """From now on, steps of a phase replay a CUDA graph, once it has given the loss and gradients of a real step.
+        """From now on, micro-steps of a phase replay a CUDA graph, once it has given loss and gradients of a real one.
 
-        Where that fails, steps go on being launched one by one, with a warning; asked for by name it is an error.
+        Where that fails, they go on being launched one by one, with a warning; asked for by name it is an error.
         """
         if not self.replays:
             return

@@ -6,13 +6,14 @@
 #   bash benchmarks/lanes.sh wait SECONDS    # at most, for all to end; prints what did, and the last line of what goes on;
 #                                            # all logs to $OUT/lanes.tgz
 #
-# A line of PLAN is a lane, the job's name and the words of session.sh. A lane is a GPU, 0 or 1, or a second list for it, 0b
-# or 1b: their runs compile beside each other and train in turn (in_turn.py). `both` runs alone, after every line above it:
+# A line of PLAN is a lane, the job's name and the words of session.sh. A lane is a GPU, 0, 1, 2 ..., or a second list for it,
+# 0b, 1b ...: their runs compile beside each other and train in turn (in_turn.py). `all` has all GPUs that PLAN names at
+# `start`, and runs alone, after every line above it:
 #
 #   0 steps step_time --profile LAYER_BACKEND=triton -- LAYER_BACKEND=plain
 #   1 seed_42 corpus minitrack SEED=42
 #   1b seed_0 corpus minitrack SEED=0
-#   both scaling scaling --ranks 1 2 --windows 4096
+#   all scaling scaling --ranks 1 2 --windows 4096
 #
 # $RUN stands for the settings of a mini-track run of 240 s, $SHORT for those of 500 steps. A job is killed after 1200 s. An
 # idle machine goes back after 30 s: `wait` again at once.
@@ -31,14 +32,15 @@ run_job() { # GPUS NAME WORDS...
   touch "$LANES/done/$2" && note "end $2, status $rc"
 }
 
-run_lane() { # LANE: its lines and those for both, which the first lane runs
+run_lane() { # LANE: its lines and those for all, which the first lane runs
   cd "$LANES/checkout"
+  local gpus && gpus=$(tr -d b < "$LANES/lanes" | sort -nu | paste -sd,)
   local above=()
   while read -r lane name words; do
     if [[ -z $lane || $lane == \#* ]]; then continue; fi
-    if [[ $lane == both ]]; then
+    if [[ $lane == all ]]; then
       for job in "${above[@]}"; do until [[ -e $LANES/done/$job ]]; do sleep 0.2; done; done
-      if [[ $1 == $(head -n 1 "$LANES/lanes") ]]; then eval "run_job 0,1 $name $words"; fi
+      if [[ $1 == $(head -n 1 "$LANES/lanes") ]]; then eval "run_job $gpus $name $words"; fi
       until [[ -e $LANES/done/$name ]]; do sleep 0.2; done
     elif [[ $lane == "$1" ]]; then eval "run_job ${lane%b} $name $words"; fi
     above+=("$name")
@@ -49,7 +51,7 @@ run_lane() { # LANE: its lines and those for both, which the first lane runs
 case $1 in
   start)
     rm -rf "$LANES" && mkdir -p "$LANES"/{checkout,out,done} && date +%s > "$LANES/begun" && cp "$2" "$LANES/plan" && touch "$LANES/log"
-    awk 'NF && !/^#/ && $1 != "both" { print $1 }' "$2" | sort -u > "$LANES/lanes"
+    awk 'NF && !/^#/ && $1 != "all" { print $1 }' "$2" | sort -u > "$LANES/lanes"
     tar c --exclude=./.bench --exclude=./.fa4_? --exclude=./.venv --exclude=./.git . | tar x -C "$LANES/checkout"
     while read -r lane; do
       setsid bash "$LANES/checkout/benchmarks/lanes.sh" lane "$lane" > "$LANES/lane$lane.txt" 2>&1 < /dev/null &

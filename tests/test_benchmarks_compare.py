@@ -195,15 +195,15 @@ def test_session_prepares_data_and_continues(
     assert session.run("start_time", VOCAB_SIZE="2048").stdout.startswith(built)
 
 
-def test_lanes_run_jobs_on_each_gpu_and_some_on_both(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """In order, with a folder each; quoted words stay together; a failure is noted and stops nothing; `both` is alone.
+def test_lanes_run_jobs_on_each_gpu_and_some_on_all(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In order, with a folder each; quoted words stay together; a failure is noted and stops nothing; `all` is alone.
     A GPU's second lane goes on beside the first one, has its turn, and takes lines that are added."""
     session = Session(tmp_path_factory)
     session.write(".bench/minitrack/run.sh", RUN)
     session.run("unpack")
     (session.cache / "datasets/fineweb10B_sp1024").mkdir(parents=True)
     (session.cache / "datasets/fineweb10B_sp1024/.complete").touch()
-    plan = ["# comment", "0 a compare 'a name' X=1 -- b", "1 b sh sleep 3", "both c sh printenv CUDA_VISIBLE_DEVICES",
+    plan = ["# comment", "0 a compare 'a name' X=1 -- b", "1 b sh sleep 3", "all c sh printenv CUDA_VISIBLE_DEVICES",
             "1 d corpus sh bash -c 'echo $PWD $DATA_PATH $OUT'", "0 e sh echo $RUN", "1b f sh sleep 3"]  # fmt: skip
     session.write("plan", "\n".join(plan) + "\n")
     session.write("more", "1b g sh printenv CUDA_VISIBLE_DEVICES MINITRACK_TURN\n1b h minitrack RUN_ID=h\n")
@@ -234,7 +234,7 @@ def test_the_plan_of_the_next_session_is_valid() -> None:
     for name, value in re.findall(r'^(RUN|SHORT)="(.+?)"$', lanes, re.MULTILINE | re.DOTALL):
         plan = plan.replace(f"${name} ", value.replace("\\\n", "") + " ")
     lines = [shlex.split(line.replace(" corpus ", " ")) for line in plan.splitlines() if line[0] != "#"]
-    assert all(line[0] in ("0", "0b", "1", "1b", "both") for line in lines)
+    assert all(re.fullmatch("[0-3]b?|all", line[0]) for line in lines)
     assert "$RUN" not in plan and "$SHORT" not in plan
     for _, name, kind, *words in lines:
         assert kind != "compare" or compare.main(["--dry-run", *words]) == 0

@@ -55,10 +55,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return pools
 
 
-def losses_and_weights(run: t.Runtime, device: torch.device) -> list[torch.Tensor]:
+def losses_and_weights(run: t.Runtime, accum: int) -> list[torch.Tensor]:
     """Four steps through two phases, each of which is recorded after a first step as in warm-up."""
-    model = tiny_model(DEVICE=device.type)
-    trainer, phases = t.Trainer(run, model), [*t.phases(run.cfg).values()]
+    model = tiny_model(DEVICE=run.ranks.device.type)
+    trainer = t.Trainer(replace(run, cfg=replace(run.cfg, grad_accum_steps=accum)), model)
+    phases = [*t.phases(run.cfg).values()]
     before = trainer.state()
     for phase in phases:
         trainer.step(0, phase, 1.0, 0.9)
@@ -69,32 +70,32 @@ def losses_and_weights(run: t.Runtime, device: torch.device) -> list[torch.Tenso
     return [*losses, *(p.detach() for p in model.parameters())]
 
 
+@pytest.mark.parametrize("accum", [1, 4])
 def test_recorded_steps_equal_those_run_one_by_one(
-    run: t.Runtime, stand_in: list[Any], monkeypatch: pytest.MonkeyPatch
+    run: t.Runtime, stand_in: list[Any], monkeypatch: pytest.MonkeyPatch, accum: int
 ) -> None:
-    """Losses and weights bitwise, over a change of phase; both graphs share one pool of memory."""
-    plain = losses_and_weights(run, torch.device("cpu"))
+    """Losses and weights bitwise, over a change of phase and several micro-steps; both graphs share one pool of memory."""
+    plain = losses_and_weights(run, accum)
     assert not stand_in
     monkeypatch.setattr(t.Trainer, "replays", True)
-    recorded = losses_and_weights(run, torch.device("cpu"))
+    recorded = losses_and_weights(run, accum)
     assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
     assert stand_in == [None, "pool"]
 
 
-def test_only_one_micro_step_on_a_gpu_is_recorded(run: t.Runtime) -> None:
-    """CUDA_GRAPH=0, a CPU and accumulation leave the steps as they are."""
+def test_micro_steps_on_a_gpu_are_recorded(run: t.Runtime) -> None:
+    """CUDA_GRAPH=0 and a CPU leave the steps as they are."""
     trainer = t.Trainer(run, tiny_model())
     assert run.cfg.cuda_graph and not trainer.replays
 
     class Device:
         type = "cuda"
 
-    def replays(accum: int, **changes: Any) -> bool:
+    def replays(**changes: Any) -> bool:
         trainer.run = replace(run, cfg=replace(run.cfg, **changes), ranks=replace(run.ranks, device=Device()))
-        trainer.loader.shape = trainer.loader.shape._replace(accum=accum)
         return trainer.replays
 
-    assert replays(1) and not replays(2) and not replays(1, cuda_graph=False)
+    assert replays() and not replays(cuda_graph=False)
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -134,12 +135,13 @@ def test_a_step_that_cannot_be_recorded_is_launched_or_refused(
 
 
 @GPU
+@pytest.mark.parametrize("accum", [1, 4])
 def test_recorded_steps_equal_those_run_one_by_one_on_the_gpu(
-    in_tmp: Path, corpus: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    in_tmp: Path, corpus: dict[str, str], monkeypatch: pytest.MonkeyPatch, accum: int
 ) -> None:
     """The same with CUDA's graphs; kernels that add atomically leave rounding."""
     with t.Runtime.start(tiny_config(**corpus, DEVICE="cuda"), {}) as run:
-        recorded = losses_and_weights(run, run.ranks.device)
+        recorded = losses_and_weights(run, accum)
         monkeypatch.setattr(t.Trainer, "replays", False)
-        plain = losses_and_weights(run, run.ranks.device)
+        plain = losses_and_weights(run, accum)
     assert t.relative_error(recorded[:4], [loss.cpu().double() for loss in plain[:4]]) < 1e-3
