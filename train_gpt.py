@@ -3110,7 +3110,7 @@ class StepGraph:
             parameter.grad = None
 
     def replay(self, batch: list[Tensor]) -> Tensor:
-        """Add the gradients of `batch` to the parameters'; returns the function's value, which the next one overwrites."""
+        """Add the gradients of `batch` to the parameters'; returns the value, which the next call overwrites."""
         for mine, given in zip(self.batch, batch, strict=True):
             mine.copy_(given, non_blocking=True)
         earlier = [p.grad.clone() if p.grad is not None else None for p in self.parameters]  # as a rule in our memory
