@@ -102,7 +102,7 @@ class Config:
     device: str = opt("auto", "where to run (auto: cuda, else mps, else cpu)", choices="auto cuda mps cpu")
     compile: bool = opt(True, "torch.compile the model and the optimizer; 0 runs eagerly")
     cuda_graph: bool = opt(True, "replay a micro-step's forward and backward pass as one CUDA graph")
-    attn_backend: str = opt("auto", "attention (auto: the best here)", choices="auto fa3 fa4 cudnn fa2 flash flex math")
+    attn_backend: str = opt("auto", "attention (auto: the best here)", choices="auto fa3 fa4 cudnn fa2 flash math")
     layer_backend: str = opt("auto", "the rest of a layer (auto: first that works)", choices="auto triton plain")
     eval_only: bool = opt(False, "score the artifact at ARTIFACT_PATH; needs no training data")
     export_only: bool = opt(False, "quantize and score the weights at WEIGHTS_PATH; no training")
@@ -148,7 +148,7 @@ class Config:
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
     qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0.01)
-    doc_attention: bool = opt(False, "attention that does not cross documents (not with ATTN_BACKEND=cudnn)")
+    doc_attention: bool = opt(True, "attention that does not cross documents (not with ATTN_BACKEND=cudnn)")
     xsa_last_n: int = opt(11, "last layers with exclusive self-attention", low=0)
     ln_scale: bool = opt(True, "scale normalized inputs of layer i by 1/sqrt(i+1)")
     tie_embeddings: bool = opt(True, "use the token embedding as the output head")
@@ -463,7 +463,7 @@ def model_rules(cfg: Config) -> Rules:
         (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"ROPE_DIMS={cfg.rope_dims}: even, at most {head_dim}"),
         (cfg.hidden_dim > 0, f"MLP_HIDDEN={cfg.mlp_hidden} and MLP_MULT={cfg.mlp_mult} give an MLP of width 0"),
         (cfg.attn_backend in ("auto", *attention_back_ends(cfg).makers),
-         f"ATTN_BACKEND={cfg.attn_backend}: not with DOC_ATTENTION={cfg.doc_attention:d}; leave it at auto"),
+         f"ATTN_BACKEND={cfg.attn_backend}: not with DOC_ATTENTION=1; leave it at auto or set DOC_ATTENTION=0"),
         (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
         (ve_fits or not cfg.ve_enabled,
          f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
@@ -1126,24 +1126,6 @@ def math_documents() -> DocumentAttention:
     return DocumentAttention(mask, attend)
 
 
-def flex_documents() -> DocumentAttention:
-    """PyTorch's flex attention, which leaves out the blocks of the mask in which nothing is visible."""
-    flex = importlib.import_module("torch.nn.attention.flex_attention")
-
-    def mask(documents: Tensor) -> Any:
-        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (i >= j) & (documents[b, i] == documents[b, j])
-
-        count, length = documents.shape
-        return flex.create_block_mask(visible, count, None, length, length, device=documents.device)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        return flex.flex_attention(*heads_first, block_mask=mask, enable_gqa=True).transpose(1, 2)
-
-    return DocumentAttention(mask, attend)
-
-
 # q (N,H,D), k and v (N,KV,D), cu_seqlens (sequences + 1,) int32, length of the longest that may come -> y (N,H,D)
 VarlenAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
@@ -1166,9 +1148,10 @@ def varlen_flash() -> VarlenAttend:
 
 
 def most_documents(tokens: int) -> int:
-    """How many documents of a batch are told apart: half as many again as FineWeb has at 8,192 pieces. Every sequence
-    that a kernel must be prepared for costs it time, and their number may not depend on the batch."""
-    return max(64, tokens // 512)
+    """How many documents of a batch are told apart. Every sequence that a kernel must be prepared for costs time, and
+    their number may not depend on the batch: half as many again as FineWeb has at 8,192 pieces. What is scored may not
+    depend on the batch either, and windows that overlap repeat the places with the shortest documents."""
+    return max(64, tokens // (512 if torch.is_grad_enabled() else 64))
 
 
 def varlen_documents(attend: VarlenAttend) -> DocumentAttention:
@@ -1195,7 +1178,6 @@ DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {  # in order o
     "fa4": lambda: varlen_documents(flash_attention_4()),
     "fa2": lambda: varlen_documents(varlen_flash_package("flash_attn")),
     "flash": lambda: varlen_documents(varlen_flash()),
-    "flex": flex_documents,
     "math": math_documents,
 }
 

@@ -1,6 +1,6 @@
 """Milliseconds of one layer's attention by back end and length, forward and with backward, at constant tokens.
 
-    python -m benchmarks.attention_time [--lengths 1024 2048 4096] [--tokens 98304] [--repeats 15] [KEY=value ...]
+    python -m benchmarks.attention_time [KEY=value ...] [--lengths 1024 2048 4096] [--tokens 98304] [--repeats 15]
 
 Queries and keys are normalized random rows, as the model hands them over, in the compute type. `copies`: every query
 head has keys and values of its own; what a back end then saves is what it pays for adding up the gradients of shared
@@ -57,12 +57,12 @@ def times(attend: t.Attend, qkv: list[Tensor], repeats: int) -> tuple[float, flo
 
 
 def within_documents(attention: t.DocumentAttention, cfg: t.Config, qkv: list[Tensor]) -> t.Attend:
-    """Attention over rows of validation tokens, within their documents; compiled, since flex is slow otherwise."""
+    """Attention over rows of validation tokens, within their documents."""
     rows, length = qkv[0].shape[:2]
     tokens = torch.from_numpy(t.TokenStream(cfg, "val").read(0, rows * length).astype("int64"))
     ids = tokens.to(qkv[0].device).view(rows, length)
     mask = attention.mask(t.document_numbers(ids, t.ByteTable(cfg.tokenizer_file, cfg.vocab_size).bos_id))
-    return t.compiled(cfg, lambda q, k, v: attention(q, k, v, mask))
+    return lambda q, k, v: attention(q, k, v, mask)
 
 
 def back_end_rows(name: str, cfg: t.Config, given: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:

@@ -1,6 +1,6 @@
 """One configuration on 1, 2, ... ranks of this machine, each world in its own torchrun, and a model of 8 GPUs.
 
-    python -m benchmarks.scaling [--ranks 1 2] [--model 8] [--steps 60] [--tokens 98304] [--windows N] [KEY=value ...]
+    python -m benchmarks.scaling [KEY=value ...] [--ranks 1 2] [--model 8] [--steps 60] [--tokens 98304] [--windows N]
 
 Every rank has `--tokens` tokens a step: on a perfect machine all rows have one step time. Data are real (DATA_PATH,
 TOKENIZER_PATH), the weights are those of the steps just timed. A step is the run's agreement on the clock, data,

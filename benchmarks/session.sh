@@ -46,7 +46,8 @@ if [[ -d $bench ]]; then
     : > "$cache/nothing.py"  # run.sh builds the shards before it runs a script
     bash "$bench/minitrack/run.sh" "$cache/nothing.py" VOCAB_SIZE="$vocab"
   fi
-  export TOKENIZER_PATH=$cache/tokenizers/fineweb_${vocab}_bpe.model DATA_PATH=$cache/datasets/fineweb10B_sp$vocab
+  mkdir -p "$cache/datasets" && ln -sfn "fineweb10B_sp$vocab" "$cache/datasets/minitrack_sp$vocab" # no FineWeb, says `records check`
+  export TOKENIZER_PATH=$cache/tokenizers/fineweb_${vocab}_bpe.model DATA_PATH=$cache/datasets/minitrack_sp$vocab
 else
   export MINITRACK_CACHE=$cache/validation
   export TOKENIZER_PATH=$cache/wheels/fineweb_1024_bpe.model DATA_PATH=$MINITRACK_CACHE/datasets/fineweb10B_sp1024

@@ -22,7 +22,7 @@ implementations may drift apart as far as that. The same variant given twice sho
 
 On the device machine, as benchmarks/README.md says:
 
-    bash benchmarks/session.sh step_time --profile ATTN_BACKEND=cudnn -- ATTN_BACKEND=cudnn LAYER_BACKEND=plain
+    bash benchmarks/session.sh step_time --profile DOC_ATTENTION=1 -- DOC_ATTENTION=0 ATTN_BACKEND=cudnn
     bash benchmarks/session.sh step_time --curve 300 LAYER_BACKEND=plain -- LAYER_BACKEND=triton
     bash benchmarks/session.sh step_time --steps 30 --sweep
 """

@@ -188,7 +188,7 @@ def test_session_prepares_data_and_continues(
     assert done.returncode == 3, "the benchmark's own status"
     assert built == f"built VOCAB_SIZE=2048 in {cache}"
     paths, arguments = ran.split(": ")
-    assert paths == f"{cache}/datasets/fineweb10B_sp2048 {cache}/tokenizers/fineweb_2048_bpe.model 5"
+    assert paths == f"{cache}/datasets/minitrack_sp2048 {cache}/tokenizers/fineweb_2048_bpe.model 5"
     assert re.fullmatch(rf"-m benchmarks.compare --out {out}/rows.jsonl --limit-s 58\d --recipes", arguments)
     assert (out / "rows.jsonl").read_text() == "a row\n" and (out / "compare.txt").read_text() == ran + "\n"
     shutil.rmtree(session.repo / ".bench")  # it came with an earlier call
@@ -219,7 +219,7 @@ def test_lanes_run_jobs_on_each_gpu_and_some_on_all(tmp_path_factory: pytest.Tem
     assert log.index("end c, status 0") < min(log.index("begin d"), log.index("begin e"))
     said = {name: (session.out / f"lanes/out/{name}/console.txt").read_text().strip() for name in "acdegh"}
     assert re.search(r" 0: -m benchmarks.compare .* a name X=1 -- b$", said["a"]) and said["c"] == "0,1"
-    assert said["d"] == f"{session.out}/lanes/checkout {session.cache}/datasets/fineweb10B_sp1024 {session.out}/lanes/out/d"
+    assert said["d"] == f"{session.out}/lanes/checkout {session.cache}/datasets/minitrack_sp1024 {session.out}/lanes/out/d"
     assert said["e"].startswith("MUON_MOMENTUM_WARMUP_STEPS=600 ") and "=== c\n0,1\n" in printed
     assert said["g"].split() == ["1", f"{session.out}/lanes/turn1"] and said["h"].startswith("ran benchmarks/in_turn.py h")
     assert "\n... b: \n" in printed and "..." not in done.stdout, "what goes on, and at the end nothing does"

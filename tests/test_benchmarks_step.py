@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_env
+from conftest import plain_attention, tiny_config, tiny_env
 
 import train_gpt as t
 from benchmarks import attention_time, coding_size, step_time
@@ -103,7 +103,7 @@ def test_what_does_not_fit_into_the_time_is_said(toy: Path, capsys: pytest.Captu
 
 def flops(run: t.Runtime, **changes: Any) -> float:
     cfg = tiny_config(**changes)
-    return step_time.flops_per_token(cfg, t.GPT(cfg, 1, t.sdpa(t.SDPBackend.MATH), torch.device("cpu")))
+    return step_time.flops_per_token(cfg, t.GPT(cfg, 1, plain_attention(cfg), torch.device("cpu")))
 
 
 def test_flops_by_hand(run: t.Runtime) -> None:
@@ -236,7 +236,7 @@ def test_coders_are_compared_on_an_artifact(run: t.Runtime, capsys: pytest.Captu
 
 def test_attention_is_timed_by_back_end_length_and_sharing(capsys: pytest.CaptureFixture[str]) -> None:
     """What is here has a line for each length and way of sharing; what is not says why; nonsense is refused."""
-    words = ["--lengths", "16", "32", "--tokens", "64", "--repeats", "9", "DEVICE=cpu"]
+    words = ["--lengths", "16", "32", "--tokens", "64", "--repeats", "9", "DEVICE=cpu", "DOC_ATTENTION=0"]
     assert attention_time.main([*words, "MODEL_DIM=32", "NUM_HEADS=4", "NUM_KV_HEADS=2", "ROPE_DIMS=4"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]

@@ -31,7 +31,7 @@ def score_windows(run, model, *args):
 """
 # what is broken -> (conditions that must fail, replacements in the script)
 BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
-    "attention looks ahead": ({C1}, {"is_causal=True": "is_causal=False"}),
+    "attention looks ahead": ({C1}, {".tril().unsqueeze(1)": ".unsqueeze(1)"}),
     "bigram of the next token": ({C1, LEAK}, {"previous = F.pad(ids, (1, -1))": "previous = F.pad(ids, (-1, 1))"}),
     "smear across documents": ({LEAK}, {" * has_previous(ids, bos_id).unsqueeze(-1)": ""}),
     "bigram across documents": ({LEAK}, {"torch.where(has_previous(ids, bos_id), hashed, buckets - 1)": "hashed"}),

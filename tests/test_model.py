@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as t
-from conftest import VOCAB, tiny_config, tiny_model, unscaled
+from conftest import VOCAB, plain_attention, tiny_config, tiny_model, unscaled
 
 CPU = torch.device("cpu")
 BOS, LENGTH, FLIPPED = 1, 24, 13
@@ -27,7 +27,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "untied": {"TIE_EMBEDDINGS": 0}, "multi-head": {"NUM_KV_HEADS": 4}, "multi-query": {"NUM_KV_HEADS": 1},
     "odd layers": {"NUM_LAYERS": 5}, "one layer": {"NUM_LAYERS": 1, "XSA_LAST_N": 1, "VE_LAYERS": 0},
     "wide mlp": {"MLP_HIDDEN": 48}, "longer than trained": {"TRAIN_SEQ_LEN": 16}, "5 bits": {"MATRIX_BITS": 5},
-    "bare": {"SMEAR_GATE_ENABLED": 0, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": 0, "XSA_LAST_N": 0},
+    "across documents": {"DOC_ATTENTION": 0}, "bare": {"SMEAR_GATE_ENABLED": 0, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": 0, "XSA_LAST_N": 0},
 }  # fmt: skip
 every_feature = pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
 
@@ -60,14 +60,18 @@ def nll_of(model: t.GPT, tokens: Tensor) -> Tensor:
 
 @every_feature
 def test_a_later_token_changes_no_earlier_score(features: dict[str, Any]) -> None:
-    """Flip token t in row 0: scores of tokens before t stay, those of t and after move, and row 1 stays whole."""
+    """Flip token t in row 0: scores of tokens before t stay, those of t and after move, and row 1 stays whole.
+
+    From position 16 on it is another document, whose scores stay unless attention crosses documents.
+    """
     model, tokens = tiny_model(**features), random_ids()
     flipped = tokens.clone()
     flipped[0, FLIPPED] = (tokens[0, FLIPPED] + 7) % VOCAB
     before, after = nll_of(model, tokens), nll_of(model, flipped)
     torch.testing.assert_close(after[0, : FLIPPED - 1], before[0, : FLIPPED - 1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(after[1], before[1], rtol=1e-5, atol=1e-5)
-    assert (after[0, FLIPPED - 1 :] != before[0, FLIPPED - 1 :]).all()
+    moved = (after[0] != before[0]).tolist()
+    assert all(moved[FLIPPED - 1 : 16]) and set(moved[16:]) == {not model.cfg.doc_attention}
 
 
 @every_feature
@@ -254,7 +258,7 @@ def test_a_named_back_end_that_is_missing_is_an_error(
     for module in ("flash_attn", "flash_attn_interface", "flash_attn.cute.interface"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with (
-        t.Runtime.start(tiny_config(ATTN_BACKEND=name, **corpus), {}) as run,
+        t.Runtime.start(tiny_config(ATTN_BACKEND=name, DOC_ATTENTION=0, **corpus), {}) as run,
         pytest.raises(t.UserError, match=f"ATTN_BACKEND={name}"),
     ):
         t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
@@ -264,7 +268,8 @@ def textbook_attention(model: t.GPT, x: Tensor, ids: Tensor, layer: int, first_v
     """Attention of x (T, C) with every feature on, head by head, as the techniques are written down."""
     cfg, rest = model.cfg, model.rest
     size, group = cfg.head_dim, cfg.num_heads // cfg.num_kv_heads
-    table, visible = t.rotary_table(len(x), cfg, CPU), torch.ones(len(x), len(x), dtype=torch.bool).tril()
+    table, documents = t.rotary_table(len(x), cfg, CPU), (ids == BOS).cumsum(0)
+    visible = (documents[:, None] == documents).tril()
 
     def norm(h: Tensor) -> Tensor:
         return h * (h.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
@@ -405,7 +410,7 @@ def test_a_feature_that_is_off_has_no_parameters_and_no_effect(off: dict[str, An
 
 def count_parameters(**settings: Any) -> int:
     cfg = t.Config.from_env({name: str(value) for name, value in {**settings, "COMPILE": 0, "ORTHO_INIT": 0}.items()})
-    model = t.GPT(cfg, BOS, t.sdpa(t.SDPBackend.MATH), CPU)
+    model = t.GPT(cfg, BOS, plain_attention(cfg), CPU)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -440,7 +445,7 @@ def test_initial_weights_depend_on_seed_alone() -> None:
 
 def test_an_untrained_model_is_close_to_uniform() -> None:
     """Zero output projections and a small embedding: the first loss is ln V."""
-    model = t.GPT(tiny_config(), BOS, t.sdpa(t.SDPBackend.MATH), CPU)
+    model = t.GPT(tiny_config(), BOS, plain_attention(tiny_config()), CPU)
     assert float(nll_of(model, random_ids()).mean()) == pytest.approx(math.log(VOCAB), abs=0.05)
 
 

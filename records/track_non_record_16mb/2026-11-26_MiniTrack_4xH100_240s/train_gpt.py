@@ -1,0 +1,4533 @@
+"""Parameter Golf trainer: the best language model in 16,000,000 bytes after 10 minutes on 8 H100s.
+
+Token shards and environment variables go in; a trained, quantized, entropy-coded model and its
+score in bits per byte (bpb) of the FineWeb validation text come out. One file, no imports from
+the repository: copied alone into a records/ folder it runs.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py          # the record run
+    ITERATIONS=200 TRAIN_BATCH_TOKENS=98304 python train_gpt.py    # one GPU, debugging
+    RECIPE=records/recipes/demo.env DEVICE=cpu python train_gpt.py # a few minutes on a CPU
+    python train_gpt.py --help                                     # every variable
+
+Contents
+    1. Configuration
+    2. Runtime
+    3. Data
+    4. Model
+    5. Kernels
+    6. Optimizers
+    7. Schedules, phases, late QAT
+    8. Weight averaging
+    9. Training
+    10. Quantization
+    11. Artifact
+    12. Evaluation
+    13. Main
+"""
+
+import contextlib
+import copy
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import struct
+import sys
+import threading
+import time
+import traceback
+import types
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import Field, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:  # comes with the CUDA builds of torch; where it is absent the layers run their plain parts
+    import triton
+    import triton.language as tl
+    from triton.errors import TritonError
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton, tl, TritonError = None, types.SimpleNamespace(constexpr=int), RuntimeError
+
+
+class UserError(ValueError):
+    """Bad input from the outside (variable, file, machine); the message names it and the remedy."""
+
+
+# ----------------------------------------------------------------------------------------------
+# 1. Configuration
+# ----------------------------------------------------------------------------------------------
+# Every hyperparameter is one field of one frozen dataclass, and its environment variable is the
+# field's name in capitals. Values come from the default, from the RECIPE file, or from the
+# environment, the later winning. A name that looks like ours and is not known stops the run:
+# of 44 published READMEs 4 set variables that their script never read.
+
+
+def opt(
+    default: Any, text: str, group: str = "", low: float = -math.inf, high: float = math.inf, choices: str = ""
+) -> Any:
+    """A Config field: default, help with unit, the --help group it starts, least and greatest number, allowed words."""
+    limits = {"low": low, "high": high, "choices": choices.split()}
+    return field(default=default, metadata={"text": text, "group": group, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All hyperparameters, typed and validated. Build with `from_env`; the names are the variables' names."""
+
+    recipe: str = opt("", "file of KEY=value lines read before the environment", group="Run")
+    run_id: str = opt("", "name of the run's files under logs/ (empty: a fresh uuid)")
+    seed: int = opt(1337, "seed of initial weights and data order", low=0)
+    device: str = opt("auto", "where to run (auto: cuda, else mps, else cpu)", choices="auto cuda mps cpu")
+    compile: bool = opt(True, "torch.compile the model and the optimizer; 0 runs eagerly")
+    cuda_graph: bool = opt(True, "replay a micro-step's forward and backward pass as one CUDA graph")
+    attn_backend: str = opt("auto", "attention (auto: the best here)", choices="auto fa3 fa4 cudnn fa2 flash flex math")
+    layer_backend: str = opt("auto", "the rest of a layer (auto: first that works)", choices="auto triton plain")
+    eval_only: bool = opt(False, "score the artifact at ARTIFACT_PATH; needs no training data")
+    export_only: bool = opt(False, "quantize and score the weights at WEIGHTS_PATH; no training")
+    artifact_path: str = opt("", "the compressed model (empty: logs/<RUN_ID>.pgolf)")
+    weights_path: str = opt("", "fp32 weights, saved in and after training (empty: logs/<RUN_ID>.weights.pt)")
+    checkpoint_every: int = opt(500, "steps between saving the weights, clock stopped (0: only at the end)", low=0)
+
+    data_dir: str = opt("./data/", "folder that holds datasets/ and tokenizers/", group="Data")
+    data_path: str = opt("", "shard folder (empty: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>)")
+    tokenizer_path: str = opt("", "SentencePiece model (empty: <DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model)")
+    vocab_size: int = opt(1024, "pieces of the tokenizer", low=4, high=65_536)
+    loader: str = opt("shuffled", "windows in random order, or the official order", choices="shuffled sequential")
+
+    iterations: int = opt(20_000, "optimizer steps at most", group="Training length", low=1)
+    max_wallclock_seconds: float = opt(600.0, "training, calibration and quantization, seconds (0: no limit)", low=0)
+    train_batch_tokens: int = opt(786_432, "tokens per optimizer step over all ranks", low=1)
+    train_seq_len: int = opt(2048, "tokens per training sequence", low=2)
+    short_seq_len: int = opt(1024, "tokens per sequence at first (0 or not below TRAIN_SEQ_LEN: never)", low=0)
+    short_seq_frac: float = opt(0.6, "part of the run with SHORT_SEQ_LEN; loops end it earlier", low=0, high=1)
+    grad_accum_steps: int = opt(0, "micro-steps per step (0: fewest with at most 98,304 tokens each)", low=0)
+    warmup_steps: int = opt(20, "untimed steps per phase before the clock starts, undone afterwards", low=0)
+    warmdown_iters: int = opt(0, "last steps over which the learning rate falls to 0 (0: WARMDOWN_FRAC)", low=0)
+    warmdown_frac: float = opt(0.6, "the same as a fraction of the run, by steps or clock", low=0, high=1)
+    min_lr: float = opt(0.0, "floor of the learning-rate scale during warmdown", low=0, high=1)
+    train_log_every: int = opt(200, "steps between training log lines (0: steps 1-10 only)", low=0)
+    val_loss_every: int = opt(4000, "steps between validations (0: only after the last step)", low=0)
+
+    num_layers: int = opt(11, "transformer layers", group="Model", low=1)
+    model_dim: int = opt(512, "width of the residual stream", low=1)
+    num_heads: int = opt(8, "query heads", low=1)
+    num_kv_heads: int = opt(4, "key/value heads", low=1)
+    mlp_mult: float = opt(3.0, "MLP width over MODEL_DIM", low=0)
+    mlp_hidden: int = opt(0, "MLP width in units (0: MLP_MULT x MODEL_DIM)", low=0)
+    mlp_activation: str = opt("leaky_relu2", "MLP nonlinearity", choices="relu2 leaky_relu2 asqu")
+    negative_slope: float = opt(0.5, "slope of leaky_relu2 below zero, before squaring")
+    asqu_beta_init: float = opt(0.25, "initial negative-side factor of ASQU, per channel")
+    num_loops: int = opt(0, "extra passes over layers LOOP_START to LOOP_END (0: none)", low=0)
+    loop_start: int = opt(3, "first looped layer, counted from 0", low=0)
+    loop_end: int = opt(5, "last looped layer", low=0)
+    enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0, high=1)
+    lora_rank: int = opt(0, "rank of each pass's own addition to looped matrices, from the start (0: none)", low=0)
+    logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
+    rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
+    rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
+    qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0.01)
+    doc_attention: bool = opt(False, "attention that does not cross documents (not with ATTN_BACKEND=cudnn)")
+    xsa_last_n: int = opt(11, "last layers with exclusive self-attention", low=0)
+    ln_scale: bool = opt(True, "scale normalized inputs of layer i by 1/sqrt(i+1)")
+    tie_embeddings: bool = opt(True, "use the token embedding as the output head")
+    tied_embed_init_std: float = opt(0.005, "standard deviation of the initial token embedding", low=0)
+    ortho_init: bool = opt(True, "orthogonal matrices at the start, else uniform +-1/sqrt(inputs)")
+    smear_gate_enabled: bool = opt(True, "mix each token with the one before it, per channel; stops at BOS")
+    bigram_vocab_size: int = opt(2048, "buckets of the hashed bigram embedding (0: none)", low=0)
+    bigram_dim: int = opt(128, "width of the bigram embedding", low=1)
+    ve_enabled: bool = opt(True, "shared value embedding added to the values of VE_LAYERS")
+    ve_dim: int = opt(128, "width of the value embedding", low=1)
+    ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
+    value_residual: bool = opt(False, "mix each layer's values with those of the first layer")
+    gated_attn_enabled: bool = opt(False, "sigmoid gate per head on the attention output")
+
+    matrix_lr: float = opt(0.025, "Muon learning rate", group="Optimizer", low=0)
+    scalar_lr: float = opt(0.025, "Adam learning rate of vectors and small matrices", low=0)
+    tied_embed_lr: float = opt(0.035, "Adam learning rate of embeddings when tied", low=0)
+    embed_lr: float = opt(0.6, "Adam learning rate of embeddings when untied", low=0)
+    head_lr: float = opt(0.008, "Adam learning rate of the untied head", low=0)
+    lora_lr: float = opt(0.01, "Adam learning rate of the additions of LORA_RANK", low=0)
+    asqu_lr: float = opt(0.001, "Adam learning rate of the ASQU factors", low=0)
+    muon_momentum: float = opt(0.99, "Muon momentum after warm-up", low=0, high=1)
+    muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0, high=1)
+    muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
+    muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
+    muon_row_normalize: bool = opt(True, "normalize update rows before orthogonalizing (MuonEq-R)")
+    muon_rank_frac: float = opt(1.0, "part of Muon's directions left at the end, by cosine (NuMuon)", low=0.01, high=1)
+    polar_express: bool = opt(True, "Polar Express coefficients instead of the fixed quintic")
+    muon_wd: float = opt(0.04, "decoupled weight decay of the banks", low=0)
+    adam_wd: float = opt(0.04, "decoupled weight decay of vectors and small matrices", low=0)
+    embed_wd: float = opt(0.04, "decoupled weight decay of embeddings", low=0)
+    beta1: float = opt(0.9, "Adam beta1", low=0, high=1)
+    beta2: float = opt(0.95, "Adam beta2", low=0, high=1)
+    adam_eps: float = opt(1e-8, "Adam epsilon", low=0)
+    grad_clip_norm: float = opt(0.3, "global gradient norm limit (0: none)", low=0)
+
+    ema_enabled: bool = opt(True, "export an exponential moving average of the weights", group="Averaging and QAT")
+    ema_decay: float = opt(0.997, "decay of the average per step", low=0, high=1)
+    late_ema_decay: float = opt(0.0, "the same once late QAT has begun (0: EMA_DECAY)", low=0, high=1)
+    swa_enabled: bool = opt(False, "export the mean of snapshots (of the EMA where that is on)")
+    swa_every: int = opt(50, "steps between SWA snapshots", low=1)
+    swa_start_frac: float = opt(0.2, "SWA starts when the learning-rate scale falls below this", low=0)
+    lawa_enabled: bool = opt(False, "export the mean of the latest LAWA_K snapshots")
+    lawa_k: int = opt(10, "snapshots in the LAWA window", low=1)
+    lawa_freq: int = opt(100, "steps between LAWA snapshots", low=1)
+    qat_enabled: bool = opt(False, "train on the export grid (straight-through) during the whole run")
+    late_qat_threshold: float = opt(0.15, "the same once the rate's scale is below this (0: never)", low=0, high=1)
+
+    post_qat_seconds: float = opt(0.0, "seconds of the clock for QAT after the main training (0: none)", low=0)
+    post_qat_lr: float = opt(0.001, "Muon learning rate of that time; the others keep their ratio to it", low=0)
+
+    gptq_enabled: bool = opt(True, "full-Hessian GPTQ, else round to nearest", group="Export")
+    gptq_calibration_batches: int = opt(64, "batches of min(TRAIN_BATCH_TOKENS, 98304) tokens for Hessians", low=1)
+    gptq_reserve_seconds: float | None = opt(None, "clock kept for calibration and GPTQ (empty: measured)", low=0)
+    gptq_block_size: int = opt(128, "columns per lazy GPTQ update", low=1)
+    gptq_damp: float = opt(0.01, "damping over the mean diagonal of the Hessian", low=0)
+    gptq_act_order: bool = opt(True, "quantize the columns of largest Hessian diagonal first")
+    matrix_bits: int = opt(6, "bits of the code of a matrix entry (2 to 8)", low=2, high=8)
+    lowbit_bits: int = opt(0, "bits of the matrices in LOWBIT_NAME_PATTERNS (0: MATRIX_BITS)", low=0, high=8)
+    lowbit_name_patterns: tuple[str, ...] = opt((), "parts of names blocks.<i>.<matrix>., as .mlp.,.attn.proj.")
+    embed_bits: int = opt(8, "bits of the code of an embedding entry (2 to 8)", low=2, high=8)
+    clip_policy: str = opt("sigma", "grid from k x std, amax, or a search", choices="sigma amax search")
+    matrix_clip_sigmas: float = opt(0.0, "k of clip policy sigma (0: what fills TARGET_BYTES)", low=0)
+    embed_clip_sigmas: float = opt(8.0, "k of the embeddings under clip policy sigma", low=0.1)
+    compressor: str = opt("auto", "auto and ans: entropy coder for codes", choices="auto ans zlib lzma zstd brotli")
+    compressor_level: int = opt(-1, "level of a named compressor (-1: its strongest)", low=-1)
+    target_bytes: int = opt(16_000_000, "limit of code + artifact, decimal bytes", low=1)
+    selective_prune_enabled: bool = opt(True, "over the limit: zero the cheapest +-1 codes until it fits")
+    int5_fallback: bool = opt(True, "over the limit after that: int5 for one layer at a time, centre first")
+
+    eval_seq_len: int = opt(0, "tokens per evaluation window (0: TRAIN_SEQ_LEN)", group="Evaluation", low=0)
+    eval_stride: int = opt(64, "new tokens per sliding window (0: plain windows only)", low=0)
+    val_batch_size: int = opt(524_288, "tokens per evaluation batch over all ranks", low=1)
+    max_eval_seconds: float = opt(600.0, "evaluation budget that the ledger reports against, seconds", low=0)
+
+    ttt_enabled: bool = opt(False, "score also with score-first test-time training", group="Test-time training")
+    ttt_chunk_tokens: int = opt(32_768, "tokens that are scored, then learned from, at a time", low=1)
+    ttt_lr: float = opt(0.002, "learning rate on the first chunk; cosine to 0 over the chunks", low=0)
+    ttt_epochs: int = opt(3, "passes over each scored chunk", low=0)
+    ttt_optimizer: str = opt("sgd", "optimizer of test-time training", choices="sgd adamw")
+    ttt_momentum: float = opt(0.9, "momentum of sgd", low=0)
+    ttt_batch_seqs: int = opt(16, "sequences per step over all ranks", low=1)
+    ttt_freeze_blocks: int = opt(0, "first layers that stay as they are", low=0)
+    ttt_grad_clip: float = opt(1.0, "global gradient norm limit (0: none)", low=0)
+    ttt_lora_enabled: bool = opt(False, "score also by documents, each with additions that learn what was scored")
+    ttt_lora_rank: int = opt(80, "rank of a document's addition to each matrix", low=1)
+    ttt_lora_alpha: float = opt(144.0, "factor on the additions, times 1/TTT_LORA_RANK", low=0)
+    ttt_lora_lr: float = opt(1e-4, "Adam learning rate of the additions (beta1 is 0)", low=0)
+    ttt_beta2: float = opt(0.99, "Adam beta2 of the additions", low=0, high=1)
+    ttt_weight_decay: float = opt(0.5, "decoupled weight decay of the additions", low=0)
+    ttt_chunk_size: int = opt(48, "tokens of a document that are scored, then learned from, at a time", low=1)
+    ttt_batch_size: int = opt(64, "documents side by side on a rank", low=1)
+
+    ngram_enabled: bool = opt(False, "score also with n-grams counted so far mixed in", group="N-gram mixer")
+    ngram_min_order: int = opt(2, "shortest n-gram: one token of context", low=2)
+    ngram_max_order: int = opt(7, "longest n-gram; the longest known context decides", low=2)
+    ngram_alpha_low: float = opt(0.05, "weight of the n-grams where the model is certain", low=0)
+    ngram_alpha_high: float = opt(0.6, "the same where it is uncertain", low=0)
+    ngram_entropy: float = opt(4.0, "entropy of the model, in nats, at which the weight is half way", low=0)
+
+    # Where each value came from: field name -> "default", "recipe" or "environment". Not a variable.
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        return self.mlp_hidden or int(self.mlp_mult * self.model_dim)
+
+    @property
+    def log_name(self) -> str:
+        """Name of the log files: scoring or exporting again must not replace the log of the training run."""
+        return self.run_id + (".eval" if self.eval_only else ".export" if self.export_only else "")
+
+    @property
+    def fits_clip(self) -> bool:
+        """Whether the clip of the matrices is ours to choose, so that the artifact fills TARGET_BYTES."""
+        return self.clip_policy == "sigma" and not self.matrix_clip_sigmas
+
+    @property
+    def eval_len(self) -> int:
+        return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def shard_folder(self) -> Path:
+        return Path(self.data_path or Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}"))
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return Path(self.tokenizer_path or Path(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model"))
+
+    @property
+    def artifact_file(self) -> Path:
+        return Path(self.artifact_path or f"logs/{self.run_id}.pgolf")
+
+    @property
+    def weights_file(self) -> Path:
+        return Path(self.weights_path or f"logs/{self.run_id}.weights.pt")
+
+    @classmethod
+    def variables(cls) -> dict[str, Field]:
+        """Variable name -> dataclass field, in the order of --help."""
+        return {f.name.upper(): f for f in fields(cls) if f.name != "sources"}
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "Config":
+        """Configuration from a mapping such as os.environ (and the RECIPE file that it may name).
+
+        Raises UserError for a name or value that cannot be meant; names the variable and the remedy.
+        """
+        given = {"environment": env}
+        if env.get("RECIPE"):
+            given = {"recipe": read_recipe(Path(env["RECIPE"])), **given}
+        values: dict[str, Any] = {}
+        sources = {f.name: "default" for f in cls.variables().values()}
+        for source, mapping in given.items():
+            check_names(mapping, strict=source == "recipe")
+            for name, (value, spelled) in given_values(mapping).items():
+                spec = cls.variables()[name]
+                values[spec.name] = value
+                sources[spec.name] = source if spelled == name else f"{source} as {spelled}"
+        cfg = cls(**values, sources=sources)
+        validate(cfg)
+        return replace(cfg, run_id=cfg.run_id or str(uuid.uuid4()))
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields that define the model's function: what an artifact must carry to be evaluated."""
+        names = [f.name for f in self.variables().values()]
+        model = names[names.index("num_layers") : names.index("matrix_lr")]
+        return {name: getattr(self, name) for name in ["vocab_size", "train_seq_len", *model]}
+
+    @classmethod
+    def describe_variables(cls) -> str:
+        """The table that --help prints: variable, default, meaning, by group."""
+        lines = ["Environment variables of train_gpt.py (booleans: 0/1, true/false, yes/no, on/off; empty = default)"]
+        for name, spec in cls.variables().items():
+            meta = spec.metadata
+            if meta["group"]:
+                lines += ["", meta["group"]]
+            default = ",".join(map(str, spec.default)) if isinstance(spec.default, tuple) else spec.default
+            words = f" [{' | '.join(meta['choices'])}]" if meta["choices"] else ""
+            shown = int(default) if isinstance(default, bool) else "" if default is None else default
+            lines.append(f"  {name:<28} {shown!s:<14} {meta['text']}{words}")
+        lines += ["", "Other spellings that are understood"]
+        for alias, (name, factor) in sorted(ALIASES.items()):
+            lines.append(f"  {alias:<28} = {name}" + (f", times {factor:g}" if factor else ""))
+        return "\n".join(lines)
+
+
+# Spellings of other scripts, by ours. A number converts the unit: TARGET_MB means decimal megabytes.
+SPELLINGS = """
+ADAM_WD: ADAM_WEIGHT_DECAY | BIGRAM_DIM: BIGRAM_HASH_DIM | BIGRAM_VOCAB_SIZE: BIGRAM_BUCKETS BIGRAM_HASH_BUCKETS
+COMPILE: COMPILE_MODEL USE_COMPILE | COMPRESSOR: SERIAL_COMPRESSOR | COMPRESSOR_LEVEL: ZSTD_LEVEL
+EMA_ENABLED: EMA | EMBED_BITS: EMBED_QUANT_BITS QUANT_BITS_EMBED | EVAL_STRIDE: SLIDING_EVAL_STRIDE STRIDE
+GATED_ATTN_ENABLED: GATED_ATTENTION GATED_ATTN | GPTQ_ENABLED: USE_GPTQ
+GPTQ_CALIBRATION_BATCHES: GPTQ_CALIB_BATCHES GPTQ_CALIBRATION_STEPS | LATE_QAT_THRESHOLD: QAT_THRESHOLD
+LAWA_FREQ: LAWA_INTERVAL | LAWA_K: LAWA_WINDOW | MATRIX_BITS: QUANT_BITS WEIGHT_QUANT_BITS
+MLP_ACTIVATION: ACTIVATION | MUON_ROW_NORMALIZE: MUON_EQ_R | MUON_WD: MUON_WEIGHT_DECAY WEIGHT_DECAY
+NEGATIVE_SLOPE: LEAKY_SLOPE LEAKY_RELU_SLOPE MLP_LEAKY_SLOPE | ORTHO_INIT: USE_ORTHO_INIT
+POLAR_EXPRESS: USE_POLAR_EXPRESS | QAT_ENABLED: QAT ENABLE_QAT | ROPE_DIMS: PARTIAL_ROPE_DIMS
+SMEAR_GATE_ENABLED: SMEAR SMEAR_GATE SMEARGATE USE_SMEARGATE | SWA_ENABLED: SWA | TARGET_BYTES: TARGET_TOTAL_BYTES
+TRAIN_SEQ_LEN: TRAIN_MAX_SEQ_LEN | VAL_BATCH_SIZE: VAL_BATCH_TOKENS | VALUE_RESIDUAL: VRL
+WARMDOWN_FRAC: WARMDOWN_FRACTION | XSA_LAST_N: XSA_LAYERS
+"""
+ALIASES: dict[str, tuple[str, float | None]] = {
+    alias: (row.split(":")[0].strip(), None)
+    for row in SPELLINGS.replace("\n", "|").split("|")
+    for alias in row.partition(":")[2].split()
+} | {"GPTQ_RESERVE_MS": ("GPTQ_RESERVE_SECONDS", 1e-3), "TARGET_MB": ("TARGET_BYTES", 1e6)}
+
+# Words that only this field's variables contain: a name with one of them is meant for a training script.
+OWN_WORDS = set(
+    "ADAM ASQU ATTN BIGRAM CASEOPS COMPRESSOR DTG EMA GATE GATED GPTQ GRAD JEPA LAWA LAYER LAYERS LOOP LOOPS LOOPING "
+    "LORA LQER MLP MOMENTUM MTP MUON NGRAM QAT QK RECUR ROPE SMEAR SOFTCAP SWA TRIGRAM TTT VE WARMDOWN XSA".split()
+)
+# Prefixes of other software: never ours, even where a word of ours follows.
+FOREIGN_PREFIXES = tuple(
+    "NCCL_ CUDA_ TORCH PYTORCH_ TRITON_ OMP_ MKL_ KMP_ GLOO_ OPENBLAS_ PYTHON HF_ HUGGINGFACE_ WANDB_ MATCHED_FINEWEB_ "
+    "LD_ LC_ SLURM_ AWS_ KUBERNETES_ NVIDIA_ RUNPOD_ XDG_ SSH_ GIT_ VIRTUAL_ CONDA_ PIP_ FLASH_ATTENTION_ CUTE_ "
+    "MINITRACK_ MPL PYTEST_ MASTER_ GROUP_ ROLE_ LOCAL_ TORCHELASTIC_".split()
+)
+
+
+def read_recipe(path: Path) -> dict[str, str]:
+    """KEY=value lines of a recipe; blank lines and # comments are skipped."""
+    if not path.is_file():
+        raise UserError(f"RECIPE={path}: no such file; the recipes are in records/recipes/*.env")
+    values = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text = line.split("#", 1)[0].strip()
+        if text and "=" not in text:
+            raise UserError(f"{path}:{number}: expected KEY=value, found {text!r}")
+        if text:
+            key, value = text.split("=", 1)
+            values[key.strip()] = value.strip()
+    return values
+
+
+def check_names(mapping: Mapping[str, str], strict: bool) -> None:
+    """Refuse unknown variables: every one in a recipe, in the environment those that look like ours."""
+    known = [*Config.variables(), *ALIASES]
+    for name in sorted(set(mapping) - set(known)):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0 if strict else 0.84)
+        ours = bool(OWN_WORDS & set(name.split("_"))) or name.startswith(("TRAIN_", "EVAL_", "VAL_"))
+        if not strict and (name.startswith(FOREIGN_PREFIXES) or not (near or ours) or not name.isupper()):
+            continue
+        guess = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(guess)}?" if guess else "python train_gpt.py --help lists all variables."
+        raise UserError(f"{name}={mapping[name]!r}: no such variable; {hint} Unset it if it is not meant for this run.")
+
+
+def given_values(mapping: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    """Known, non-empty variables of a mapping: name -> (value in our type and unit, spelling that was used)."""
+    found: dict[str, tuple[Any, str]] = {}
+    for spelled in sorted(set(mapping) & {*Config.variables(), *ALIASES}, key=lambda s: s in ALIASES):
+        name, factor = ALIASES.get(spelled, (spelled, None))
+        text, spec = mapping[spelled].strip(), Config.variables()[name]
+        if not text:
+            continue
+        if factor:
+            number = parse_number(spelled, text, float) * factor
+            text = str(round(number) if spec.type is int else number)
+        value = parse_value(spelled, text, spec)
+        if found.setdefault(name, (value, spelled))[0] != value:
+            raise UserError(f"{spelled}={text} contradicts {found[name][1]}={found[name][0]}; unset one of them")
+    return found
+
+
+def parse_number(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        word = "a whole number" if kind is int else "a number"
+        raise UserError(f"{name}={text!r}: expected {word}") from None
+
+
+def parse_value(name: str, text: str, spec: Field) -> Any:
+    """The text of a variable as its field's type; UserError names variable, value and what is allowed."""
+    low, high, choices = (spec.metadata[key] for key in ("low", "high", "choices"))
+    kind = next((k for k in get_args(spec.type) if k in (int, float, str)), spec.type)  # float | None, tuple[int, ...]
+    if kind is bool:
+        words = ("0", "false", "no", "off", "1", "true", "yes", "on")
+        if text.lower() not in words:
+            raise UserError(f"{name}={text!r}: expected 0 or 1 (true/false, yes/no and on/off are understood)")
+        return words.index(text.lower()) >= 4
+    if isinstance(spec.default, tuple):
+        return tuple(parse_number(name, part.strip(), kind) for part in text.split(",") if part.strip())
+    if kind is str:
+        if choices and text not in choices:
+            raise UserError(f"{name}={text!r}: expected one of {', '.join(choices)}")
+        return text
+    value = parse_number(name, text, kind)
+    if not math.isfinite(value) or not low <= value <= high:
+        limits = [f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
+        raise UserError(f"{name}={text}: expected a finite number{' of ' * bool(limits)}{' and '.join(limits)}")
+    return value
+
+
+Rules = list[tuple[Any, str]]  # what must hold, and what the error says otherwise
+
+
+def model_rules(cfg: Config) -> Rules:
+    """What must hold between variables of the model."""
+    model_dim, heads, kv_heads, head_dim = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(cfg.num_layers))) != []
+    return [
+        (model_dim % heads == 0, f"MODEL_DIM={model_dim} is not divisible by NUM_HEADS={heads}"),
+        (heads % kv_heads == 0, f"NUM_HEADS={heads} is not divisible by NUM_KV_HEADS={kv_heads}"),
+        (head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={head_dim} is odd: rotary embedding needs pairs"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"ROPE_DIMS={cfg.rope_dims}: even, at most {head_dim}"),
+        (cfg.hidden_dim > 0, f"MLP_HIDDEN={cfg.mlp_hidden} and MLP_MULT={cfg.mlp_mult} give an MLP of width 0"),
+        (cfg.attn_backend in ("auto", *attention_back_ends(cfg).makers),
+         f"ATTN_BACKEND={cfg.attn_backend}: not with DOC_ATTENTION={cfg.doc_attention:d}; leave it at auto"),
+        (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
+        (ve_fits or not cfg.ve_enabled,
+         f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
+        (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers,
+         f"LOOP_START={cfg.loop_start} LOOP_END={cfg.loop_end}: not in order within NUM_LAYERS={cfg.num_layers}"),
+        (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
+         f"LORA_RANK={cfg.lora_rank}: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
+        (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
+    ]  # fmt: skip
+
+
+def training_rules(cfg: Config) -> Rules:
+    """The same for training and export."""
+    names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
+    idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
+    return [
+        (cfg.lowbit_bits != 1, "LOWBIT_BITS=1: 2 to 8, or 0 for MATRIX_BITS"),
+        (not idle, f"LOWBIT_NAME_PATTERNS={','.join(idle)}: not in {' '.join(names[:: cfg.num_layers])}"),
+        (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
+         f"LOWBIT_BITS={cfg.lowbit_bits} and LOWBIT_NAME_PATTERNS={','.join(cfg.lowbit_name_patterns)}: set both"),
+        (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
+        ("short_seq" not in phases(cfg) or cfg.train_seq_len % cfg.short_seq_len == 0,
+         f"SHORT_SEQ_LEN={cfg.short_seq_len} does not divide TRAIN_SEQ_LEN={cfg.train_seq_len}; 0 for none"),
+        (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
+         f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
+        (not cfg.late_ema_decay or (cfg.ema_enabled and cfg.late_qat_threshold > 0 and not cfg.qat_enabled),
+         f"LATE_EMA_DECAY={cfg.late_ema_decay}: needs EMA_ENABLED=1 and late QAT (not QAT_ENABLED)"),
+        (not (cfg.qat_enabled and cfg.fits_clip),
+         "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
+        (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
+        (cfg.compressor_level <= CODECS.get(cfg.compressor, ("", "", -1))[2],
+         f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
+    ]  # fmt: skip
+
+
+def evaluation_rules(cfg: Config) -> Rules:
+    """The same for evaluation and re-entry."""
+    return [
+        (not (cfg.eval_only and cfg.export_only), "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"),
+        (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
+        (not cfg.export_only or cfg.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH=<file>"),
+        (cfg.eval_stride <= cfg.eval_len, f"EVAL_STRIDE={cfg.eval_stride} exceeds the window of {cfg.eval_len} tokens"),
+        (not cfg.ttt_enabled or cfg.eval_stride > 0, "TTT_ENABLED=1 needs EVAL_STRIDE above 0"),
+        (cfg.ttt_chunk_tokens > cfg.eval_len or not cfg.ttt_enabled,
+         f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no whole window of {cfg.eval_len} tokens and its target"),
+        (not cfg.ngram_enabled or cfg.eval_stride > 0, "NGRAM_ENABLED=1 needs EVAL_STRIDE above 0"),
+        (cfg.ngram_min_order <= cfg.ngram_max_order,
+         f"NGRAM_MIN_ORDER={cfg.ngram_min_order} exceeds NGRAM_MAX_ORDER={cfg.ngram_max_order}"),
+        (cfg.ngram_alpha_low <= cfg.ngram_alpha_high < 1,
+         f"NGRAM_ALPHA_LOW={cfg.ngram_alpha_low:g} NGRAM_ALPHA_HIGH={cfg.ngram_alpha_high:g}: in order and below 1"),
+        (cfg.ttt_freeze_blocks <= cfg.num_layers, f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks} exceeds NUM_LAYERS"),
+        (not cfg.ttt_lora_enabled or cfg.ttt_chunk_size <= cfg.eval_len,
+         f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} exceeds the window of {cfg.eval_len} tokens"),
+    ]  # fmt: skip
+
+
+def validate(cfg: Config) -> None:
+    """Check what involves several variables; messages name them with their values."""
+    for holds, message in itertools.chain(*(rules(cfg) for rules in (model_rules, training_rules, evaluation_rules))):
+        if not holds:
+            raise UserError(message)
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Runtime
+# ----------------------------------------------------------------------------------------------
+# Ranks, clock, log and ledger are values handed to whoever needs them. One rank runs the same
+# code as eight: collectives on a world of one return their input. Durations are seconds, sizes
+# are bytes, lengths are tokens.
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers, and the few collectives that the run needs."""
+
+    rank: int
+    world: int
+    device: torch.device
+    control: Any = None  # gloo group for decisions of the host, so that they never wait for the GPU
+    env: Mapping[str, str] = field(default_factory=dict)  # what torchrun told, for `close`
+
+    @classmethod
+    def start(cls, cfg: Config, env: Mapping[str, str]) -> "Ranks":
+        """Join the process group that torchrun describes in `env`; without one this is a world of one."""
+        rank, world = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+        device = pick_device(cfg.device, int(env.get("LOCAL_RANK", "0")))
+        if world == 1:
+            return cls(rank, world, device)
+        bound = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group("nccl" if bound else "gloo", timeout=timedelta(minutes=5), **bound)
+        return cls(rank, world, device, dist.new_group(backend="gloo"), env)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, *values: float) -> list[float]:
+        """The largest of the ranks' values, on every rank: clocks and decisions must not differ between ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def broadcast_bytes(self, blob: bytes) -> bytes:
+        """Rank 0's bytes on every rank."""
+        if self.world == 1:
+            return blob
+        size = int(self.agree(len(blob))[0])
+        tensor = torch.zeros(size, dtype=torch.uint8)
+        if self.is_main:
+            tensor.copy_(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
+        dist.broadcast(tensor, 0, group=self.control)
+        return tensor.numpy().tobytes()
+
+    def share(self, count: int) -> range:
+        """This rank's contiguous part of `count` pieces of work; sizes differ by one at most."""
+        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def close(self, problem: BaseException | None) -> None:
+        """Leave the group; after a problem at once, since peers may never answer. The first rank that has one tells it.
+
+        The others have the same one, or have lost a peer: they end silently, or torchrun ends them (SIGTERM as soon
+        as a rank has failed, SIGKILL 30 s later).
+        """
+        if self.world > 1 and problem is None:
+            dist.destroy_process_group()
+        elif self.world > 1:
+            if is_first_to_fail(self.env):
+                print(describe(problem), file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def is_first_to_fail(env: Mapping[str, str]) -> bool:
+    """Whether no other rank has asked this yet; torchrun keeps the store that counts, so it outlives every rank."""
+    if int(env.get("WORLD_SIZE", "1")) == 1:
+        return True
+    try:
+        patience = timedelta(seconds=5)
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=patience)
+        return store.add(f"failed/{env.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except (RuntimeError, KeyError):  # no torchrun: rank 0 kept the store and has gone, or there is none
+        return True
+
+
+def describe(problem: BaseException) -> str:
+    """One line for what can happen to a sound script; the traceback for anything else."""
+    if isinstance(problem, UserError):
+        return f"error: {problem}"
+    if isinstance(problem, RuntimeError) and "/gloo/" in str(problem):
+        what = str(problem).split("] ", 1)[-1].split(". ")[0]
+        return f"error: another rank has ended or does not answer: {what}; the launcher's report names it"
+    return "".join(traceback.format_exception(problem)).rstrip()
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """The device that DEVICE names; auto takes the best one present. A named one that is missing is an error."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(k for k in present if present[k]) if name == "auto" else name
+    if not present[kind]:
+        raise UserError(f"DEVICE={name}: not available on this machine; present: {[k for k in present if present[k]]}")
+    if kind != "cuda":
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"LOCAL_RANK={local_rank}: only {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+    torch.cuda.set_device(local_rank)
+    torch.set_float32_matmul_precision("high")  # TF32 products: exact for bf16 inputs, twice as fast or more
+    return torch.device("cuda", local_rank)
+
+
+class Clock:
+    """A stopwatch that waits for the device whenever it starts or stops."""
+
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.now = device, now
+        self.total, self.started = 0.0, None
+
+    def start(self) -> None:
+        synchronize(self.device)
+        self.started = self.now()
+
+    def stop(self) -> float:
+        synchronize(self.device)
+        self.total, self.started = self.seconds(), None
+        return self.total
+
+    def seconds(self) -> float:
+        return self.total + (self.now() - self.started if self.started is not None else 0.0)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        self.start()
+        yield
+        self.stop()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+class Log:
+    """The run's record: logs/<RUN_ID>.txt, the seed logs that a submission ships, and a JSON line stream.
+
+    Only rank 0 writes; every line is flushed, so that a killed machine loses nothing.
+    """
+
+    def __init__(self, cfg: Config, enabled: bool) -> None:
+        self.enabled, self.files, self.streams = enabled, [], []
+        if not enabled:
+            return
+        Path("logs").mkdir(exist_ok=True)
+        names = [f"logs/{cfg.log_name}.txt"]
+        if cfg.log_name == cfg.run_id:
+            names += [f"train_seed{cfg.seed}.log"] + ["train.log"] * (cfg.seed == 1337)
+        self.files = [open(name, "wb", buffering=0) for name in names]
+        self.streams = [open(f"logs/{cfg.log_name}.jsonl", "wb", buffering=0)]
+
+    def __call__(self, text: str, console: bool = True) -> None:
+        if self.enabled and console:
+            print(text, flush=True)
+        self.write(self.files, text)
+
+    def event(self, event: str, /, **values: Any) -> None:
+        """One JSON object for tools; the text line beside it is for people."""
+        self.write(self.streams, json.dumps({"event": event, **values}))
+
+    def write(self, files: list[io.FileIO], line: str) -> None:
+        """Append a line; a file that cannot be written (disk full) is given up, which must not end a paid run."""
+        for file in [*files]:
+            try:
+                file.write(line.encode() + b"\n")
+            except OSError as problem:
+                files.remove(file)
+                print(f"WARNING: {file.name}: {problem.strerror}; its lines are on the console only", flush=True)
+
+    def close(self) -> None:
+        for file in [*self.files, *self.streams]:
+            file.close()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What every stage needs: configuration, ranks, log, and the ledger of time spent."""
+
+    cfg: Config
+    ranks: Ranks
+    log: Log
+    ledger: list[tuple[str, str, float]]  # (budget, phase, seconds)
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(cls, cfg: Config, env: Mapping[str, str]) -> Iterator["Runtime"]:
+        """Start ranks and log, write the header, and close both whatever happens."""
+        ranks = Ranks.start(cfg, env)
+        for path in (cfg.artifact_file, cfg.weights_file) if ranks.is_main else ():
+            path.parent.mkdir(parents=True, exist_ok=True)  # a missing folder must not cost a finished run
+        log = Log(cfg, enabled=ranks.is_main)
+        run = cls(cfg, ranks, log, [])
+        try:
+            log_header(run)
+            yield run
+        finally:
+            if problem := sys.exc_info()[1]:
+                log(describe(problem), console=False)
+            log.close()
+            ranks.close(problem)
+
+    @contextlib.contextmanager
+    def timed(self, phase: str, budget: str) -> Iterator[None]:
+        """Book the time of a block under one of the budgets train, eval or untimed."""
+        clock = Clock(self.ranks.device)
+        with clock.running():
+            yield
+        self.ledger.append((budget, phase, clock.total))
+
+    def spent(self, budget: str) -> float:
+        return sum(seconds for name, _, seconds in self.ledger if name == budget)
+
+
+def log_header(run: Runtime) -> None:
+    """Source with its sha256, versions, and every hyperparameter with where it came from."""
+    cfg, log, source = run.cfg, run.log, Path(__file__).read_bytes()
+    if run.ranks.is_main:
+        Path(f"logs/{cfg.log_name}.py").write_bytes(source)  # beside the log: tools that grep it must not hit code
+    log(f"source: sha256:{hashlib.sha256(source).hexdigest()} bytes:{len(source)} copy:logs/{cfg.log_name}.py")
+    log(f"Running Python {sys.version.split()[0]} PyTorch {torch.__version__} command: {' '.join(sys.argv)}")
+    device = run.ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    log(f"device:{device.type} ({name}) cuda:{torch.version.cuda} cudnn:{torch.backends.cudnn.version()} "
+        f"host:{platform.node()} world_size:{run.ranks.world}")  # fmt: skip
+    log(f"seed:{cfg.seed}")
+    log("Hyperparameters:", console=False)
+    values = {f.name: vars(cfg)[f.name] for f in Config.variables().values()}
+    for key, value in values.items():
+        log(f"  {key}: {value} ({cfg.sources[key]})", console=False)
+    changed = {k: v for k, v in values.items() if cfg.sources[k] != "default"}
+    log("changed: " + " ".join(f"{k.upper()}={v}" for k, v in changed.items()))
+    facts = {"torch": torch.__version__, "device": name, "world_size": run.ranks.world}
+    log.event("config", sha256=hashlib.sha256(source).hexdigest(), **facts, values=values, sources=dict(cfg.sources))
+
+
+def log_ledger(run: Runtime) -> None:
+    """Every phase against its budget, in the organisers' reading: training, calibration and GPTQ within
+    MAX_WALLCLOCK_SECONDS; everything from opening the artifact to the score within MAX_EVAL_SECONDS."""
+    limits = {"train": run.cfg.max_wallclock_seconds, "eval": run.cfg.max_eval_seconds, "untimed": 0.0}
+    for budget, limit in limits.items():
+        spent, phases_spent = run.spent(budget), {}
+        for _, phase, seconds in (row for row in run.ledger if row[0] == budget):
+            phases_spent[phase] = phases_spent.get(phase, 0.0) + seconds
+        if not phases_spent:
+            continue
+        over = 0 < limit < spent
+        text = f"{spent:.1f}s" + (f" of {limit:.0f}s" if limit else "") + (" OVER BUDGET" if over else "")
+        run.log(f"budget {budget}: {text} ({' '.join(f'{phase}:{s:.2f}s' for phase, s in phases_spent.items())})")
+        run.log.event("ledger", budget=budget, limit=limit, seconds=spent, phases=phases_spent, over=over)
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Data
+# ----------------------------------------------------------------------------------------------
+# Shards are 256 little-endian int32 (magic, version, token count, zeros) and then that many uint16
+# tokens. Every document starts with BOS; documents run across shard borders. A batch is a pure
+# function of its number, so warm-up, restarts and any number of ranks see the same data.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+MICRO_BATCH_TOKENS = 98_304  # one GPU's share of the record batch: 786,432 over 8; fits 80 GB with room
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard as a read-only uint16 memory map, after checks of magic, version and length."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: not a token shard (magic, version: {header[:2].tolist()}, expected "
+                        f"{[SHARD_MAGIC, SHARD_VERSION]}); fetch or build it again")  # fmt: skip
+    count, size = int(header[2]), path.stat().st_size
+    if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
+        raise UserError(f"{path}: header promises {count} tokens, {SHARD_HEADER_BYTES + 2 * count} bytes, but the file "
+                        f"has {size} bytes; it is truncated or damaged: fetch it again")  # fmt: skip
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+
+
+def shard_paths(cfg: Config, split: str) -> list[Path]:
+    """Shards of a split in name order; byte sidecars (fineweb_val_bytes_*) are not token shards."""
+    paths = [p for p in sorted(cfg.shard_folder.glob(f"fineweb_{split}_*.bin")) if "_bytes_" not in p.name]
+    if not paths:
+        raise UserError(
+            f"DATA_PATH={cfg.shard_folder}: no fineweb_{split}_*.bin there; get them with "
+            f"`python3 data/cached_challenge_fineweb.py --variant sp{cfg.vocab_size}` or set DATA_PATH to your folder"
+        )
+    return paths
+
+
+class TokenStream:
+    """All shards of a split as one endless stream of tokens."""
+
+    def __init__(self, cfg: Config, split: str) -> None:
+        self.paths, self.vocab_size = shard_paths(cfg, split), cfg.vocab_size
+        self.shards = [read_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.total = int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from position `start`, wrapping round at the end; int64."""
+        pieces, position = [], start % self.total
+        while count > 0:
+            shard = int(np.searchsorted(self.ends, position, side="right"))
+            offset = position - (int(self.ends[shard]) - len(self.shards[shard]))
+            piece = self.shards[shard][offset : offset + count]
+            if int(piece.max()) >= self.vocab_size:
+                raise UserError(f"{self.paths[shard]}: token {piece.max()}, set VOCAB_SIZE={self.vocab_size} higher")
+            pieces.append(piece)
+            count -= len(piece)
+            position = (position + len(piece)) % self.total
+        return np.concatenate(pieces).astype(np.int64)
+
+
+class BatchShape(NamedTuple):
+    """How TRAIN_BATCH_TOKENS is cut: micro-steps per step, and sequences per rank and micro-step."""
+
+    accum: int
+    sequences: int
+
+
+def batch_shape(cfg: Config, world: int) -> BatchShape:
+    """Fewest micro-steps that keep a rank's micro-batch within 98,304 tokens; UserError where nothing divides."""
+    unit = world * cfg.train_seq_len * max(cfg.grad_accum_steps, 1)
+    if cfg.train_batch_tokens % unit or cfg.train_batch_tokens < unit:
+        below = cfg.train_batch_tokens // unit * unit
+        valid = f"{below} or {below + unit}" if below else str(unit)
+        raise UserError(
+            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is no multiple of ranks x TRAIN_SEQ_LEN x GRAD_ACCUM_STEPS = "
+            f"{world} x {cfg.train_seq_len} x {cfg.grad_accum_steps or 'auto'}; nearest valid: {valid}"
+        )
+    per_rank = cfg.train_batch_tokens // (world * cfg.train_seq_len)
+    most = max(MICRO_BATCH_TOKENS // cfg.train_seq_len, 1)
+    auto = next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= most)
+    accum = cfg.grad_accum_steps or auto
+    return BatchShape(accum, per_rank // accum)
+
+
+class Loader:
+    """Training micro-batches by number, for this rank, read ahead in a background thread.
+
+    `shuffled`: the stream is cut at a random phase into windows of TRAIN_SEQ_LEN and every window comes once per
+    epoch in random order. `sequential`: the official order, in which every rank of every micro-step takes the next
+    span of its size plus one token. Both are functions of SEED and the number alone: a step covers the same tokens
+    for any number of ranks (sequential: for equal ranks x micro-steps, as in the official script).
+    """
+
+    def __init__(self, run: Runtime) -> None:
+        cfg = run.cfg
+        self.cfg, self.ranks, self.shape = cfg, run.ranks, batch_shape(cfg, run.ranks.world)
+        self.stream = TokenStream(cfg, "train")
+        self.windows = (self.stream.total - cfg.train_seq_len) // cfg.train_seq_len
+        if self.windows < 1:
+            raise UserError(f"{cfg.shard_folder}: {self.stream.total} tokens; lower TRAIN_SEQ_LEN={cfg.train_seq_len}")
+        self.orders: dict[int, np.ndarray] = {}  # epoch -> start of each of its windows, in order of use
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self.ahead: dict[int, Future] = {}
+
+    def window_start(self, index: int) -> int:
+        """Stream position of the index-th shuffled window, counted over all epochs."""
+        epoch, place = divmod(index, self.windows)
+        if epoch not in self.orders:
+            rng = np.random.default_rng([self.cfg.seed, epoch])
+            phase = int(rng.integers(self.cfg.train_seq_len))
+            order = phase + self.cfg.train_seq_len * rng.permutation(self.windows)
+            last = {e: o for e, o in self.orders.items() if e == epoch - 1}  # a batch may span two epochs
+            self.orders = {**last, epoch: order}
+        return int(self.orders[epoch][place])
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of micro-batch `number` (step x accum + micro-step), each (sequences, seq_len) int64."""
+        count, length = self.shape.sequences, self.cfg.train_seq_len
+        place = number * self.ranks.world + self.ranks.rank
+        if self.cfg.loader == "sequential":
+            span = self.stream.read(place * (count * length + 1), count * length + 1)
+            inputs, targets = span[:-1].reshape(count, length), span[1:].reshape(count, length)
+        else:
+            starts = [self.window_start(place * count + i) for i in range(count)]
+            rows = np.stack([self.stream.read(start, length + 1) for start in starts])
+            inputs, targets = rows[:, :-1], rows[:, 1:]
+        pair = torch.from_numpy(np.stack([inputs, targets]))
+        pair = pair.pin_memory() if self.ranks.device.type == "cuda" else pair
+        return pair[0], pair[1]
+
+    def fetch(self, number: int) -> tuple[Tensor, Tensor]:
+        """`batch(number)` on the device; the next one is read meanwhile."""
+        wanted = self.ahead.get(number) or self.worker.submit(self.batch, number)
+        self.ahead = {number + 1: self.worker.submit(self.batch, number + 1)}
+        inputs, targets = wanted.result()
+        device = self.ranks.device
+        return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+class ByteTable:
+    """Bytes of text that a token stands for, from the SentencePiece model.
+
+    bytes(target | previous) = base[target] + (the piece starts with a space and previous is not a control token).
+    Control, unknown and unused pieces count 0, byte pieces 1, others their UTF-8 length without the leading mark.
+    """
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        """Load the tokenizer at `path`; UserError unless it fits VOCAB_SIZE and has a piece for a space."""
+        try:
+            sentencepiece = importlib.import_module("sentencepiece")
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except ImportError:
+            raise UserError("the tokenizer needs the package sentencepiece: pip install -r requirements.txt") from None
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"TOKENIZER_PATH={path}: {str(error)[:200]}; the downloader in data/ fetches it") from None
+        pieces = self.pieces
+        if pieces.vocab_size() > vocab_size:
+            raise UserError(f"TOKENIZER_PATH={path} has {pieces.vocab_size()} pieces but VOCAB_SIZE={vocab_size}")
+        if pieces.piece_to_id("\u2581") == pieces.unk_id():
+            raise UserError(f"TOKENIZER_PATH={path} has no piece for a single space: byte counts would be wrong by 20%")
+        self.path, self.bos_id = path, pieces.bos_id()
+        self.base = np.zeros(vocab_size, np.int32)
+        self.has_space, self.is_boundary = np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
+        for token in range(pieces.vocab_size()):
+            if pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_unused(token):
+                continue
+            text = pieces.id_to_piece(token)
+            self.is_boundary[token] = False
+            self.has_space[token] = text.startswith("\u2581")
+            self.base[token] = 1 if pieces.is_byte(token) else len(text.removeprefix("\u2581").encode())
+
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of each token given the one before it, (n,) int32; entry 0, never a target, counts 0."""
+        counts = self.base[tokens]
+        counts[1:] += self.has_space[tokens[1:]] & ~self.is_boundary[tokens[:-1]]
+        counts[0] = 0
+        return counts
+
+    def self_test(self, tokens: np.ndarray) -> int:
+        """Compare the counts of whole documents with their decoded text; returns the documents compared."""
+        starts = np.flatnonzero(tokens == self.bos_id)
+        documents = [tokens[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        whole = [d for d in documents if not np.any(d == self.pieces.unk_id())]
+        for number, document in enumerate(whole):
+            text = self.pieces.decode([t for t in document.tolist() if not self.is_boundary[t]])
+            counted, actual = int(self.count(document).sum()), len(text.encode())
+            if counted != actual:
+                where = f"{self.path}: validation document {number}"
+                raise UserError(f"{where} has {actual} bytes decoded, {counted} counted: not the shards' tokenizer")
+        return len(whole)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The whole validation split on the device: tokens (n,) int32, bytes of each token as a target (n,) int32."""
+
+    tokens: Tensor
+    token_bytes: Tensor
+    bos_id: int
+
+    @property
+    def targets(self) -> int:
+        return len(self.tokens) - 1
+
+
+def load_validation(run: Runtime) -> ValidationSet:
+    """Validation tokens and their byte counts (from the sidecar where there is one), checked and logged."""
+    cfg, log = run.cfg, run.log
+    table = ByteTable(cfg.tokenizer_file, cfg.vocab_size)
+    stream = TokenStream(cfg, "val")
+    tokens = stream.read(0, stream.total)
+    documents = int((tokens == table.bos_id).sum())
+    if not documents:
+        raise UserError(f"{cfg.shard_folder}: no BOS (id {table.bos_id}) in the validation set; build the shards again")
+    if stream.total <= cfg.eval_len:
+        raise UserError(f"{cfg.shard_folder}: {stream.total} validation tokens; lower EVAL_SEQ_LEN={cfg.eval_len}")
+    sidecars = sorted(cfg.shard_folder.glob("fineweb_val_bytes_*.bin"))
+    if sidecars:
+        counts = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int32)
+        source, tested = "sidecar", 0
+    else:
+        tested = table.self_test(tokens[:300_000])
+        counts, source = table.count(tokens), f"byte table (exact on {tested} decoded documents)"
+    if len(counts) != len(tokens):
+        raise UserError(f"{sidecars[0]}: {len(counts)} byte counts for {len(tokens)} tokens; fetch both again")
+    log.event("data", split="val", tokens=len(tokens), documents=documents, bytes=int(counts[1:].sum()))
+    log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_file}")
+    log(f"val_loader:shards pattern={cfg.shard_folder}/fineweb_val_*.bin tokens:{len(tokens)}")
+    log(f"val_tokens: {len(tokens)} val_documents: {documents} val_bytes: {int(counts[1:].sum())} by {source}")
+    to_device = partial(torch.tensor, dtype=torch.int32, device=run.ranks.device)
+    return ValidationSet(to_device(tokens), to_device(counts), table.bos_id)
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Model
+# ----------------------------------------------------------------------------------------------
+# Matrices live in four banks of shape (layers, rows, cols), so that the optimizer works on a few
+# large tensors; BANKS and the rest of the parameters are each described by one table. There is one
+# forward pass: training, Hessians and evaluation differ only in the weights, the layer order and
+# the observer that they hand in. Shapes: B sequences, T tokens, H heads, D head size.
+
+# Namespace of our operators. A process that loads several copies of this file (`records check`) must not define one
+# twice: torch frees the first, and calling that ends in a segmentation fault. Cached graphs go by the name.
+OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, n := f"pgolf{i or ''}"), "enter"))
+Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTENTION a mask -> y (B,T,H,D), causal
+Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
+NORM_EPS = 1e-6
+
+
+def sdpa(backend: SDPBackend) -> Attend:
+    """PyTorch's scaled-dot-product attention restricted to one kernel, so that it never changes silently."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            heads_first = (t.transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+        return y.transpose(1, 2)
+
+    return attend
+
+
+def flash_package(module: str) -> Attend:
+    """`flash_attn_func` of an installed FlashAttention package; it takes our layout as it is."""
+    return partial(importlib.import_module(module).flash_attn_func, causal=True)
+
+
+@cache
+def flash_attention_4() -> Attend:
+    """FlashAttention 4 (package flash-attn-4) as a custom operator: it is JIT-compiled Python that
+    torch.compile cannot trace, and without an operator round it every layer would break the graph.
+
+    With cumulated lengths `cu` and `longest` it takes tensors (N, H, D) and is a `VarlenAttend`.
+    """
+    kernels = importlib.import_module("flash_attn.cute.interface")
+
+    @torch.library.custom_op(f"{OPERATORS}::fa4", mutates_args=())
+    def forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int | None) -> tuple[Tensor, Tensor]:
+        return kernels._flash_attn_fwd(q, k, v, **lengths(cu, longest), return_lse=True)[:2]
+
+    @torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
+    def backward(
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, y: Tensor, lse: Tensor, longest: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels._flash_attn_bwd(q, k, v, y, dy.contiguous(), lse, **lengths(cu, longest))[:3]
+
+    def lengths(cu: Tensor | None, longest: int | None) -> dict[str, Any]:
+        return dict(causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+
+    @forward.register_fake
+    def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
+
+    @backward.register_fake
+    def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.longest = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    def differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(dy, *ctx.saved_tensors, ctx.longest), None, None
+
+    forward.register_autograd(differentiate, setup_context=save)
+    return lambda q, k, v, cu=None, longest=None: forward(q, k, v, cu, longest)[0]
+
+
+ATTENTION: dict[str, Callable[[], Attend]] = {  # in order of preference on Hopper GPUs
+    "fa3": lambda: flash_package("flash_attn_interface"),
+    "fa4": flash_attention_4,
+    "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
+    "fa2": lambda: flash_package("flash_attn"),
+    "flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
+    "math": lambda: sdpa(SDPBackend.MATH),
+}
+
+
+class DocumentAttention(NamedTuple):
+    """Attention that sees only earlier tokens of the same document; one mask per pass serves every layer."""
+
+    mask: Callable[[Tensor], Any]  # documents (B, T), equal numbers for tokens of one document
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), mask -> y (B,T,H,D)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        return self.attend(q, k, v, mask)
+
+
+def math_documents() -> DocumentAttention:
+    """The plain definition, with a mask of T x T booleans."""
+
+    def mask(documents: Tensor) -> Tensor:
+        return (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return DocumentAttention(mask, attend)
+
+
+def flex_documents() -> DocumentAttention:
+    """PyTorch's flex attention, which leaves out the blocks of the mask in which nothing is visible."""
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+
+    def mask(documents: Tensor) -> Any:
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & (documents[b, i] == documents[b, j])
+
+        count, length = documents.shape
+        return flex.create_block_mask(visible, count, None, length, length, device=documents.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        return flex.flex_attention(*heads_first, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return DocumentAttention(mask, attend)
+
+
+# q (N,H,D), k and v (N,KV,D), cu_seqlens (sequences + 1,) int32, length of the longest that may come -> y (N,H,D)
+VarlenAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def varlen_flash_package(module: str) -> VarlenAttend:
+    """`flash_attn_varlen_func` of an installed FlashAttention package."""
+    attend = importlib.import_module(module).flash_attn_varlen_func
+    return lambda q, k, v, cu, longest: attend(q, k, v, cu, cu, longest, longest, causal=True)
+
+
+def varlen_flash() -> VarlenAttend:
+    """The FlashAttention 2 that PyTorch brings along; it shares no keys and values among heads in torch 2.11."""
+    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+    def unshared(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        k, v = (x if x.shape == q.shape else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
+
+    return unshared
+
+
+def most_documents(tokens: int) -> int:
+    """How many documents of a batch are told apart: half as many again as FineWeb has at 8,192 pieces. Every sequence
+    that a kernel must be prepared for costs it time, and their number may not depend on the batch."""
+    return max(64, tokens // 512)
+
+
+def varlen_documents(attend: VarlenAttend) -> DocumentAttention:
+    """FlashAttention over sequences of varied length, end to end: nothing is computed that would be masked."""
+
+    def mask(documents: Tensor) -> Tensor:
+        """Where each sequence of the batch begins, then its end: (rows + most_documents + 1,) int32."""
+        count, most = documents.numel(), len(documents) + most_documents(documents.numel())
+        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
+        places = torch.arange(count, dtype=torch.int32, device=documents.device)
+        slots = torch.where(begins, begins.cumsum(0) - 1, most)
+        cu_seqlens = places.new_full((most + 1,), count).scatter(0, slots, places)
+        return F.pad(cu_seqlens[:most], (0, 1), value=count)
+
+    def attend_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        y = attend(*(tensor.flatten(0, 1) for tensor in (q, k, v)), cu_seqlens, q.shape[1])
+        return y.unflatten(0, q.shape[:2])
+
+    return DocumentAttention(mask, attend_rows)
+
+
+DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {  # in order of preference on Hopper GPUs
+    "fa3": lambda: varlen_documents(varlen_flash_package("flash_attn_interface")),
+    "fa4": lambda: varlen_documents(flash_attention_4()),
+    "fa2": lambda: varlen_documents(varlen_flash_package("flash_attn")),
+    "flash": lambda: varlen_documents(varlen_flash()),
+    "flex": flex_documents,
+    "math": math_documents,
+}
+
+
+def document_numbers(ids: Tensor, bos_id: int) -> Tensor:
+    """Numbers (B, T) that are equal for tokens of the same document of a row of ids (B, T); documents beyond
+    `most_documents` of the batch are taken for one with the one before them."""
+    begins = ids == bos_id
+    counted = begins.flatten().cumsum(0).view_as(ids) <= most_documents(ids.numel())
+    return (begins & counted).cumsum(1)
+
+
+class Rows(NamedTuple):
+    """The residual stream x (N, C), N = B T, at the entrance of a norm, and what stands for x normalized.
+
+    In plain parts `twin` is the normalized x (N, C). In kernels it is memory without values that takes the gradient of
+    x as the normalized x makes it, which is r (N,) times the rows of x, with r held fixed.
+    """
+
+    x: Tensor
+    twin: Tensor
+    r: Tensor | None = None
+
+
+Twinned = tuple[Tensor, Tensor]  # values and the tensor that takes their gradient: in plain parts the same
+
+
+class LayerParts(NamedTuple):
+    """Interchangeable functions that a layer is made of, in running order, and the loss; see `plain_*`."""
+
+    enter: Callable[[Tensor, Twinned | None, Twinned, Tensor, float], tuple[Rows, Tensor, Twinned]]
+    heads: Callable[[Rows, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]]
+    exclusive: Callable[[Tensor, Tensor, Tensor], Tensor]
+    leave: Callable[[Rows, Tensor, Tensor, float], Rows]
+    feed_forward: Callable[[Rows, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    normalized: Callable[[Rows], Tensor]
+    nll: Callable[[Tensor, Tensor, float], Tensor]
+
+
+def plain_enter(
+    x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
+) -> tuple[Rows, Tensor, Twinned]:
+    """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the twin of x, and x0 for the next layer.
+
+    `scale` is the factor on the normalized rows. What comes back lets kernels chain the gradients of a tensor with
+    several uses: whoever uses x once more (a skip) or x0 hands its gradient to the twin.
+    """
+    new = mix[0] * x + mix[2] * x0[1]
+    new = new if skip is None else new + mix[1] * skip[1]
+    return Rows(new, rms_norm(new) * scale), x, x0
+
+
+class Adapted(NamedTuple):
+    """A matrix (rows, cols) with an addition of low rank for each of D equal parts of its input (LoRA, 2106.09685)."""
+
+    base: Tensor
+    inner: Tensor  # (D, rank, cols)
+    outer: Tensor  # (D, rows, rank)
+
+
+def product(x: Tensor, weight: Tensor | Adapted) -> Tensor:
+    """x (N, cols) times weight (rows, cols) transposed."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    parts = x.unflatten(0, (len(weight.inner), -1))
+    return F.linear(x, weight.base) + (parts @ weight.inner.mT @ weight.outer.mT).flatten(0, 1)
+
+
+def head_sizes(x: Tensor, rows: int, gain: Tensor) -> tuple[int, int, int]:
+    """Query heads, key/value heads and head size that x, the product's rows and the gain of `plain_heads` imply."""
+    count, size = len(gain), x.shape[1] // len(gain)
+    return count, (rows // size - count) // 2, size
+
+
+def plain_heads(
+    rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q (N, H, D), k and v (N, KV, D) for weight ((H + 2 KV) D, C) and gain (H,), and the twin of v (N, KV, D).
+
+    q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `extra` (N, KV, D) is added to v. The
+    kernels return k and v (N, H, D), a copy for every query head.
+    """
+    qkv = product(rows.twin, weight)
+    count, kv, size = head_sizes(rows.x, qkv.shape[1], gain)
+    q, k, v = qkv.view(-1, rotary.shape[1], count + 2 * kv, size).split([count, kv, kv], dim=2)
+    # One gain per head, expanded to one per token: its gradient becomes a sum over the head, which fuses with the
+    # backward pass of the norm, and then one over tokens. Summed in one go it reads q and dq again (1.1 ms a step).
+    q = apply_rotary(rms_norm(q), *rotary) * gain[:, None].expand(*q.shape[:3], 1)
+    q, k, v = (t.flatten(0, 1) for t in (q, apply_rotary(rms_norm(k), *rotary), v))
+    v = v if extra is None else v + extra
+    return q, k, v, v
+
+
+def plain_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+    """Exclusive self-attention (PR #265): remove from y (N, H, D) what points along the token's own value.
+
+    v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin`. The result is orthogonal to v, head
+    by head. The kernel takes v (N, H, D) as `heads` copied it, and reads the first copy.
+    """
+    grouped, own = y.unflatten(1, (v.shape[1], -1)).float(), twin.unsqueeze(2).float()
+    share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
+    return (grouped - share * own).flatten(1, 2).to(y.dtype)
+
+
+def plain_leave(rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
+    """Rows of x plus the attention's output, z (N, C) times weight (C, C) transposed."""
+    x = rows.x + product(z, weight)
+    return Rows(x, rms_norm(x) * scale)
+
+
+def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
+    """h^2 above zero, beta h^2 below; beta (hidden,) per channel.
+
+    beta = 0 is relu^2, slope^2 is LeakyReLU(slope)^2 (PR #493), a learned beta is ASQU (PR #1247).
+    """
+    return h.square() * torch.where(h > 0, 1.0, beta)
+
+
+def plain_feed_forward(rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """x plus squared_unit(normalized up^T) down^T for up (hidden, C), down (C, hidden); also the activations."""
+    act = squared_unit(product(rows.twin, up), beta)
+    return rows.x + product(act, down), act
+
+
+def plain_normalized(rows: Rows) -> Tensor:
+    """The normalized x of Rows, (N, C)."""
+    return rows.twin
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Logits squeezed into +-cap, in float32."""
+    return cap * torch.tanh(logits.float() / cap)
+
+
+def plain_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
+    return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")
+
+
+PLAIN_LAYER = LayerParts(
+    plain_enter, plain_heads, plain_exclusive, plain_leave, plain_feed_forward, plain_normalized, plain_nll
+)
+LAYER: dict[str, Callable[[], LayerParts]] = {"triton": lambda: fused_layer(), "plain": lambda: PLAIN_LAYER}
+
+
+def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
+    """Largest ||got - want|| / ||want|| over pairs of tensors; NaN counts as infinite."""
+    pairs = [(g.detach().to("cpu", torch.float64), w.detach()) for g, w in zip(got, want, strict=True)]
+    return max(float(((g - w).norm() / w.norm()).nan_to_num(nan=math.inf)) for g, w in pairs)
+
+
+def probe(function: Callable, reference: Callable, shapes: list[tuple[int, ...]], device: torch.device) -> float:
+    """Largest relative error of output and gradients against `reference` in float64 on the CPU, on random tensors."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+
+    def run(function: Callable, dtype: torch.dtype, where: torch.device) -> list[Tensor]:
+        inputs = [value.detach().clone().to(where, dtype).requires_grad_() for value in values]
+        y = function(*inputs)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(where, dtype))
+        return [y, *(i.grad for i in inputs)]
+
+    want = run(reference, torch.float64, torch.device("cpu"))
+    return relative_error(run(function, compute_dtype(device), device), want)
+
+
+def probe_attention(attend: Attend, cfg: Config, device: torch.device) -> float:
+    """`probe` of an attention back end against the plain definition."""
+    shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+    return probe(attend, sdpa(SDPBackend.MATH), shapes, device)
+
+
+def probe_document_attention(attention: DocumentAttention, cfg: Config, device: torch.device) -> float:
+    """The same with three documents in a row of tokens."""
+    shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+    documents = torch.arange(128).div(50, rounding_mode="floor").expand(2, 128)
+    ends = (lambda q, k, v, f=f: f(q, k, v, f.mask(documents.to(q.device))) for f in (attention, math_documents()))
+    return probe(*ends, shapes, device)
+
+
+def probe_layer(parts: LayerParts, cfg: Config, device: torch.device) -> float:
+    """`probe` of a layer, every input's gradient included, of its output as the next layer's skip, and of the loss."""
+    dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
+    matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
+    vectors = [(3, dim), (cfg.num_heads,), (hidden,)]
+
+    def layer(parts: LayerParts, x: Tensor, x0: Tensor, extra: Tensor, *rest: Tensor) -> Tensor:
+        qkv, out, up, down = (w * w.shape[1] ** -0.5 for w in rest[:4])
+        (mix, gain, beta), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
+        rows, kept, first = parts.enter(x, (x0, x0), (x0, x0), mix, 0.5)
+        q, k, v, twin = parts.heads(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)))
+        y = sdpa(SDPBackend.MATH)(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
+        rows = parts.leave(rows, parts.exclusive(y, v, twin).flatten(1), out, 0.5)
+        y = parts.feed_forward(rows, up, down, beta)[0]
+        y = parts.normalized(parts.enter(y, (x, kept), first, mix, 0.5)[0])
+        nll = parts.nll(2 * y, torch.arange(len(y), device=y.device) % dim, 3.0)
+        return torch.cat([y.flatten(), nll.to(y.dtype)])
+
+    shapes = [(2 * length, dim)] * 2 + [(2 * length, kv)] + matrices + vectors
+    return probe(partial(layer, parts), partial(layer, PLAIN_LAYER), shapes, device)
+
+
+class BackEnds(NamedTuple):
+    """Interchangeable implementations of one function: variable, name -> maker in order of preference, and probe."""
+
+    variable: str
+    makers: dict[str, Callable[[], Callable]]
+    everywhere: tuple[str, ...]  # those that `auto` may take where there is no CUDA
+    probe: Callable[[Callable, Config, torch.device], float]
+
+
+ATTENTION_BACK_ENDS = BackEnds("ATTN_BACKEND", ATTENTION, ("flash", "math"), probe_attention)
+DOCUMENT_BACK_ENDS = BackEnds("ATTN_BACKEND", DOCUMENT_ATTENTION, ("math",), probe_document_attention)
+LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), probe_layer)
+
+
+def attention_back_ends(cfg: Config) -> BackEnds:
+    return DOCUMENT_BACK_ENDS if cfg.doc_attention else ATTENTION_BACK_ENDS
+
+
+BACK_END_FAULTS = (
+    ImportError, AttributeError, AssertionError, TypeError, ValueError, OSError, RuntimeError, TritonError,
+)
+
+
+def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
+    """The first back end of a chain that is right on every rank; one asked for by name is taken or is an error."""
+    device = run.ranks.device
+    chain = list(ends.makers) if device.type == "cuda" else ends.everywhere
+    refused = []
+    for name in chain if asked == "auto" else [asked]:
+        chosen, error, reason = None, math.nan, ""
+        try:
+            chosen = ends.makers[name]()
+            error = ends.probe(chosen, run.cfg, device)
+            reason = "" if error < 2e-2 else f"wrong by {error:.1e}"
+        except BACK_END_FAULTS as e:
+            reason = f"{type(e).__name__} {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''}"
+        failures = run.ranks.sum_(torch.tensor(float(bool(reason)), device=device)).item()
+        if not failures:
+            why = "; ".join(refused) or "first choice"
+            run.log(f"{ends.variable.lower()}:{name} head_dim:{run.cfg.head_dim} error:{error:.1e} reason:{why}")
+            run.log.event("back_end", variable=ends.variable, name=name)
+            return chosen
+        refused.append(f"{name}: {reason or 'failed on another rank'}")
+    raise UserError(f"{ends.variable}={asked}: not usable here ({'; '.join(refused)}); auto takes the best")
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where float64 arithmetic runs: on the device itself, but for mps, which has none, on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA; float32 elsewhere, where bfloat16 products are slow and tests want digits."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+
+
+def linear(x: Tensor, weight: Tensor, name: str, observe: Observer | None) -> Tensor:
+    """x (..., cols) times weight (rows, cols) transposed; `observe` sees every matrix's inputs here."""
+    if observe is not None:
+        observe(name, x)
+    return product(x, weight)
+
+
+def rotary_table(length: int, cfg: Config, device: torch.device) -> Tensor:
+    """Cosines and sines (2, length, 1, dims/2) of rotary embedding on the first ROPE_DIMS dimensions."""
+    dims = cfg.rope_dims or cfg.head_dim
+    stretch = max(length / cfg.train_seq_len, 1.0)  # NTK-aware: beyond the trained length the base grows
+    base = cfg.rope_base * stretch ** (dims / max(dims - 2, 1))
+    frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)[:, None, :]
+    return torch.stack([angles.cos(), angles.sin()]).to(compute_dtype(device)).to(device)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2 x cos.shape[-1] dimensions of x (B, T, heads, D) in half-split pairs; the rest passes."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+def has_previous(ids: Tensor, bos_id: int) -> Tensor:
+    """Where ids (B, T) have a previous token of the same document: neither BOS nor first in the window."""
+    return (ids != bos_id) & (torch.arange(ids.shape[1], device=ids.device) > 0)
+
+
+def bigram_hash(ids: Tensor, bos_id: int, buckets: int) -> Tensor:
+    """Bucket of (token, previous token), (B, T); the last bucket stands for 'no previous token' (PR #65)."""
+    previous = F.pad(ids, (1, -1))
+    hashed = (36313 * ids ^ 27191 * previous) % (buckets - 1)
+    return torch.where(has_previous(ids, bos_id), hashed, buckets - 1)
+
+
+def smear(x: Tensor, ids: Tensor, gate: Tensor, bos_id: int) -> Tensor:
+    """x_t + sigmoid(gate) (x_{t-1} - x_t) per channel within a document, x (B, T, C) (PR #65)."""
+    amount = torch.sigmoid(gate) * has_previous(ids, bos_id).unsqueeze(-1)
+    return x + amount.to(x.dtype) * (F.pad(x, (0, 0, 1, -1)) - x)
+
+
+class BankSpec(NamedTuple):
+    """One bank: (layers, rows, cols), its rows split among named matrices; `zero` starts it at zero."""
+
+    name: str
+    roles: tuple[tuple[str, int], ...]  # matrix name within a layer -> rows
+    cols: int
+    zero: bool
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for _, rows in self.roles)
+
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(matrix name, first row, end row) of each role."""
+        ends = itertools.accumulate(rows for _, rows in self.roles)
+        return [(name, end - rows, end) for (name, rows), end in zip(self.roles, ends, strict=True)]
+
+
+def bank_specs(cfg: Config) -> tuple[BankSpec, ...]:
+    """The one table of matrices. Q, K and V share a bank and so one product: one read of the input, not three."""
+    dim, hidden, kv = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim
+    return (
+        BankSpec("qkv", (("attn.c_q", dim), ("attn.c_k", kv), ("attn.c_v", kv)), dim, zero=False),
+        BankSpec("out", (("attn.proj", dim),), dim, zero=True),
+        BankSpec("up", (("mlp.fc", hidden),), dim, zero=False),
+        BankSpec("down", (("mlp.proj", dim),), hidden, zero=True),
+    )
+
+
+def row_bits(cfg: Config, spec: BankSpec) -> Tensor:
+    """Bits of the codes of every row of a bank, (layers, rows, 1): LOWBIT_BITS where a pattern is in the name."""
+    patterns = cfg.lowbit_name_patterns
+    rows = [
+        cfg.lowbit_bits if any(pattern in f"blocks.{layer}.{role}." for pattern in patterns) else cfg.matrix_bits
+        for layer in range(cfg.num_layers)
+        for role, count in spec.roles
+        for _ in range(count)
+    ]
+    return torch.tensor(rows).view(cfg.num_layers, spec.rows, 1)
+
+
+class RestSpec(NamedTuple):
+    """One parameter outside the banks: shape, initial value or standard deviation, and its Adam group.
+
+    `init` is a number (constant), "orthogonal", or ("normal", std). `per_layer`: dimension 0 is the layer.
+    Embeddings and small matrices (`coded`) are quantized; the rest is control and is kept in half precision.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: Any
+    group: str
+    per_layer: bool = False
+    coded: bool = False
+
+
+def rest_specs(cfg: Config) -> list[RestSpec]:
+    """The one table of parameters outside the banks; a feature that is off has no row and so no parameter."""
+    dim, layers, heads, vocab = cfg.model_dim, cfg.num_layers, cfg.num_heads, cfg.vocab_size
+    kv, buckets, is_asqu = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size, cfg.mlp_activation == "asqu"
+    skips = max(len(phase.order) // 2 for phase in phases(cfg).values())
+    mix = torch.stack([torch.ones(dim), torch.zeros(dim)]).expand(layers, 2, dim)  # all of x, nothing of x0
+    rows = [
+        (True, RestSpec("tok_emb", (vocab, dim), ("normal", cfg.tied_embed_init_std), "embed", coded=True)),
+        (not cfg.tie_embeddings, RestSpec("lm_head", (vocab, dim), 0.0, "head", coded=True)),
+        (buckets, RestSpec("bigram_table", (buckets, cfg.bigram_dim), 0.0, "embed", coded=True)),
+        (buckets, RestSpec("bigram_proj", (dim, cfg.bigram_dim), "orthogonal", "scalar", coded=True)),
+        (buckets, RestSpec("bigram_scale", (1,), 0.05, "scalar")),
+        (cfg.ve_enabled, RestSpec("ve_table", (vocab, cfg.ve_dim), ("normal", 0.01), "embed", coded=True)),
+        (cfg.ve_enabled, RestSpec("ve_proj", (kv, cfg.ve_dim), 0.0, "scalar", coded=True)),
+        (cfg.ve_enabled, RestSpec("ve_scale", (len(cfg.ve_layers),), 0.1, "scalar")),
+        (cfg.smear_gate_enabled, RestSpec("smear_gate", (dim,), 0.0, "scalar")),
+        (skips, RestSpec("skip_weights", (skips, dim), 1.0, "scalar")),
+        (True, RestSpec("resid_mix", (layers, 2, dim), mix, "scalar", per_layer=True)),
+        (True, RestSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
+        (True, RestSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
+        (True, RestSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
+        (cfg.value_residual, RestSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
+        (cfg.gated_attn_enabled, RestSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
+        (cfg.gated_attn_enabled, RestSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
+        (is_asqu, RestSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
+    ]
+    rank, passes = cfg.lora_rank, len(final_order(cfg))
+    for bank in bank_specs(cfg):  # zero at the start, by the second factor (PR #38)
+        rows += [(rank, RestSpec(f"lora_{bank.name}_in", (passes, rank, bank.cols), ("normal", 0.02), "lora")),
+                 (rank, RestSpec(f"lora_{bank.name}_out", (passes, bank.rows, rank), 0.0, "lora"))]  # fmt: skip
+    return [spec for present, spec in rows if present]
+
+
+def initial_value(shape: tuple[int, ...], init: Any) -> Tensor:
+    """A fresh parameter, on the CPU so that every device and every number of ranks starts from the same bits."""
+    if isinstance(init, Tensor):
+        return init.clone()
+    if isinstance(init, tuple):
+        return torch.randn(shape) * init[1]
+    if init == "orthogonal":
+        return nn.init.orthogonal_(torch.empty(shape))
+    if init == "uniform":  # nn.Linear's default, what the official baseline starts from
+        return torch.empty(shape).uniform_(-1, 1) / math.sqrt(shape[-1])
+    return torch.full(shape, float(init))
+
+
+def initial_bank(spec: BankSpec, cfg: Config) -> Tensor:
+    """(layers, rows, cols): each matrix of the bank initialized by itself."""
+    kind = 0.0 if spec.zero else "orthogonal" if cfg.ortho_init else "uniform"
+    layers = [[initial_value((rows, spec.cols), kind) for _, rows in spec.roles] for _ in range(cfg.num_layers)]
+    return torch.stack([torch.cat(matrices) for matrices in layers])
+
+
+class LayerSpec(NamedTuple):
+    """What differs between layers: exclusive attention, row of ve_scale or None, factor on normalized inputs."""
+
+    xsa: bool
+    value_embed: int | None
+    norm_scale: float
+
+
+def layer_specs(cfg: Config) -> list[LayerSpec]:
+    value_rows = {layer: row for row, layer in enumerate(cfg.ve_layers)} if cfg.ve_enabled else {}
+    return [
+        LayerSpec(i >= cfg.num_layers - cfg.xsa_last_n, value_rows.get(i), (i + 1) ** -0.5 if cfg.ln_scale else 1.0)
+        for i in range(cfg.num_layers)
+    ]
+
+
+class Pass(NamedTuple):
+    """What one forward pass hands to its layers."""
+
+    order: tuple[int, ...]  # layers as they run
+    banks: dict[str, tuple[Tensor, ...]]  # bank -> the matrices of each position in the order
+    vectors: dict[str, tuple[Tensor, ...]]  # per-layer parameter -> the layers' values
+    mixes: tuple[Tensor, ...]  # per position in the order, (3, C): factors of x, skip and x0 at the layer's entrance
+    rotary: Tensor
+    value_embedding: Tensor | None  # (N, KV, D)
+    mask: tuple[Any, ...]  # with DOC_ATTENTION the mask of the document attention
+    beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_unit below zero
+    observe: Observer | None
+
+
+class GPT(nn.Module):
+    """The language model. `weights()` prepares the matrices once per step; `nll` is the forward pass."""
+
+    def __init__(
+        self, cfg: Config, bos_id: int, attend: Attend, device: torch.device, parts: LayerParts = PLAIN_LAYER
+    ) -> None:
+        """Allocate and initialize from SEED, whatever the state of the global generator."""
+        super().__init__()
+        self.cfg, self.bos_id, self.attend, self.parts = cfg, bos_id, attend, parts
+        self.dtype, self.layers = compute_dtype(device), layer_specs(cfg)
+        self.order = final_order(cfg)  # of the model as it is scored; training may still be on its way there
+        generator_state = torch.random.get_rng_state()
+        torch.manual_seed(cfg.seed)
+        self.specs, self.rest_specs = bank_specs(cfg), rest_specs(cfg)
+        self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
+        self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.rest_specs})
+        torch.random.set_rng_state(generator_state)
+        self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
+        self.to(device)
+        self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
+        lengths = {phase.seq_len for phase in phases(cfg).values()} | {cfg.eval_len}
+        self.rotary = {length: rotary_table(length, cfg, device) for length in lengths}
+        self.fast_weights, self.fast_nll = compiled(cfg, self.weights), compiled(cfg, self.nll)
+        self.fast_nll_and_entropy = compiled(cfg, self.nll_and_entropy)
+
+    def weights(self, fake_quant: bool) -> dict[str, Tensor]:
+        """Banks and head in the compute type; `fake_quant` puts the banks on the export grid, straight-through.
+
+        The scales of a layer's two outputs multiply the rows of the matrices that make them: on small matrices they
+        cost nothing, on activations two reads and a write in the backward pass (1.6 ms of a step).
+        """
+        banks = dict(self.banks.items())
+        if fake_quant:
+            policy, sigmas = self.cfg.clip_policy, self.clip_sigmas
+            banks = {n: fake_quantize(bank, Grid(self.bits[n], policy, sigmas)) for n, bank in banks.items()}
+        scales = {"out": self.rest["attn_scale"], "down": self.rest["mlp_scale"]}
+        if self.cfg.lora_rank:  # from here on one matrix per pass, not per layer
+            banks = {
+                n: self.by_pass(b) + self.rest[f"lora_{n}_out"] @ self.rest[f"lora_{n}_in"] for n, b in banks.items()
+            }
+            scales = {name: self.by_pass(scale) for name, scale in scales.items()}
+        banks |= {name: banks[name] * scale.unsqueeze(-1) for name, scale in scales.items()}
+        head = self.rest["tok_emb" if self.cfg.tie_embeddings else "lm_head"]
+        return {name: tensor.to(self.dtype) for name, tensor in {**banks, "head": head}.items()}
+
+    def by_pass(self, layers: Tensor) -> Tensor:
+        """Slices of `layers` (layers, ...) in the order in which they run, (passes, ...)."""
+        return torch.stack([layers[layer] for layer in self.order])
+
+    def project(self, table: str, ids: Tensor, matrix: str, observe: Observer | None) -> Tensor:
+        """Rows `ids` of an embedding table times a small matrix; gathered in fp32 so that gradients sum in fp32."""
+        rows = F.embedding(ids, self.rest[table]).to(self.dtype)
+        return linear(rows, self.rest[matrix].to(self.dtype), matrix, observe)
+
+    def embed(self, ids: Tensor, observe: Observer | None) -> Tensor:
+        """Token (and bigram) embedding, normalized and smeared: (B, T, C)."""
+        x = F.embedding(ids, self.rest["tok_emb"])
+        if "bigram_table" in self.rest:
+            buckets = bigram_hash(ids, self.bos_id, self.cfg.bigram_vocab_size)
+            x = x + self.rest["bigram_scale"] * self.project("bigram_table", buckets, "bigram_proj", observe)
+        x = rms_norm(x.to(self.dtype))
+        return smear(x, ids, self.rest["smear_gate"], self.bos_id) if "smear_gate" in self.rest else x
+
+    def begin(self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None) -> Pass:
+        """Split banks and per-layer vectors: one backward concatenation each instead of one per layer."""
+        vectors = {s.name: self.rest[s.name].to(self.dtype).unbind() for s in self.rest_specs if s.per_layer}
+        banks = {spec.name: weights[spec.name] for spec in self.specs}
+        banks = {name: bank.unbind() if isinstance(bank, Tensor) else bank for name, bank in banks.items()}
+        if not self.cfg.lora_rank:
+            banks = {name: tuple(matrices[layer] for layer in order) for name, matrices in banks.items()}
+        value = None
+        if "ve_table" in self.rest:
+            value = self.project("ve_table", ids, "ve_proj", observe).view(ids.numel(), self.cfg.num_kv_heads, -1)
+        length = ids.shape[1]
+        rotary = self.rotary[length] if length in self.rotary else rotary_table(length, self.cfg, ids.device)
+        slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
+        fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
+        beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
+        mask = (self.attend.mask(document_numbers(ids, self.bos_id)),) if self.cfg.doc_attention else ()
+        return Pass(order, banks, vectors, self.mixes(order), rotary, value, mask, beta, observe)
+
+    def mixes(self, order: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Factors (3, C) of x, skip and x0 at the entrance of each position: the skip's weight is multiplied in here,
+        on vectors, and once for all positions."""
+        resid = torch.stack([self.rest["resid_mix"][layer] for layer in order])
+        half, skips = len(order) // 2, torch.zeros_like(resid[:, 0])
+        if half:
+            weights = self.rest["skip_weights"][:half]
+            skips = F.pad(weights, (0, 0, half, len(order) - half - len(weights)))
+        return torch.stack([resid[:, 0], resid[:, 0] * skips, resid[:, 1]], 1).to(self.dtype).unbind()
+
+    def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Rows, Tensor]:
+        """Attention part of a layer, its output added; also returns this layer's own values (N, KV, D)."""
+        layer, vectors, parts = p.order[position], p.vectors, self.parts
+        spec, extra = self.layers[layer], None
+        if p.observe is not None:
+            p.observe(f"qkv.{layer}", parts.normalized(rows))
+        if spec.value_embed is not None:
+            extra = self.rest["ve_scale"][spec.value_embed].to(self.dtype) * p.value_embedding
+        q, k, own, twin = parts.heads(rows, p.banks["qkv"][position], vectors["q_gain"][layer], p.rotary, extra)
+        v = own
+        if "value_mix" in vectors:
+            mix = vectors["value_mix"][layer]
+            v = twin = mix[0] * (own if first_v is None else first_v) + mix[1] * own
+        y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), *p.mask).flatten(0, 1)
+        if spec.xsa:
+            y = parts.exclusive(y, v, twin)
+        if "gate_weight" in vectors:
+            gate = F.linear(parts.normalized(rows), vectors["gate_weight"][layer], vectors["gate_bias"][layer])
+            y = y * torch.sigmoid(gate).unsqueeze(-1)
+        z = y.flatten(1)
+        if p.observe is not None:
+            p.observe(f"out.{layer}", z)
+        return parts.leave(rows, z, p.banks["out"][position], spec.norm_scale), own
+
+    def mlp(self, rows: Rows, position: int, p: Pass) -> Tensor:
+        """Feed-forward part of a layer, its output added: (N, C)."""
+        layer = p.order[position]
+        x, act = self.parts.feed_forward(rows, p.banks["up"][position], p.banks["down"][position], p.beta[layer])
+        if p.observe is not None:
+            p.observe(f"up.{layer}", self.parts.normalized(rows))
+            p.observe(f"down.{layer}", act)
+        return x
+
+    def hidden(
+        self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None = None
+    ) -> Tensor:
+        """Normalized output of the last layer (B, T, C) for ids (B, T), running the layers in `order`.
+
+        The first half of the order pushes its outputs, the second half pops them (U-Net skips); every layer mixes
+        the embedding x0 back in.
+        """
+        p = self.begin(ids, weights, order, observe)
+        x = self.embed(ids, observe).flatten(0, 1)
+        x0, half, skips, first_v = (x, x), len(order) // 2, [], None
+        for position, layer in enumerate(order):
+            skip = None
+            if half <= position < 2 * half:
+                skip = skips.pop() if position > half else (x, x)  # the last one pushed is x itself
+            rows, twin, x0 = self.parts.enter(x, skip, x0, p.mixes[position], self.layers[layer].norm_scale)
+            if 0 < position < half:
+                skips.append((x, twin))
+            rows, own_v = self.attention(rows, position, first_v, p)
+            first_v = own_v if first_v is None else first_v
+            x = self.mlp(rows, position, p)
+        return rms_norm(x).view(*ids.shape, -1)
+
+    def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
+        """Softcapped logits (B, T, V) in float32."""
+        return soft_cap(linear(hidden, weights["head"], "head", observe), self.cfg.logit_softcap)
+
+    def nll(self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> Tensor:
+        """Negative log-likelihood in nats of each target given its prefix, (B, T) float32."""
+        logits = product(self.hidden(ids, weights, order).flatten(0, 1), weights["head"])
+        return self.parts.nll(logits, targets.flatten(), self.cfg.logit_softcap).view_as(targets)
+
+    def nll_and_entropy(
+        self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """`nll`, and the entropy in nats of each prediction, (B, T) float32."""
+        log_p = self.logits(self.hidden(ids, weights, order), weights).log_softmax(-1)
+        return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace all parameters in place: compiled graphs stay valid. Names must match exactly."""
+        self.load_state_dict(dict(tensors))
+
+
+def compiled(cfg: Config, function: Callable) -> Callable:
+    """torch.compile as one static graph, or the function itself when COMPILE=0."""
+    if not cfg.compile:
+        return function
+    # Inductor describes an operator that is new to it, or fails, by all that leads to it, in a time exponential in its
+    # depth (torch 2.11; 2.13 only where it fails): with XSA_LAST_N=4 of 11 layers no step was made in four minutes.
+    issue = importlib.import_module("torch._inductor.exc").OperatorIssue
+    issue.operator_str = staticmethod(lambda target, *_: str(target))
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
+    """The model of `cfg` on this rank's device, with its parameter count in the log."""
+    attend = choose_back_end(run, attention_back_ends(cfg), cfg.attn_backend)
+    parts = choose_back_end(run, LAYER_BACK_ENDS, cfg.layer_backend)
+    model = GPT(cfg, bos_id, attend, run.ranks.device, parts)
+    sizes = {name.split(".")[1]: p.numel() for name, p in model.named_parameters()}
+    count = sum(sizes.values())
+    run.log(f"model_params:{count} ({' '.join(f'{n}:{c}' for n, c in sizes.items() if c > 0.002 * count)}) "
+            f"passes:{len(final_order(cfg))} over {cfg.num_layers} layers")  # fmt: skip
+    run.log.event("model", parameters=count, mlp_hidden=cfg.hidden_dim)
+    run.log(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} xsa_last_n:{cfg.xsa_last_n} "
+            f"mlp_activation:{cfg.mlp_activation} hidden:{cfg.hidden_dim}")  # fmt: skip
+    return model
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Kernels
+# ----------------------------------------------------------------------------------------------
+# What a Hopper GPU runs instead of the plain parts of a layer: the same function from fewer bytes, which
+# are what bounds a step. Each kernel's share of the gain is in benchmarks/RESULTS.md.
+#
+# The normalized input of a product is never written. With r = scale * rsqrt(mean(x^2) + eps) per row, the
+# product of the normalized row is r times the product of x; what follows a product takes r along, in its
+# ending, on tiles that are still in registers. The gradient of such a row needs no gradient of r: for
+# g = dL/dx with r held fixed, dL/dr is <g, x> / r and dr/dx is -r^3 / (C scale^2) x, so
+# dx = g - x (r^2 / (C scale^2)) <g, x>: one pass over g and x, in which the residual gradient is added too.
+# Hence the twins: memory that is never written or read and only carries g back, or the gradient of a skip
+# or of x0, to the one kernel that adds it up (inductor cannot add inside an operator).
+
+TILE = (128, 256, 64)  # rows, columns, inner length of a product's tile; 8 warps, 3 stages: the best of 27 tried
+
+
+def jit(function: Callable) -> Any:
+    """triton.jit, without one more compilation for each kind of number that a count can be; nothing without Triton."""
+    if triton is None:
+        return function
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in ("tokens", "length", "items") if name in names])
+
+
+def programs(device: torch.device, blocks: int, per_processor: int = 1) -> tuple[int]:
+    """Grid that walks over `blocks`; two programs on the CPU, so that tests see the walk and the partial sums."""
+    if device.type != "cuda":
+        return (min(blocks, 2),)
+    return (min(blocks, per_processor * torch.cuda.get_device_properties(device).multi_processor_count),)
+
+
+def tiled(factor: Tensor, rows: int, cols: int) -> Any:
+    """A contiguous matrix as the bulk copy engine takes it, in tiles."""
+    return TensorDescriptor.from_tensor(factor, [rows, cols])
+
+
+@jit
+def tile_halves(a, b, row, column, inputs, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):
+    """The tile at (row, column) of a (rows, inputs) times b (columns, inputs) transposed, as two halves of columns.
+
+    Kernels walk over tiles, so that the stores of one overlap the products of the next; halves fit into shared memory.
+    """
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for k in range(0, inputs, INNER):
+        total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+    return tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+
+
+# The step of the residual stream into a layer
+
+
+@jit
+def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr, WIDTH: tl.constexpr,
+                COLS: tl.constexpr, ROWS: tl.constexpr, SKIP: tl.constexpr):  # fmt: skip
+    """The new x and r of ROWS rows; COLS is WIDTH rounded up to a power of two."""
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
+    at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
+    every = mix + column + 0 * row[:, None]  # whole tiles: a line would change its layout through shared memory
+    value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+    value *= tl.load(every, mask=live, other=0.0).to(tl.float32)
+    first = tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
+    value += first * tl.load(every + 2 * WIDTH, mask=live, other=0.0).to(tl.float32)
+    if SKIP:
+        other = tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
+        value += other * tl.load(every + WIDTH, mask=live, other=0.0).to(tl.float32)
+    rounded = value.to(new.dtype.element_ty)
+    tl.store(new + at, rounded, mask=live)
+    value = rounded.to(tl.float32)
+    tl.store(factors + row, scale * tl.rsqrt(tl.sum(value * value, 1) / WIDTH + EPS), mask=row < tokens)
+
+
+@jit
+def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnext, dx, dskip, dx0, sums, tokens, scale,
+                        WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+                        MIX: tl.constexpr, SKIP: tl.constexpr, KEPT: tl.constexpr,
+                        NEXT: tl.constexpr):  # fmt: skip
+    """Gradients of x, skip and x0, walking over blocks of rows; sums (programs, 3, WIDTH) of mix's.
+
+    The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
+    """
+    column = tl.arange(0, COLS)[None, :]
+    every = mix + column + 0 * tl.arange(0, ROWS)[:, None]
+    within = column + 0 * tl.arange(0, ROWS)[:, None] < WIDTH
+    if MIX:
+        keep = tl.load(every, mask=within, other=0.0).to(tl.float32)
+        first = tl.load(every + 2 * WIDTH, mask=within, other=0.0).to(tl.float32)
+        dkeep, dfirst = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    if SKIP:
+        other = tl.load(every + WIDTH, mask=within, other=0.0).to(tl.float32)
+        dother = tl.zeros((ROWS, COLS), tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = block * ROWS + tl.arange(0, ROWS)
+        at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
+        g = tl.load(dtwin + at, mask=live, other=0.0).to(tl.float32)
+        value = tl.load(new + at, mask=live, other=0.0).to(tl.float32)
+        upstream = tl.load(dnew + at, mask=live, other=0.0).to(tl.float32)
+        r = tl.load(factors + row, mask=row < tokens, other=0.0)
+        shrink = r * r / (WIDTH * scale * scale) * tl.sum(g * value, 1)
+        d = upstream + g - value * shrink[:, None]
+        if MIX:
+            dkeep += d * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+            dfirst += d * tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
+            begun = d * first
+            if NEXT:
+                begun += tl.load(dnext + at, mask=live, other=0.0).to(tl.float32)
+            tl.store(dx0 + at, begun.to(dx0.dtype.element_ty), mask=live)
+            if SKIP:
+                dother += d * tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
+                tl.store(dskip + at, (d * other).to(dskip.dtype.element_ty), mask=live)
+            d *= keep
+        if KEPT:
+            d += tl.load(dkept + at, mask=live, other=0.0).to(tl.float32)
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=live)
+    line, inside = sums + tl.program_id(0) * 3 * WIDTH + tl.arange(0, COLS), tl.arange(0, COLS) < WIDTH
+    if MIX:
+        tl.store(line, tl.sum(dkeep, 0), mask=inside)
+        tl.store(line + 2 * WIDTH, tl.sum(dfirst, 0), mask=inside)
+    if SKIP:
+        tl.store(line + WIDTH, tl.sum(dother, 0), mask=inside)
+
+
+@torch.library.custom_op(f"{OPERATORS}::enter", mutates_args=())
+def enter(
+    x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`plain_enter` with its parts of Rows and the twins of x and x0."""
+    (n, width), r = x.shape, x.new_empty(len(x), dtype=torch.float32)
+    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
+    enter_tiles[(triton.cdiv(n, 4),)](x, x if skip is None else skip, x0, mix, new, r, n, scale, NORM_EPS, width,
+                                      triton.next_power_of_2(width), 4, skip is not None, num_warps=2,
+                                      num_stages=2)  # fmt: skip
+    return new, twin, r, kept, following
+
+
+@torch.library.custom_op(f"{OPERATORS}::rows_backward", mutates_args=())
+def rows_backward(upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float) -> list[Tensor]:
+    """Gradients of x, skip, x0 and mix (empty where absent) from those of Rows.
+
+    `upstream`: of the new x, its twin, and those present of the twins of x and x0; `saved`: new x, r and, with mix,
+    mix, x, x0 and, where present, skip; `present`: mix, skip, the two upstream.
+    """
+    (new, r, *rest), (has_mix, has_skip, *more) = saved, present
+    (n, width), others = new.shape, iter(upstream[2:])
+    mix, x, x0, skip = (*rest, *[new] * 4)[:4]
+    others = [next(others) if here else new for here in more]
+    dx, dskip, dx0 = (torch.empty_like(new) if here else new.new_empty(0) for here in (True, has_skip, has_mix))
+    grid = programs(new.device, triton.cdiv(n, 2), 8)
+    sums = new.new_zeros((grid[0] if has_mix else 0, 3, width), dtype=torch.float32)
+    rows_backward_tiles[grid](x, skip, x0, mix, new, r, *upstream[:2], *others, dx, dskip, dx0, sums, n, scale, width,
+                              triton.next_power_of_2(width), 2, 2, *present, num_warps=2)  # fmt: skip
+    return [dx, dskip, dx0, sums.sum(0).to(new.dtype)]
+
+
+@enter.register_fake
+def _(x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor,
+      scale: float) -> tuple[Tensor, ...]:  # fmt: skip
+    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
+    return new, twin, x.new_empty(len(x), dtype=torch.float32), kept, following
+
+
+@rows_backward.register_fake
+def _(upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float) -> list[Tensor]:
+    new, (has_mix, has_skip) = saved[0], present[:2]
+    shapes = (new.shape, new.shape if has_skip else (0,), new.shape if has_mix else (0,), (3, new.shape[1]))
+    return [new.new_empty(shape) for shape in shapes]
+
+
+def save_enter(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, skip, _, x0, _, mix, ctx.scale = inputs
+    ctx.has_skip = skip is not None
+    ctx.save_for_backward(output[0], output[2], mix, x, x0, *([skip] if ctx.has_skip else []))
+    ctx.set_materialize_grads(False)
+
+
+def enter_gradients(
+    ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, dkept: Tensor | None, dnext: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the twins of skip and x0, and mix."""
+    saved = list(ctx.saved_tensors)
+    upstream = [torch.zeros_like(saved[0]) if d is None else d for d in (dnew, dtwin)]
+    upstream = [d.contiguous() for d in (*upstream, dkept, dnext) if d is not None]
+    present = [True, ctx.has_skip, dkept is not None, dnext is not None]
+    dx, dskip, dx0, dmix = rows_backward(upstream, saved, present, ctx.scale)
+    return dx, None, dskip if ctx.has_skip else None, None, dx0, dmix, None
+
+
+enter.register_autograd(enter_gradients, setup_context=save_enter)
+
+
+def fused_enter(x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> tuple:
+    """`plain_enter`: 5 activations are written and read where inductor's kernels take 6, backward 10 of 14."""
+    x_new, twin, r, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
+    return Rows(x_new, twin, r), kept, (x0[0], following)
+
+
+# Queries, keys and values
+
+
+@jit
+def angles(rotary, place, tokens, length, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """Cosines and sines (ROWS, 1, SIZE / 2 HALF, HALF) for rows `place`; 1 and 0 where nothing rotates.
+
+    Loaded as a small tile, so that it takes on the layout of the large one and not the other way round.
+    """
+    at, live = (place % length * HALF)[:, None] + tl.arange(0, HALF)[None, :], place[:, None] < tokens
+    cos = tl.load(rotary + at, mask=live, other=1.0).to(tl.float32)
+    sin = tl.load(rotary + length * HALF + at, mask=live, other=0.0).to(tl.float32)
+    turns = tl.arange(0, SIZE // (2 * HALF))[None, None, :, None] == 0
+    return tl.where(turns, cos[:, None, None, :], 1.0), tl.where(turns, sin[:, None, None, :], 0.0)
+
+
+@jit
+def per_head(tile):
+    """Sums (ROWS, HEADS, 1, 1) over a tile (ROWS, HEADS, blocks, HALF)."""
+    return tl.sum(tl.sum(tile, 3), 2)[:, :, None, None]
+
+
+@jit
+def end_heads(value, r, gain, rotary, extra, q, k, v, factors, row, column, tokens, length, EPS: tl.constexpr,
+              HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+              EXTRA: tl.constexpr):  # fmt: skip
+    """Ending of a tile (ROWS, whole heads of one kind) of the product: normalize, rotate, gain or `extra`, store.
+
+    A norm per head cancels r but for eps, which becomes eps / r^2.
+    """
+    ROWS: tl.constexpr = value.shape[0]
+    GROUP: tl.constexpr = value.shape[1] // SIZE
+    place, head = row + tl.arange(0, ROWS), column // SIZE + tl.arange(0, GROUP)
+    is_value = column >= (HEADS + KV) * SIZE
+    r = tl.load(r + place, mask=place < tokens, other=1.0)[:, None, None, None]
+    pairs = tl.reshape(value, (ROWS, GROUP, SIZE // (2 * HALF), 2, HALF))
+    a, b = tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
+    factor = tl.rsqrt(per_head(a * a + b * b) / SIZE + EPS / (r * r))
+    normed = (place[:, None] < tokens) & (head[None, :] < HEADS + KV)
+    tl.store(factors + place[:, None] * (HEADS + KV) + head[None, :], tl.reshape(factor, (ROWS, GROUP)), mask=normed)
+    gains = tl.load(gain + head, mask=head < HEADS, other=1.0).to(tl.float32)[None, :, None, None]
+    factor = tl.where(is_value, r, factor * gains)
+    until = tl.where(is_value, 0, tokens)  # nothing rotates in v
+    cos, sin = angles(rotary, place, until, length, SIZE, HALF)
+    a, b = a * factor, b * factor
+    both = tl.permute(tl.join(a * cos + b * sin, b * cos - a * sin), (0, 1, 2, 4, 3))
+    value = tl.reshape(both, (ROWS, GROUP * SIZE))
+    if EXTRA:
+        at = place[:, None] * (KV * SIZE) + column - (HEADS + KV) * SIZE + tl.arange(0, GROUP * SIZE)[None, :]
+        value += tl.load(extra + at, mask=is_value & (place[:, None] < tokens), other=0.0).to(tl.float32)
+    # Selected, not branched: Triton 3.6 cannot flatten a loop with a branch in it.
+    is_query = column < HEADS * SIZE
+    out = tl.where(is_query, q, tl.where(is_value, v, k))
+    column -= tl.where(is_query, 0, tl.where(is_value, HEADS + KV, HEADS) * SIZE)
+    channel = column + tl.arange(0, GROUP * SIZE)[None, :]
+    apart = tl.where(is_query, 1, HEADS // KV) * SIZE
+    at = place[:, None] * (HEADS * SIZE) + channel // SIZE * apart + channel % SIZE
+    rounded = value.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, mask=place[:, None] < tokens)
+    for copy in tl.static_range(1, HEADS // KV):
+        tl.store(out + at + copy * SIZE, rounded, mask=(place[:, None] < tokens) & ~is_query)
+
+
+@jit
+def heads_tiles(x, weight, r, gain, rotary, extra, q, k, v, factors, tokens, length, width, EPS: tl.constexpr,
+                ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr,
+                SIZE: tl.constexpr, HALF: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
+    """The product x weight^T, each tile ended by `end_heads` in two halves; x is (tokens, width)."""
+    across: tl.constexpr = (HEADS + 2 * KV) * SIZE // COLS
+    for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
+        row, column = tile // across * ROWS, tile % across * COLS
+        left, right = tile_halves(x, weight, row, column, width, ROWS, COLS, INNER)
+        end_heads(left, r, gain, rotary, extra, q, k, v, factors, row, column, tokens, length, EPS, HEADS, KV, SIZE,
+                  HALF, EXTRA)
+        end_heads(right, r, gain, rotary, extra, q, k, v, factors, row, column + COLS // 2, tokens, length, EPS, HEADS,
+                  KV, SIZE, HALF, EXTRA)  # fmt: skip
+
+
+@jit
+def sum_copies(dout, at, live, COPIES: tl.constexpr, SIZE: tl.constexpr):
+    """The gradients of a head's copies added up."""
+    total = tl.load(dout + at, mask=live, other=0.0).to(tl.float32)
+    for copy in tl.static_range(1, COPIES):
+        total += tl.load(dout + at + copy * SIZE, mask=live, other=0.0).to(tl.float32)
+    return total
+
+
+@jit
+def undo_heads(final, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.constexpr, HEADS: tl.constexpr,
+               COPIES: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+               HALF: tl.constexpr):  # fmt: skip
+    """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head.
+
+    The normalized heads are made from what became of them: turned back, over the gain (whose own gradient is lost where
+    it is exactly 0), which the queries have, the first ones. Both halves of a pair are loaded as vectors into the same
+    place of two tiles, so that no thread needs another's values.
+    """
+    GAIN: tl.constexpr = FIRST == 0
+    head, block = tl.arange(0, HEADS)[None, :, None, None], tl.arange(0, SIZE // (2 * HALF))[None, None, :, None]
+    within, live = head * SIZE + block * (2 * HALF) + tl.arange(0, HALF)[None, None, None, :], row < tokens
+    source, target = row * WIDTH + FIRST * SIZE + within, row * (HEADS * COPIES * SIZE) + within
+    target += head * ((COPIES - 1) * SIZE)
+    left = sum_copies(dout, target, live, COPIES, SIZE)
+    right = sum_copies(dout, target + HALF, live, COPIES, SIZE)
+    da, db = left * cos - right * sin, left * sin + right * cos
+    left = tl.load(final + target, mask=live, other=0.0).to(tl.float32)
+    right = tl.load(final + target + HALF, mask=live, other=0.0).to(tl.float32)
+    factor = tl.load(factors + row * NORMED + FIRST + head, mask=live, other=0.0)
+    turned = cos * cos + sin * sin  # 1 but for the table's rounding
+    if GAIN:
+        gains = tl.load(gain + head).to(tl.float32)
+        turned *= tl.where(gains == 0, float("inf"), gains)
+    a, b = (left * cos - right * sin) / turned, (left * sin + right * cos) / turned
+    inner = per_head(a * da + b * db)
+    if GAIN:
+        factor *= gains
+    tl.store(du + source, (factor * (da - a * (inner / SIZE))).to(du.dtype.element_ty), mask=live)
+    tl.store(du + source + HALF, (factor * (db - b * (inner / SIZE))).to(du.dtype.element_ty), mask=live)
+    return inner
+
+
+@jit
+def heads_backward_tiles(q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, tokens, length,
+                         ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
+                         HALF: tl.constexpr, TWIN: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
+    """The whole gradient of the product, walking over blocks of ROWS rows; sums (programs, HEADS) of the gain's."""
+    NORMED: tl.constexpr = HEADS + KV
+    WIDTH: tl.constexpr = (HEADS + 2 * KV) * SIZE
+    COPIES: tl.constexpr = HEADS // KV
+    gains = tl.zeros((ROWS, HEADS, 1, 1), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+        place = block * ROWS + tl.arange(0, ROWS)
+        row, flat = place[:, None, None, None], place[:, None]
+        cos, sin = angles(rotary, place, tokens, length, SIZE, HALF)
+        gains += undo_heads(q, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, 1, NORMED, WIDTH, SIZE, HALF)
+        undo_heads(k, factors, dk, du, gain, cos, sin, row, tokens, HEADS, KV, COPIES, NORMED, WIDTH, SIZE, HALF)
+        channel = tl.arange(0, KV * SIZE)[None, :]
+        live = (flat < tokens) & (channel < KV * SIZE)
+        first = flat * (HEADS * SIZE) + channel // SIZE * (COPIES * SIZE) + channel % SIZE
+        value = sum_copies(dv, first, live, COPIES, SIZE)
+        if TWIN:
+            value += tl.load(dtwin + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
+        if EXTRA:
+            tl.store(dextra + flat * (KV * SIZE) + channel, value.to(dextra.dtype.element_ty), mask=live)
+        value *= tl.load(r + flat, mask=flat < tokens, other=1.0)
+        tl.store(du + flat * WIDTH + NORMED * SIZE + channel, value.to(du.dtype.element_ty), mask=live)
+    total = tl.sum(tl.reshape(gains, (ROWS, HEADS)), 0)
+    tl.store(sums + tl.program_id(0) * HEADS + tl.arange(0, HEADS), total)
+
+
+def heads_fit(heads: int, kv: int, size: int, half: int) -> bool:
+    """Whether the kernel can: powers of two, and half a tile of the product holds heads of one kind only."""
+    fills = kv * size % (TILE[1] // 2) == 0 and (heads + 2 * kv) * size % TILE[1] == 0
+    return fills and all(n & (n - 1) == 0 for n in (heads, kv, size, half))
+
+
+@torch.library.custom_op(f"{OPERATORS}::heads", mutates_args=())
+def heads(
+    x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v of `plain_heads`, v's twin, and the factors of the norms (N, H + KV).
+
+    Attention adds up the gradients of shared keys and values in float32, in memory: filling it, adding and rounding
+    cost more than writing copies here and adding up their gradients in the backward pass.
+    """
+    (n, width), (rows, cols, inner), (count, kv, size) = x.shape, TILE, head_sizes(x, len(weight), gain)
+    q, k, v, v_twin = (x.new_empty((n, c, size)) for c in (count, count, count, kv))
+    factors = x.new_empty((n, count + kv), dtype=torch.float32)
+    heads_tiles[programs(x.device, triton.cdiv(n, rows) * (len(weight) // cols))](
+        tiled(x, rows, inner), tiled(weight, cols, inner), r, gain, rotary, x if extra is None else extra, q, k, v,
+        factors, n, rotary.shape[1], width, NORM_EPS, *TILE, count, kv, size, rotary.shape[-1], extra is not None,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return q, k, v, v_twin, factors
+
+
+@torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
+def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the product, of the gain, and of `extra` (written only where it is wanted).
+
+    `upstream` are the gradients of q, k, v and, where something used it, of v's twin; `saved` the factors of the norms,
+    r, gain, rotary, q and k.
+    """
+    dq, dk, dv, dtwin = [d.contiguous() for d in (*upstream, upstream[2])[:4]]
+    (n, count, size), (factors, r, gain, rotary, q, k) = dq.shape, saved
+    kv, grid = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
+    du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
+    sums = dq.new_empty((grid[0], count), dtype=torch.float32)
+    heads_backward_tiles[grid](q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, n, rotary.shape[1],
+                               4, count, kv, size, rotary.shape[-1], len(upstream) == 4, has_extra, num_warps=4,
+                               num_stages=2)  # fmt: skip
+    return du, sums.sum(0).to(gain.dtype), dextra
+
+
+@heads.register_fake
+def _(x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor,
+      extra: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
+    count, kv, size = head_sizes(x, len(weight), gain)
+    outputs = (x.new_empty((len(x), c, size)) for c in (count, count, count, kv))
+    return *outputs, x.new_empty((len(x), count + kv), dtype=torch.float32)
+
+
+@heads_backward.register_fake
+def _(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (n, count, size), dq = upstream[0].shape, upstream[0]
+    kv = saved[0].shape[1] - count
+    width = (count + 2 * kv) * size
+    return dq.new_empty((n, width)), torch.empty_like(saved[2]), dq.new_empty((n, kv, size) if has_extra else 0)
+
+
+def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, _, r, weight, gain, rotary, extra = inputs
+    ctx.has_extra = extra is not None
+    ctx.save_for_backward(x, weight, output[4], r, gain, rotary, *output[:2])
+    ctx.set_materialize_grads(False)
+
+
+def heads_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, _: None) -> tuple:
+    """Gradients of the twin, the weight, the gain and `extra`."""
+    x, weight, *saved = ctx.saved_tensors
+    upstream = [dq, dk, dv] + ([] if dtwin is None else [dtwin])
+    du, dgain, dextra = heads_backward(upstream, saved, ctx.has_extra)
+    return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None
+
+
+heads.register_autograd(heads_gradients, setup_context=save_heads)
+
+
+def fused_heads(rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None) -> tuple:
+    """`plain_heads` in the ending of the product; in plain steps for heads that do not fill its tiles."""
+    if heads_fit(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
+        return heads(*rows, weight, gain, rotary, extra)[:4]
+    return plain_heads(Rows(rows.x, fused_normalized(rows)), weight, gain, rotary, extra)
+
+
+# Exclusive self-attention
+
+
+@jit
+def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, COPIES: tl.constexpr, SIZE: tl.constexpr,
+                    COLS: tl.constexpr, ITEMS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+    """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy and the heads' sum of dv."""
+    item, d = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None], tl.arange(0, COLS)[None, :]
+    live = (item < items) & (d < SIZE)
+    own = tl.load(v + item * (COPIES * SIZE) + d, mask=live, other=0.0).to(tl.float32)
+    power = tl.sum(own * own, 1)[:, None]
+    inverse = 1.0 / tl.maximum(power, 1e-12)
+    total = tl.zeros((ITEMS, COLS), tl.float32)
+    for head in tl.static_range(GROUP):
+        at = (item * GROUP + head) * SIZE + d
+        value = tl.load(y + at, mask=live, other=0.0).to(tl.float32)
+        share = tl.sum(value * own, 1)[:, None] * inverse
+        if BACKWARD:
+            upstream = tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
+            along = tl.sum(upstream * own, 1)[:, None] * inverse
+            tl.store(out + at, (upstream - along * own).to(out.dtype.element_ty), mask=live)
+            total -= share * upstream + along * value - tl.where(power > 1e-12, 2 * along * share, 0.0) * own
+        else:
+            tl.store(out + at, (value - share * own).to(out.dtype.element_ty), mask=live)
+    if BACKWARD:
+        tl.store(dv + item * SIZE + d, total.to(dv.dtype.element_ty), mask=live)
+
+
+def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None, kv: int) -> tuple[Tensor, Tensor]:
+    """z, or the gradients of y and of the twin of v, which has `kv` heads."""
+    y, v, (n, heads, size) = y.contiguous(), v.contiguous(), y.shape
+    out, dv, dz_or_y = torch.empty_like(y), v if dz is None else v.new_empty((n, kv, size)), y if dz is None else dz
+    exclusive_tiles[(triton.cdiv(n * kv, 32),)](y, v, dz_or_y.contiguous(), out, dv, n * kv, heads // kv,
+                                                v.shape[1] // kv, size, triton.next_power_of_2(size), 32,
+                                                dz is not None, num_warps=4, num_stages=2)  # fmt: skip
+    return out, dv
+
+
+@torch.library.custom_op(f"{OPERATORS}::exclusive", mutates_args=())
+def fused_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+    """`plain_exclusive`, whose gradient of v goes to `twin` and so is added to the attention's by `heads_backward`."""
+    return run_exclusive(y, v, None, twin.shape[1])[0]
+
+
+@torch.library.custom_op(f"{OPERATORS}::exclusive_backward", mutates_args=())
+def exclusive_backward(y: Tensor, v: Tensor, dz: Tensor, kv: int) -> tuple[Tensor, Tensor]:
+    """Gradients of y and of the twin of v."""
+    return run_exclusive(y, v, dz, kv)
+
+
+@fused_exclusive.register_fake
+def _(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+@exclusive_backward.register_fake
+def _(y: Tensor, v: Tensor, dz: Tensor, kv: int) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), v.new_empty((len(v), kv, v.shape[2]))
+
+
+def save_exclusive(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    y, v, twin = inputs
+    ctx.save_for_backward(y, v)
+    ctx.kv = twin.shape[1]
+
+
+def exclusive_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+    dy, dv = exclusive_backward(*ctx.saved_tensors, dz, ctx.kv)
+    return dy, None, dv
+
+
+fused_exclusive.register_autograd(exclusive_gradients, setup_context=save_exclusive)
+
+
+# The output product of the attention
+
+
+@jit
+def end_sum(value, x, new, squares, row, column, tokens):
+    """Ending of a tile of the product: add x, store, and store each row's sum of squares over the tile's columns."""
+    place = row + tl.arange(0, value.shape[0])
+    rounded = (value + x.load([row, column]).to(tl.float32)).to(new.dtype)
+    new.store([row, column], rounded)
+    total = rounded.to(tl.float32)
+    tl.store(squares + column // value.shape[1] * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
+
+
+@jit
+def sum_tiles(a, b, x, new, squares, tokens, width, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
+              INNER: tl.constexpr):  # fmt: skip
+    """x + a b^T for a (tokens, inputs) and b (width, inputs), each tile ended by `end_sum` in two halves."""
+    across = tl.cdiv(width, COLS)
+    for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
+        row, column = tile // across * ROWS, tile % across * COLS
+        left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
+        end_sum(left, x, new, squares, row, column, tokens)
+        end_sum(right, x, new, squares, row, column + COLS // 2, tokens)
+
+
+def sum_product(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x + z weight^T, and the sums of squares (pieces, N) of its rows."""
+    (n, width), (rows, cols, inner), new = x.shape, TILE, torch.empty_like(x)
+    squares = x.new_empty((2 * triton.cdiv(width, cols), n), dtype=torch.float32)
+    grid = programs(x.device, triton.cdiv(n, rows) * triton.cdiv(width, cols))
+    sum_tiles[grid](tiled(z, rows, inner), tiled(weight, cols, inner), tiled(x, rows, cols // 2),
+                    tiled(new, rows, cols // 2), squares, n, width, z.shape[1], *TILE, num_warps=8,
+                    num_stages=3)  # fmt: skip
+    return new, squares
+
+
+@torch.library.custom_op(f"{OPERATORS}::leave", mutates_args=())
+def leave(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of `plain_leave`'s Rows: the product is never written by itself."""
+    new, squares = sum_product(x, z.contiguous(), weight)
+    return new, torch.empty_like(x), scale * torch.rsqrt(squares.sum(0) / x.shape[1] + NORM_EPS)
+
+
+@leave.register_fake
+def _(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+
+
+def save_leave(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, z, weight, ctx.scale = inputs
+    ctx.save_for_backward(z, weight, output[0], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def leave_gradients(ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, z and weight."""
+    z, weight, *saved = ctx.saved_tensors
+    upstream = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
+    dx = rows_backward(upstream, saved, [False] * 4, ctx.scale)[0]
+    return dx, dx @ weight, dx.T @ z, None
+
+
+leave.register_autograd(leave_gradients, setup_context=save_leave)
+
+
+def fused_leave(rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
+    """`plain_leave`."""
+    return Rows(*leave(rows.x, z, weight, scale))
+
+
+# Feed-forward
+
+
+@jit
+def halves(pairs):
+    """The two bfloat16 in each 32 bits, as float32."""
+    return (pairs << 16).to(tl.float32, bitcast=True), (pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@jit
+def add_rows(sums, value):
+    """Sums of columns so far, (rows / 16, 8, columns), with those of `value` (rows, columns) added.
+
+    A thread keeps the sum of what it holds, rows 8 apart: exchanging it with other threads in every tile cost 1.2 ms a
+    step. For bfloat16 `sums` are pairs of columns in 32 bits, since in float32 they do not fit into the registers.
+    """
+    groups: tl.constexpr = value.shape[0] // 16
+    more = tl.sum(tl.reshape(value, (groups, 2, 8, value.shape[1])), 1)
+    if sums.dtype == tl.float32:
+        return sums + more
+    even, odd = tl.split(tl.reshape(more, (groups, 8, value.shape[1] // 2, 2)))
+    even_sum, odd_sum = halves(sums)
+    even, odd = (even_sum + even).to(tl.bfloat16), (odd_sum + odd).to(tl.bfloat16)
+    return odd.to(tl.uint16, bitcast=True).to(tl.uint32) << 16 | even.to(tl.uint16, bitcast=True).to(tl.uint32)
+
+
+@jit
+def total_rows(sums):
+    """Sums of all columns (columns,) from those of the threads."""
+    if sums.dtype == tl.float32:
+        return tl.sum(tl.sum(sums, 0), 0)
+    even, odd = halves(sums)
+    return tl.interleave(tl.sum(tl.sum(even, 0), 0), tl.sum(tl.sum(odd, 0), 0))
+
+
+@jit
+def end_unit(value, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWARD: tl.constexpr,
+             BETA_GRAD: tl.constexpr):  # fmt: skip
+    """Ending of a tile: pre = r value and activations; backward, r times the gradient of pre. Returns the sums for beta
+    so far with those of this tile's columns."""
+    channel, place = column + tl.arange(0, value.shape[1]), row + tl.arange(0, value.shape[0])
+    below = tl.load(beta + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
+    factor = tl.load(r + place, mask=place < tokens, other=0.0)[:, None]
+    if BACKWARD:
+        h = pre.load([row, column]).to(tl.float32)
+        negative = tl.minimum(h, 0.0)
+        if BETA_GRAD:
+            sums = add_rows(sums, value * negative * negative)
+        out.store([row, column], (value * (2 * factor) * (tl.maximum(h, 0.0) + below * negative)).to(out.dtype))
+    else:
+        h = (value * factor).to(pre.dtype)
+        pre.store([row, column], h)
+        h = h.to(tl.float32)
+        out.store([row, column], (h * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
+    return sums
+
+
+@jit
+def unit_tiles(a, b, pre, out, r, beta, sums, tokens, hidden, inputs, BACKWARD: tl.constexpr, BETA_GRAD: tl.constexpr,
+               ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+    """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves.
+
+    With BETA_GRAD a program keeps to its columns (their number divides that of programs) and adds their sums up.
+    """
+    tl.assume(inputs > 0)  # or the sums change their layout for the case that a tile has no products
+    across = tl.cdiv(hidden, COLS)
+    kept: tl.constexpr = tl.uint32 if out.dtype == tl.bfloat16 else tl.float32
+    sums_left = tl.zeros((ROWS // 16, 8, COLS // (4 if kept == tl.uint32 else 2)), kept)
+    sums_right = sums_left
+    for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
+        row, column = tile // across * ROWS, tile % across * COLS
+        left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
+        sums_left = end_unit(left, r, pre, out, beta, sums_left, row, column, tokens, hidden, BACKWARD, BETA_GRAD)
+        sums_right = end_unit(right, r, pre, out, beta, sums_right, row, column + COLS // 2, tokens, hidden, BACKWARD,
+                              BETA_GRAD)  # fmt: skip
+    if BETA_GRAD:
+        channel = tl.program_id(0) % across * COLS + tl.arange(0, COLS // 2)
+        line = sums + tl.program_id(0) // across * hidden + channel
+        tl.store(line, total_rows(sums_left), mask=channel < hidden)
+        tl.store(line + COLS // 2, total_rows(sums_right), mask=channel + COLS // 2 < hidden)
+
+
+def run_unit(a: Tensor, b: Tensor, r: Tensor, pre: Tensor, beta: Tensor, backward: tuple[bool, bool]) -> list[Tensor]:
+    """`unit_tiles` over pre (N, hidden): activations, or r times pre's gradient and the gradient of beta.
+
+    `backward`: whether it is the backward pass, and whether beta's gradient is wanted.
+    """
+    (n, hidden), (rows, cols, inner), out = pre.shape, TILE, torch.empty_like(pre)
+    across = triton.cdiv(hidden, cols)
+    (count,) = programs(pre.device, triton.cdiv(n, rows) * across)
+    walks = max(count // across, 1) if backward[1] else 0  # of programs over the rows of all columns
+    sums = pre.new_empty((max(walks, 1), hidden), dtype=torch.float32)
+    results = (tiled(result, rows, cols // 2) for result in (pre, out))
+    unit_tiles[(walks * across or count,)](tiled(a, rows, inner), tiled(b, cols, inner), *results, r, beta, sums, n,
+                                           hidden, a.shape[1], *backward, *TILE, num_warps=8, num_stages=3)  # fmt: skip
+    return [out, sums.sum(0) if backward[1] else sums[0]]
+
+
+@torch.library.custom_op(f"{OPERATORS}::feed_forward", mutates_args=())
+def feed_forward(
+    x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`plain_feed_forward`'s new x and activations, and the pre-activations."""
+    pre = x.new_empty((len(x), len(up)))
+    act = run_unit(x, up, r, pre, beta, (False, False))[0]
+    return sum_product(x, act, down)[0], act, pre
+
+
+@torch.library.custom_op(f"{OPERATORS}::feed_forward_backward", mutates_args=())
+def feed_forward_backward(
+    dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool
+) -> list[Tensor]:
+    """r times the gradient of the pre-activations, and the gradient of beta."""
+    return run_unit(dy.contiguous(), down.T.contiguous(), r, pre, beta, (True, beta_grad))
+
+
+@feed_forward.register_fake
+def _(
+    x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((len(x), len(up))), x.new_empty((len(x), len(up)))
+
+
+@feed_forward_backward.register_fake
+def _(dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool) -> list[Tensor]:
+    return [torch.empty_like(pre), pre.new_empty((pre.shape[1],), dtype=torch.float32)]
+
+
+def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, _, r, up, down, beta = inputs
+    ctx.save_for_backward(x, r, up, down, beta, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def feed_forward_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x (of its sum), the twin, up, down and beta."""
+    x, r, up, down, beta, act, pre = ctx.saved_tensors
+    beta_grad = ctx.needs_input_grad[5]
+    dpre, dbeta = feed_forward_backward(dy, down, r, pre, beta, beta_grad)
+    return dy, dpre @ up, None, dpre.T @ x, dy.T @ act, dbeta.to(beta.dtype) if beta_grad else None
+
+
+feed_forward.register_autograd(feed_forward_gradients, setup_context=save_feed_forward)
+
+
+def fused_feed_forward(rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """`plain_feed_forward` with activation and sum inside the matrix products (the idea of PR #1530)."""
+    return feed_forward(*rows, up, down, beta)[:2]
+
+
+class Normalized(torch.autograd.Function):
+    """The normalized row that is otherwise never written, for gates and observers; its gradient goes to the twin."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, twin: Tensor, r: Tensor) -> Tensor:
+        ctx.save_for_backward(r)
+        always = torch.ones((), dtype=torch.bool, device=x.device)  # torch 2.11 compiles no gradient for an unused twin
+        return torch.where(always, (x * r.unsqueeze(-1)).to(x.dtype), twin)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
+        return None, (dy * ctx.saved_tensors[0].unsqueeze(-1)).to(dy.dtype), None
+
+
+def fused_normalized(rows: Rows) -> Tensor:
+    """`plain_normalized`."""
+    return Normalized.apply(*rows)
+
+
+# The loss
+
+
+@jit
+def capped(logits, at, live, cap):
+    """Capped logits at `at` in bits (nats times log2 e), and a quarter of the cap's slope there.
+
+    With q = 1 / (exp(2x) + 1), tanh(x) is 1 - 2q and its slope 4(q - q^2); a squared rsqrt is cheaper than a division.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    root = tl.rsqrt(tl.exp2(tl.load(logits + at, mask=live, other=0.0).to(tl.float32) * (2 * LOG2_E / cap)) + 1)
+    q = root * root
+    return LOG2_E * cap - 2 * LOG2_E * cap * q, q - q * q
+
+
+@jit
+def nll_tiles(logits, targets, nll, logs, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The loss of ROWS rows, and the binary logarithms of their sums of exponentials, COLS columns at a time."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    largest, total = tl.full((ROWS,), -float("inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for begin in range(0, WIDTH, COLS):
+        column = begin + tl.arange(0, COLS)[None, :]
+        bits, _ = capped(logits, row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH), cap)
+        bits = tl.where(column < WIDTH, bits, -float("inf"))
+        peak = tl.maximum(largest, tl.max(bits, 1))
+        total = total * tl.exp2(largest - peak) + tl.sum(tl.exp2(bits - peak[:, None]), 1)
+        largest = peak
+    log, target = largest + tl.log2(total), tl.load(targets + row, mask=row < tokens, other=0)
+    bits, _ = capped(logits, row * WIDTH + target, row < tokens, cap)
+    tl.store(nll + row, (log - bits) * 0.6931471805599453, mask=row < tokens)
+    tl.store(logs + row, log, mask=row < tokens)
+
+
+@jit
+def nll_backward_tiles(logits, targets, logs, dnll, dlogits, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                       COLS: tl.constexpr):  # fmt: skip
+    """The gradient of ROWS rows and COLS columns of the logits before their cap."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column, inside = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :], row < tokens
+    at, live = row[:, None] * WIDTH + column, inside[:, None] & (column < WIDTH)
+    target, log = tl.load(targets + row, mask=inside, other=0), tl.load(logs + row, mask=inside, other=0.0)
+    upstream = 4 * tl.load(dnll + row, mask=inside, other=0.0)
+    bits, slope = capped(logits, at, live, cap)
+    d = tl.exp2(bits - log[:, None]) - tl.where(column == target[:, None], 1.0, 0.0)
+    tl.store(dlogits + at, (d * slope * upstream[:, None]).to(dlogits.dtype.element_ty), mask=live)
+
+
+def nll_blocks(logits: Tensor) -> tuple[int, int]:
+    """Rows and columns that a program of the loss holds in registers."""
+    cols = min(triton.next_power_of_2(logits.shape[1]), 4096)
+    return 4096 // cols, cols
+
+
+@torch.library.custom_op(f"{OPERATORS}::nll", mutates_args=())
+def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """`plain_nll`, and the binary logarithm of each row's sum of exponentials, (N,)."""
+    n, width = logits.shape
+    (rows, cols), (loss, logs) = nll_blocks(logits), (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
+    nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
+    return loss, logs
+
+
+@torch.library.custom_op(f"{OPERATORS}::nll_backward", mutates_args=())
+def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
+    """The gradient of the logits."""
+    (n, width), (rows, cols), dlogits = logits.shape, nll_blocks(logits), torch.empty_like(logits)
+    grid = (triton.cdiv(n, rows), triton.cdiv(width, cols))
+    nll_backward_tiles[grid](logits, targets, logs, dnll.contiguous(), dlogits, n, cap, width, rows, cols, num_warps=4)
+    return dlogits
+
+
+@nll.register_fake
+def _(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+
+
+@nll_backward.register_fake
+def _(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def save_nll(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    logits, targets, ctx.cap = inputs
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+nll.register_autograd(
+    lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, ctx.cap), None, None), setup_context=save_nll
+)
+
+
+def fused_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """`plain_nll`: reads the logits once, and once more to write their gradient; keeps nothing else of that size."""
+    return nll(logits.contiguous(), targets.contiguous(), cap)[0]
+
+
+def fused_layer() -> LayerParts:
+    """The kernels as the parts of a layer."""
+    if triton is None:
+        raise ImportError("Triton with tensor descriptors (3.4 or later) is not installed")
+    return LayerParts(
+        fused_enter, fused_heads, fused_exclusive, fused_leave, fused_feed_forward, fused_normalized, fused_nll
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. Optimizers
+# ----------------------------------------------------------------------------------------------
+# Muon trains the banks, Adam the rest. With several ranks each bank's gradient is reduce-scattered
+# by layers, orthogonalized on the rank that owns the layer, and the updates are all-gathered; the
+# next bank and then Adam compute meanwhile. All state is in `state_dict`.
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of Muon (K. Jordan)
+POLAR_EXPRESS = (  # per-iteration coefficients of Polar Express (arXiv 2505.16932), as in PR #1344
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def newton_schulz_coefficients(cfg: Config) -> list[tuple[float, float, float]]:
+    """(a, b, c) of each iteration X <- aX + (bA + cA^2)X with A = XX^T."""
+    if not cfg.polar_express:
+        return [QUINTIC] * cfg.muon_backend_steps
+    return [POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)] for i in range(cfg.muon_backend_steps)]
+
+
+def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
+    """Nearest semi-orthogonal matrices of a batch (n, rows, cols), approximately: singular values near 1."""
+    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = wide / (wide.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(wide.dtype)
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+def leading_directions(matrices: Tensor, share: float, coefficients: list[tuple[float, float, float]]) -> Tensor:
+    """`orthogonalize` of the best approximation of rank `share` x the smaller side (NuMuon, arXiv 2603.03597).
+
+    Two rounds of block power iteration, with the same iteration as the final step for the basis: products only.
+    """
+    rank = math.ceil(share * min(matrices.shape[1:]) / 8) * 8  # products want multiples of 8
+    if rank >= min(matrices.shape[1:]):
+        return orthogonalize(matrices, coefficients)
+    generator = torch.Generator(matrices.device).manual_seed(0)  # any number of ranks starts from the same directions
+    block = torch.randn(matrices.shape[2], rank, generator=generator, device=matrices.device).to(matrices.dtype)
+    for _ in range(2):
+        basis = orthogonalize(matrices @ block, coefficients)
+        block = matrices.mT @ basis
+    return basis @ orthogonalize(block.mT, coefficients)
+
+
+class ParallelMuon:
+    """Muon over banks of (layers, rows, cols), sharded by layers (PR #399).
+
+    Phases: `launch` starts the reduction of every gradient, largest first; `gather` updates this rank's layers and
+    starts gathering all; the caller does other work; `finish` applies them. Not for embeddings, heads or vectors.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
+        self.cfg, self.ranks = cfg, ranks
+        self.specs = sorted(model.specs, key=lambda s: s.rows * s.cols, reverse=True)
+        self.banks = dict(model.banks.items())
+        self.coefficients, self.dtype = newton_schulz_coefficients(cfg), model.dtype
+        self.owned = -(-cfg.num_layers // ranks.world)  # layers per rank; the last ranks may hold padding
+        self.state = {
+            s.name: torch.zeros(self.owned, s.rows, s.cols, device=ranks.device) for s in self.specs
+        }  # momentum of the owned layers
+        self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
+
+    def direction(
+        self, spec: BankSpec, buffer: Tensor, grad: Tensor, momentum: Tensor, clip: Tensor, share: float = 1.0
+    ) -> Tensor:
+        """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the momentum `buffer`.
+
+        Nesterov momentum, optional row normalization (of the update, never of the buffer: PR #1418), then every
+        matrix of the bank orthogonalized by itself (the leading `share` of its singular directions) and scaled by
+        sqrt(max(1, rows/cols)).
+        """
+        grad = grad.float() * clip
+        buffer.mul_(momentum).add_(grad)
+        update = grad + momentum * buffer
+        if self.cfg.muon_row_normalize:
+            update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+        update = update.to(self.dtype)
+        parts = [(update[:, a:b], max(1.0, (b - a) / spec.cols) ** 0.5) for _, a, b in spec.spans()]
+        return torch.cat([leading_directions(p, share, self.coefficients) * scale for p, scale in parts], dim=1)
+
+    def apply(self, bank: Tensor, update: Tensor, lr: Tensor) -> None:
+        """Decoupled weight decay, then the step, in place on all layers."""
+        bank.mul_(1 - lr * self.cfg.muon_wd).sub_(lr * update[: bank.shape[0]].float())
+
+    def launch(self) -> dict[str, tuple[Tensor, Any]]:
+        """Start averaging every bank's gradient; bank -> (owned layers' gradient, handle to wait for)."""
+        launched = {}
+        for spec in self.specs:
+            grad = self.banks[spec.name].grad
+            if self.ranks.world == 1:
+                launched[spec.name] = (grad, None)
+                continue
+            padded = grad.new_zeros((self.owned * self.ranks.world, *grad.shape[1:]), dtype=self.dtype)
+            padded[: len(grad)] = grad / self.ranks.world
+            launched[spec.name] = reduce_scatter(self.ranks, padded)
+        return launched
+
+    def gather(
+        self, gradients: dict[str, Tensor], momentum: Tensor, clip: Tensor, share: float
+    ) -> dict[str, tuple[Tensor, Any]]:
+        """Updates of the owned layers from their gradients; bank -> (all ranks' updates, handle to wait for).
+
+        A `share` below 1 changes shapes as training goes on, so it runs uncompiled.
+        """
+        direction = self.fast_direction if share == 1 else partial(self.direction, share=share)
+        gathered = {}
+        for spec in self.specs:
+            update = direction(spec, self.state[spec.name], gradients[spec.name], momentum, clip)
+            gathered[spec.name] = all_gather(self.ranks, update)
+        return gathered
+
+    def finish(self, gathered: dict[str, tuple[Tensor, Any]], lr: Tensor) -> None:
+        """Apply all layers' updates as they arrive."""
+        for name, pair in gathered.items():
+            self.fast_apply(self.banks[name], arrived(pair), lr)
+
+
+def arrived(pair: tuple[Tensor, Any]) -> Tensor:
+    """The tensor of a pair (tensor, handle), for use once its communication is done; on CUDA the host does not wait."""
+    if pair[1] is not None:
+        pair[1].wait()
+    return pair[0]
+
+
+def reduce_scatter(ranks: Ranks, full: Tensor) -> tuple[Tensor, Any]:
+    """This rank's slice of the sum over ranks along dimension 0, and a handle to wait for."""
+    owned = len(full) // ranks.world
+    if ranks.device.type != "cuda":  # gloo has no reduce-scatter on every supported version
+        handle = dist.all_reduce(full, async_op=True)
+        return full[ranks.rank * owned : (ranks.rank + 1) * owned], handle
+    shard = full.new_empty((owned, *full.shape[1:]))
+    return shard, dist.reduce_scatter_tensor(shard, full, async_op=True)
+
+
+def all_gather(ranks: Ranks, shard: Tensor) -> tuple[Tensor, Any]:
+    """All ranks' shards along dimension 0, and a handle to wait for (None for a world of one)."""
+    if ranks.world == 1:
+        return shard, None
+    full = shard.new_empty((len(shard) * ranks.world, *shard.shape[1:]))
+    return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
+
+
+def adam_groups(cfg: Config) -> dict[str, tuple[float, float]]:
+    """Adam group -> (learning rate, weight decay)."""
+    embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
+    return {
+        "embed": (embed_lr, cfg.embed_wd),
+        "head": (cfg.head_lr, cfg.adam_wd),
+        "scalar": (cfg.scalar_lr, cfg.adam_wd),
+        "asqu": (cfg.asqu_lr, 0.0),
+        "lora": (cfg.lora_lr, 0.0),
+    }
+
+
+class Optimizers:
+    """Muon and AdamW behind one `step`; every parameter is in exactly one of them."""
+
+    def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
+        self.cfg, self.ranks = cfg, ranks
+        self.muon = ParallelMuon(cfg, ranks, model)
+        groups = []
+        for name, (lr, decay) in adam_groups(cfg).items():
+            members = [model.rest[s.name] for s in model.rest_specs if s.group == name]
+            groups += [{"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay}] if members else []
+        fused = ranks.device.type == "cuda"
+        self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
+        self.small = [p for group in groups for p in group["params"]]
+        owners = [id(p) for p in [*self.muon.banks.values(), *self.small]]
+        assert sorted(owners) == sorted(map(id, model.parameters())), "a parameter is in no optimizer or in two"
+
+    def launch_small(self) -> tuple[Tensor, Any]:
+        """Start averaging Adam's gradients over ranks in one bucket; the bucket and a handle to wait for."""
+        bucket = torch.cat([p.grad.flatten() for p in self.small]) / self.ranks.world
+        return bucket, dist.all_reduce(bucket, async_op=True) if self.ranks.world > 1 else None
+
+    def clip_factor(self, bucket: Tensor, shards: list[Tensor]) -> Tensor:
+        """Factor that limits the norm of the averaged gradient to GRAD_CLIP_NORM: one number for all ranks."""
+        if not self.cfg.grad_clip_norm:
+            return torch.ones((), device=self.ranks.device)
+        own = torch.stack(torch._foreach_norm(shards)).float().square().sum()
+        total = self.ranks.sum_(own) + bucket.norm().square()
+        return (self.cfg.grad_clip_norm / (total.sqrt() + 1e-6)).clamp_max(1.0)
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, momentum: float, share: float = 1.0) -> None:
+        """One step of everything. The host waits for nothing; on the device, communication runs beside this:
+
+        the reduction of a bank beside the casts of the next ones and the packing of the small gradients (no earlier:
+        the banks' gradients are the last that the backward pass makes); nothing beside the norm, which needs all
+        gradients and which all updates need; the gathering of a bank beside the orthogonalization of the next, and of
+        the last, smallest one beside Adam.
+        """
+        launched, small = self.muon.launch(), self.launch_small()
+        gradients, bucket = {name: arrived(pair) for name, pair in launched.items()}, arrived(small)
+        clip = self.clip_factor(bucket, list(gradients.values()))
+        as_tensor = partial(torch.full, (), dtype=torch.float32, device=self.ranks.device)  # numbers would recompile
+        gathered = self.muon.gather(gradients, as_tensor(momentum), clip, share)
+        pieces = (bucket * clip).split([p.numel() for p in self.small])
+        for parameter, piece in zip(self.small, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adam.step()
+        self.muon.finish(gathered, as_tensor(self.cfg.matrix_lr * lr_scale))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All optimizer state; a restore from it is bitwise."""
+        return {"muon": self.muon.state, "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, buffer in self.muon.state.items():
+            buffer.copy_(state["muon"][name])
+        self.adam.load_state_dict(state["adam"])
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. Schedules, phases, late QAT
+# ----------------------------------------------------------------------------------------------
+# Schedules are pure functions of step and clock. What changes the graph is a Phase, a static
+# argument of the forward pass: every phase is compiled before the clock starts. Late QAT rounds
+# the banks on the grid that the export uses, by the same functions.
+
+
+class Phase(NamedTuple):
+    """Everything static about a forward pass."""
+
+    order: tuple[int, ...]  # layer indices in the order in which they run
+    fake_quant: bool
+    seq_len: int
+
+
+def final_order(cfg: Config) -> tuple[int, ...]:
+    """Layers in the order in which the finished model runs them: LOOP_START..LOOP_END 1 + NUM_LOOPS times (PR #1394).
+
+    A stack of shared blocks (PR #38) is LOOP_START=0 LOOP_END=NUM_LAYERS-1 ENABLE_LOOPING_AT=0; its "number of loops"
+    counts all passes and so is 1 + NUM_LOOPS.
+    """
+    looped = tuple(range(cfg.loop_start, cfg.loop_end + 1)) * (1 + cfg.num_loops)
+    plain = tuple(range(cfg.num_layers))
+    return plain[: cfg.loop_start] + looped + plain[cfg.loop_end + 1 :] if cfg.num_loops else plain
+
+
+def phases(cfg: Config) -> dict[str, Phase]:
+    """Name -> phase, in the order in which the schedule will use them; loops begin at the latest with late QAT.
+
+    Short sequences first (PR #2014) cost less attention, and nothing in the end: see benchmarks/RESULTS.md.
+    """
+    order, plain, qat, length = final_order(cfg), tuple(range(cfg.num_layers)), cfg.qat_enabled, cfg.train_seq_len
+    first = plain if cfg.enable_looping_at else order
+    rows = [
+        (0 < cfg.short_seq_len < length and cfg.short_seq_frac, "short_seq", Phase(first, qat, cfg.short_seq_len)),
+        (True, "train", Phase(first, qat, length)),
+        (cfg.num_loops and cfg.enable_looping_at, "layer_loop", Phase(order, qat, length)),
+        (cfg.late_qat_threshold > 0 and not qat, "late_qat", Phase(order, True, length)),
+        (cfg.post_qat_seconds, "post_qat", Phase(order, True, length)),
+    ]
+    return {name: phase for present, name, phase in rows if present}
+
+
+def progress_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
+    """Part of the run that is over, by steps or by the clock, whichever is further."""
+    return max(step / cfg.iterations, seconds / budget)
+
+
+def lr_scale_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
+    """Learning-rate scale in [MIN_LR, 1]: flat, then linear to the end of the run, whichever of steps or clock ends it.
+
+    WARMDOWN_ITERS counts steps; the steps that the clock still allows follow from the step time so far.
+    """
+    if cfg.warmdown_iters:
+        by_clock = (budget - seconds) * step / seconds if step and seconds > 0 else math.inf
+        scale = min(cfg.iterations - step, by_clock) / cfg.warmdown_iters
+    else:
+        rest = 1 - progress_at(cfg, step, seconds, budget)
+        scale = rest / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
+    return max(min(scale, 1.0), cfg.min_lr, 0.0)
+
+
+def momentum_at(cfg: Config, step: int) -> float:
+    """Muon momentum, linear from its start to its final value."""
+    done = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+    return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+
+
+def muon_share_at(cfg: Config, progress: float) -> float:
+    """Part of the singular directions in Muon's update: all at the start, MUON_RANK_FRAC at the end, by cosine."""
+    return cfg.muon_rank_frac + (1 - cfg.muon_rank_frac) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class StepPlan(NamedTuple):
+    """Learning-rate scale, Muon momentum, phase, and part of Muon's directions of one step."""
+
+    lr_scale: float
+    momentum: float
+    phase: str
+    muon_share: float
+
+
+def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
+    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
+    scale, progress = lr_scale_at(cfg, step, seconds, budget), progress_at(cfg, step, seconds, budget)
+    begun = {
+        "short_seq": True,
+        "train": "short_seq" not in phases(cfg) or progress >= cfg.short_seq_frac,
+        "layer_loop": progress >= cfg.enable_looping_at,
+        "late_qat": scale < cfg.late_qat_threshold,
+        "post_qat": False,
+    }
+    phase = [name for name in phases(cfg) if begun[name]][-1]
+    return StepPlan(scale, momentum_at(cfg, step), phase, muon_share_at(cfg, progress))
+
+
+class Grid(NamedTuple):
+    """A uniform grid per row: codes in [-2^(bits-1), 2^(bits-1) - 1] times the row's scale."""
+
+    bits: Tensor | int  # a tensor is (..., rows, 1)
+    policy: str  # sigma: clip at `sigmas` standard deviations; amax: at the largest entry
+    sigmas: Tensor | float
+
+
+def row_scale(w: Tensor, grid: Grid) -> Tensor:
+    """Scale (..., rows) of w (..., rows, cols), rounded to half as it is stored; sigma is SDClip (PR #1394)."""
+    by_std = grid.policy == "sigma"
+    clip = grid.sigmas * w.std(-1, correction=0, keepdim=True) if by_std else w.abs().amax(-1, keepdim=True)
+    return (clip / (2 ** (grid.bits - 1) - 1)).clamp_min(2.0**-20).half().to(w.dtype).squeeze(-1)
+
+
+def round_to_grid(w: Tensor, scale: Tensor, bits: Tensor | int) -> Tensor:
+    """Integer codes of w (..., rows, cols), as a float tensor, for scale (..., rows)."""
+    top = 2 ** (bits - 1)
+    return torch.round(w / scale.unsqueeze(-1)).clamp(-top, top - 1)
+
+
+def fake_quantize(w: Tensor, grid: Grid) -> Tensor:
+    """w rounded to its grid in the forward pass, the identity in the backward pass (straight-through)."""
+    scale = row_scale(w.detach(), grid)
+    return w + (round_to_grid(w.detach(), scale, grid.bits) * scale.unsqueeze(-1) - w).detach()
+
+
+# ----------------------------------------------------------------------------------------------
+# 8. Weight averaging
+# ----------------------------------------------------------------------------------------------
+# What is configured is what is exported: EMA, the mean of SWA or LAWA snapshots, or (with both)
+# the mean of snapshots of the EMA. Averages are fp32; only the chosen ones hold memory.
+
+
+class Averager:
+    """Running averages of the parameters, updated after every step."""
+
+    def __init__(self, cfg: Config, model: GPT) -> None:
+        self.cfg, self.model = cfg, model
+        self.names, parameters = zip(*model.named_parameters(), strict=True)
+        self.live = [p.detach() for p in parameters]
+        self.ema = [p.clone() for p in self.live] if cfg.ema_enabled else None
+        self.snapshots: list[list[Tensor]] = []  # LAWA: the latest LAWA_K; SWA: one, the running mean
+        self.count = 0
+
+    def update(self, step: int, lr_scale: float, late: bool = False) -> None:
+        """Take in the parameters after `step` steps. EMA: e <- d e + (1 - d) w (PR #287).
+
+        d starts low and reaches EMA_DECAY after some 10 / (1 - d) steps, so that short runs do not average in the
+        initial weights; runs of several thousand steps end with the same average as under a constant decay. A faster
+        decay once late QAT has begun (`late`) forgets weights that were not trained on the grid.
+        """
+        cfg = self.cfg
+        if self.ema:
+            decay = cfg.late_ema_decay if late and cfg.late_ema_decay else cfg.ema_decay
+            torch._foreach_lerp_(self.ema, self.live, 1 - min(decay, (1 + step) / (10 + step)))
+        if cfg.swa_enabled and lr_scale < cfg.swa_start_frac and step % cfg.swa_every == 0:
+            self.count += 1
+            self.snapshots = self.snapshots or [[torch.zeros_like(p) for p in self.live]]
+            torch._foreach_lerp_(self.snapshots[0], self.ema or self.live, 1 / self.count)
+        if cfg.lawa_enabled and step % cfg.lawa_freq == 0:
+            self.count += 1
+            self.snapshots = [*self.snapshots, [p.clone() for p in self.ema or self.live]][-cfg.lawa_k :]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to export, by parameter name."""
+        best = self.ema or self.live
+        if self.snapshots:
+            best = [torch.stack(tensors).mean(0) for tensors in zip(*self.snapshots, strict=True)]
+        return dict(zip(self.names, best, strict=True))
+
+    def active(self) -> set[str]:
+        """Which of the configured averages have taken anything in."""
+        snapshots = "swa" if self.cfg.swa_enabled else "lawa"
+        return {name for name, taken in {"ema": self.ema, snapshots: self.count}.items() if taken}
+
+
+# ----------------------------------------------------------------------------------------------
+# 9. Training
+# ----------------------------------------------------------------------------------------------
+# The clock covers optimizer steps only, from the first real one; compilation, warm-up, validation
+# and checkpoints are outside it. All ranks decide by the clock that is ahead. Calibration and GPTQ
+# still belong to MAX_WALLCLOCK_SECONDS, so the loop stops early by what they took in warm-up.
+
+
+class StepGraph:
+    """A function of a batch that ends in gradients, recorded once as a CUDA graph and replayed on other batches.
+
+    A layer is some ten operators in Python; launched one by one they take the host longer than the GPU (70 to 77 ms
+    a step, whatever the sequences' length). What the function reads besides must stay where it is, as parameters do.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], batch: list[Tensor], parameters: list[Tensor], pool: Any
+    ) -> None:
+        """Record; `function` has run on such a batch before, so that nothing is compiled or loaded here.
+
+        `pool` is the memory of an earlier graph, to be shared since only the latest replay's gradients are read.
+        """
+        self.batch, self.parameters = [tensor.clone() for tensor in batch], parameters
+        self.graph = torch.cuda.CUDAGraph()
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # the loader's thread goes on
+            self.loss = function(*self.batch)
+        self.grads = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+
+    def replay(self, batch: list[Tensor]) -> Tensor:
+        """Add the gradients of `batch` to the parameters'; returns the value, which the next call overwrites."""
+        for mine, given in zip(self.batch, batch, strict=True):
+            mine.copy_(given, non_blocking=True)
+        earlier = [p.grad.clone() if p.grad is not None else None for p in self.parameters]  # as a rule in our memory
+        self.graph.replay()
+        for parameter, grad, added in zip(self.parameters, self.grads, earlier, strict=True):
+            parameter.grad = grad if added is None else grad.add_(added)
+        return self.loss
+
+
+def flat(tensors: list[Tensor | None]) -> Tensor:
+    """All entries in one row; gradients compare as a whole, since those of single numbers may be all rounding."""
+    return torch.cat([tensor.flatten().float() for tensor in tensors if tensor is not None])
+
+
+class Trainer:
+    """Model, optimizers and training data, and one optimizer step over them."""
+
+    def __init__(self, run: Runtime, model: GPT) -> None:
+        self.run, self.model = run, model
+        self.loader = Loader(run)
+        self.graphs: dict[Phase, StepGraph] = {}
+        self.optimizers = Optimizers(run.cfg, run.ranks, model)
+        shape, cfg = self.loader.shape, run.cfg
+        stream = self.loader.stream
+        run.log.event("data", split="train", shards=len(stream.paths), tokens=stream.total)
+        run.log(f"train_loader:dataset:{cfg.shard_folder.name} train_shards:{len(stream.paths)} tokens:{stream.total}")
+        run.log(f"world_size:{run.ranks.world} grad_accum_steps:{shape.accum}")
+        run.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
+                f"iterations:{cfg.iterations} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")  # fmt: skip
+
+    def batch(self, number: int, phase: Phase) -> list[Tensor]:
+        """Inputs and targets of a micro-step as the phase cuts them."""
+        return [tensor.view(-1, phase.seq_len) for tensor in self.loader.fetch(number)]
+
+    def gradients(self, phase: Phase, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Add a micro-step's gradients to the parameters'; returns its part of the step's loss."""
+        weights = self.model.fast_weights(phase.fake_quant)
+        loss = self.model.fast_nll(inputs, targets, weights, phase.order).mean() / self.loader.shape.accum
+        loss.backward()
+        return loss.detach()
+
+    @property
+    def replays(self) -> bool:
+        """Whether micro-steps are to be replayed."""
+        return self.run.cfg.cuda_graph and self.run.ranks.device.type == "cuda"
+
+    def record(self, phase: Phase) -> None:
+        """From now on, micro-steps of a phase replay a CUDA graph, once it has given loss and gradients of a real one.
+
+        Where that fails, they go on being launched one by one, with a warning; asked for by name it is an error.
+        """
+        if not self.replays:
+            return
+        parameters, batch, reason = list(self.model.parameters()), self.batch(0, phase), ""
+        self.model.zero_grad()
+        want = [self.gradients(phase, *batch).cpu().double(), flat([p.grad for p in parameters]).cpu().double()]
+        pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
+        try:
+            graph = StepGraph(partial(self.gradients, phase), batch, parameters, pool)
+            error = relative_error([graph.replay(batch), flat(graph.grads)], want)
+            reason = "" if error < 2e-2 else f"wrong by {error:.1e}"
+        except RuntimeError as problem:
+            reason = str(problem).strip().splitlines()[0][:200]
+        if not reason:
+            self.graphs[phase] = graph
+        elif self.run.cfg.sources["cuda_graph"] != "default":
+            raise UserError(f"CUDA_GRAPH=1: a step cannot be recorded ({reason}); set CUDA_GRAPH=0")
+        else:
+            self.run.log(f"WARNING: a step cannot be recorded as a CUDA graph ({reason}); launching one by one")
+
+    def step(self, number: int, phase: Phase, lr_scale: float, momentum: float, muon_share: float = 1.0) -> Tensor:
+        """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
+        accum, graph, total = self.loader.shape.accum, self.graphs.get(phase), 0.0
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        for micro in range(accum):
+            batch = self.batch(number * accum + micro, phase)
+            total = total + (graph.replay(batch) if graph else self.gradients(phase, *batch))
+        self.optimizers.step(lr_scale, momentum, muon_share)
+        return total
+
+    def state(self) -> dict[str, Any]:
+        """A copy of everything that training changes."""
+        return copy.deepcopy({"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict()})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Back to `state`, bitwise; asserted, since warm-up that leaks is training off the clock."""
+        self.model.load(state["model"])
+        self.optimizers.load_state_dict(copy.deepcopy(state["optimizers"]))
+        pairs = zip(tensor_leaves(self.state()), tensor_leaves(state), strict=True)
+        assert all(torch.equal(now, then) for now, then in pairs), "warm-up changed the training state"
+
+
+def tensor_leaves(tree: Any) -> list[Tensor]:
+    """All tensors in nested dicts and lists, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return [leaf for child in children for leaf in tensor_leaves(child)]
+
+
+def warm_up(run: Runtime, trainer: Trainer) -> None:
+    """Compile and run every phase on training data, then restore model and optimizers."""
+    cfg, before = run.cfg, trainer.state()
+    steps = max(cfg.warmup_steps, 2 * cfg.compile)  # compilation never falls into the clock
+    for name, phase in phases(cfg).items():
+        for step in range(steps):
+            trainer.step(step, phase, 1.0, momentum_at(cfg, 0))
+            if step == 0:
+                trainer.record(phase)
+        run.log(f"warmup:{name} steps:{steps} cuda_graph:{phase in trainer.graphs:d}")
+    trainer.restore(before)
+
+
+def measure_reserve(run: Runtime, trainer: Trainer) -> float:
+    """Seconds of the clock to keep for calibration and GPTQ: as set, or both timed, a fifth on top and a second."""
+    cfg, model = run.cfg, trainer.model
+    if cfg.gptq_reserve_seconds is not None or not cfg.max_wallclock_seconds:
+        return cfg.gptq_reserve_seconds or 0.0
+    hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
+    calibration, rounding = Clock(run.ranks.device), Clock(run.ranks.device)
+    if batches:
+        collect_hessians(run, trainer, 0, 1)  # compiles
+        with calibration.running():
+            hessians = collect_hessians(run, trainer, 0, 3)
+    quantize_shared(run, quant_jobs(model), hessians, 6.0)  # loads libraries
+    with rounding.running():
+        jobs = quant_jobs(model)
+        sigmas = fill_sigmas(cfg, jobs, kept_tensors(model)) if cfg.fits_clip else cfg.matrix_clip_sigmas
+        quantize_shared(run, jobs, hessians, sigmas)
+    passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
+    seconds = batches * calibration.total / 3 + passes * rounding.total
+    return run.ranks.agree(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
+
+
+def calibration_batches(run: Runtime, shape: BatchShape) -> int:
+    """Micro-batches of this rank behind the Hessians: the tokens of the whole set do not depend on the ranks."""
+    cfg = run.cfg
+    tokens = cfg.gptq_calibration_batches * min(cfg.train_batch_tokens, MICRO_BATCH_TOKENS)
+    return -(-tokens // (run.ranks.world * shape.sequences * cfg.train_seq_len)) if cfg.gptq_enabled else 0
+
+
+class Trained(NamedTuple):
+    """What training leaves behind besides the weights in the model."""
+
+    steps: int
+    average: dict[str, Tensor]
+    active: set[str]  # configured features that did something
+
+
+def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
+    """Train until ITERATIONS or the clock ends, whichever comes first."""
+    cfg, model = run.cfg, trainer.model
+    with run.timed("warmup", "untimed"):
+        warm_up(run, trainer)
+        reserve = measure_reserve(run, trainer)
+    kept = reserve + cfg.post_qat_seconds
+    budget = cfg.max_wallclock_seconds - kept if cfg.max_wallclock_seconds else math.inf
+    if budget <= 0:
+        raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ and QAT take {kept:.1f}s")
+    run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
+    model.order = phases(cfg)["train"].order
+    averager, active, phase, graphs = Averager(cfg, model), set(), next(iter(phases(cfg))), 0
+    clock, step, ends_soon = Clock(run.ranks.device), 0, False
+    clock.start()
+    with sigterm_noted(run) as noted:
+        while True:
+            if ends_soon:  # the host runs ahead of the GPU: 0.2 s over the end were seen
+                synchronize(run.ranks.device)
+            seconds, terminated = run.ranks.agree(clock.seconds(), len(noted))
+            ends_soon = seconds * (1 + 10 / max(step, 1)) >= budget
+            if terminated:
+                save_weights(run, averager, step)
+                remedy = f"EXPORT_ONLY=1 WEIGHTS_PATH={cfg.weights_file} makes an artifact of it"
+                raise UserError(f"SIGTERM: stopped after step {step}; {remedy}")
+            if step >= cfg.iterations or seconds * (1 + 1 / max(step, 1)) >= budget:  # the next would end too late
+                break
+            plan = plan_step(cfg, step, seconds, budget)
+            if plan.phase != phase:
+                phase = enter_phase(run, model, plan, step, seconds)
+            before = graphs_compiled()
+            loss = trainer.step(step, phases(cfg)[phase], plan.lr_scale, plan.momentum, plan.muon_share)
+            step += 1
+            if made := graphs_compiled() - before:
+                graphs += made
+                run.log(f"WARNING: step {step} compiled {made} graphs inside the clock; warm-up should have made them")
+            averager.update(step, plan.lr_scale, phase == "late_qat")
+            active |= {phase, "warmdown" if plan.lr_scale < 1 else phase}
+            report_step(run, step, loss, plan, clock)
+            if is_due(cfg.val_loss_every, step) or is_due(cfg.checkpoint_every, step):
+                clock.stop()
+                pause(run, averager, validation, step, clock.total)
+                clock.start()
+    run.ledger.append(("train", "steps", clock.stop()))
+    run.log(f"graphs compiled inside the clock: {graphs}")
+    run.log.event("clock", graphs_compiled=graphs, reserve_s=reserve)
+    finish_log(run, averager, validation, step, clock)
+    average, active = averager.weights(), active | averager.active()
+    if cfg.post_qat_seconds:
+        model.load(average)
+        step += post_qat(run, trainer, validation, step)
+        average, active = dict(model.named_parameters()), active | {"post_qat"}
+        save_weights(run, Averager(replace(cfg, ema_enabled=False), model), step)
+    return Trained(step, {name: value.detach().clone() for name, value in average.items()}, active)
+
+
+STUCK_SECONDS = 15  # for a step to end after SIGTERM; torchrun sends SIGKILL after 30
+
+
+@contextlib.contextmanager
+def sigterm_noted(run: Runtime) -> Iterator[list[int]]:
+    """Inside, SIGTERM (30 s before SIGKILL, as a rule) goes to the list instead of ending the process.
+
+    A rank that waits on its GPU for a lost peer runs no handler: `end_when_stuck` hears of signals through a pipe.
+    """
+    noted, ended, (readable, writable) = [], threading.Event(), os.pipe()
+    os.set_blocking(writable, False)
+    usual = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    usual_pipe = signal.set_wakeup_fd(writable)
+    threading.Thread(target=end_when_stuck, args=(run, readable, ended), daemon=True).start()
+    try:
+        yield noted
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(usual_pipe)
+        os.close(writable)
+        signal.signal(signal.SIGTERM, usual)
+
+
+def end_when_stuck(run: Runtime, pipe: int, ended: threading.Event) -> None:
+    """End this process, with a message, where STUCK_SECONDS after SIGTERM the training loop has not `ended`."""
+    with open(pipe, "rb", buffering=0) as numbers:
+        while (number := numbers.read(1)) and number[0] != signal.SIGTERM:
+            pass
+    if number and not ended.wait(STUCK_SECONDS):
+        what = f"no step ended within {STUCK_SECONDS} s of SIGTERM"
+        problem = UserError(f"another rank has ended or does not answer: {what}; the launcher's report names it")
+        run.log(describe(problem), console=False)
+        run.ranks.close(problem)
+
+
+def is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def pause(run: Runtime, averager: Averager, validation: ValidationSet, step: int, seconds: float) -> None:
+    """What is due after a step, with the clock stopped at `seconds`: validation, checkpoint."""
+    if is_due(run.cfg.val_loss_every, step):
+        validate_step(run, averager.model, validation, step, seconds)
+    if is_due(run.cfg.checkpoint_every, step) and step < run.cfg.iterations:
+        with run.timed("checkpoint", "untimed"):
+            save_weights(run, averager, step)
+
+
+def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: int) -> int:
+    """Train the (averaged) weights on the export grid for POST_QAT_SECONDS (PR #107); returns the steps made.
+
+    What it is good for is logged: the score of the weights rounded to that grid, before and after.
+    """
+    cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
+    plan = StepPlan(cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac)
+    enter_phase(run, trainer.model, plan, first, run.spent("train"))
+    score_rounded(run, trainer.model, validation, "before")
+    clock.start()
+    while True:
+        (seconds,) = run.ranks.agree(clock.seconds())
+        if steps and seconds * (1 + 1 / steps) >= cfg.post_qat_seconds:
+            break
+        loss = trainer.step(first + steps, phases(cfg)[plan.phase], plan.lr_scale, plan.momentum, plan.muon_share)
+        steps += 1
+        report_step(run, first + steps, loss, plan, clock, first)
+    run.ledger.append(("train", "post_qat", clock.stop()))
+    run.log(f"post_qat: {steps} steps in {clock.total:.1f}s at MATRIX_LR {cfg.post_qat_lr:g}")
+    score_rounded(run, trainer.model, validation, "after")
+    return steps
+
+
+def score_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str) -> None:
+    """Log the score of the matrices rounded to the export grid; the model itself is left as it was."""
+    kept = {name: bank.detach().clone() for name, bank in model.banks.items()}
+    with run.timed(f"{when} post_qat", "untimed"), torch.no_grad():
+        for name, bank in model.banks.items():
+            grid = Grid(model.bits[name], run.cfg.clip_policy, model.clip_sigmas)
+            bank.copy_(fake_quantize(bank, grid))
+        score = evaluate(run, model, validation, run.cfg.eval_len)
+        for name, bank in model.banks.items():
+            bank.copy_(kept[name])
+    log_score(run, f"DIAGNOSTIC {when}_post_qat rounded", score)
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made so far in this process; it counts them in the module it loads for that."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def enter_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: float) -> str:
+    """Announce the plan's phase; where it rounds the weights, fix the grid that the export is expected to use."""
+    model.order, rounds, _ = phases(run.cfg)[plan.phase]
+    if run.cfg.fits_clip and rounds:
+        model.clip_sigmas.fill_(run.ranks.agree(fill_sigmas(run.cfg, quant_jobs(model), kept_tensors(model)))[0])
+    run.log(f"{plan.phase}:enabled step:{step} scale:{plan.lr_scale:.4f} clip_sigmas:{model.clip_sigmas.item():.2f}")
+    run.log.event("phase", step=step, name=f"{plan.phase}:enabled", train_time_ms=round(seconds * 1000))
+    return plan.phase
+
+
+def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Clock, first: int = 0) -> None:
+    """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run, on all ranks, if the loss is no number any more.
+
+    `clock` has run since step `first`.
+    """
+    cfg = run.cfg
+    if step > 10 and not (cfg.train_log_every and step % cfg.train_log_every == 0):
+        return
+    value, seconds = (run.ranks.sum_(loss) / run.ranks.world).item(), clock.seconds()
+    average, total = 1000 * seconds / (step - first), 1000 * (run.spent("train") + seconds)
+    run.log(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{total:.0f}ms "
+            f"step_avg:{average:.2f}ms lr_scale:{plan.lr_scale:.3f} "
+            f"tok/s:{1000 * cfg.train_batch_tokens / max(average, 1e-6):.0f}")  # fmt: skip
+    facts = {"train_time_ms": round(total), "step_avg_ms": average, "lr_scale": plan.lr_scale}
+    run.log.event("train", step=step, train_loss=value, **facts)
+    if not math.isfinite(value):
+        raise diverged(run, f"the training loss is {value}", step)
+
+
+def diverged(run: Runtime, what: str, step: int) -> UserError:
+    """The error that ends a run whose weights are spoilt, with where good ones are."""
+    cfg = run.cfg
+    last = (step - 1) // cfg.checkpoint_every * cfg.checkpoint_every if cfg.checkpoint_every else 0
+    saved = f"; {cfg.weights_file} has the weights of step {last}" if last else ""
+    return UserError(f"step {step}: {what}; lower MATRIX_LR={cfg.matrix_lr} or change SEED{saved}")
+
+
+def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int, seconds: float) -> None:
+    """Score the weights as they are, on plain windows."""
+    with run.timed(f"validation@{step}", "untimed"):
+        score = evaluate(run, model, validation, run.cfg.eval_len)
+    run.log(f"step:{step}/{run.cfg.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+            f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms")  # fmt: skip
+    run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(1000 * seconds))
+
+
+def finish_log(run: Runtime, averager: Averager, validation: ValidationSet, step: int, clock: Clock) -> None:
+    """Closing lines of training. The weights are on disk before anything else can fail."""
+    cfg = run.cfg
+    save_weights(run, averager, step)
+    if step < cfg.iterations:
+        run.log(f"stopping_early: wallclock_cap train_time:{1000 * clock.total:.0f}ms step:{step}/{cfg.iterations}")
+    if run.ranks.device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+        run.log.event("memory", allocated_mib=allocated, reserved_mib=reserved)
+    if not is_due(cfg.val_loss_every, step):
+        validate_step(run, averager.model, validation, step, clock.total)
+
+
+def save_weights(run: Runtime, averager: Averager, steps: int) -> None:
+    """Write the weights, fp32, and their average to WEIGHTS_PATH; all ranks return together.
+
+    A full disk is a warning: the run may still end well. Weights that are not finite never replace good ones.
+    """
+    path, buffer = run.cfg.weights_file, io.BytesIO()
+    if run.ranks.is_main:
+        raw, average = averager.model.state_dict(), averager.weights()
+        if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
+            raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], steps)
+        about = {"architecture": run.cfg.architecture(), "steps": steps, "order": list(averager.model.order)}
+        torch.save({**about, "raw": raw, "average": average}, buffer)
+        try:
+            write_whole(path, buffer.getbuffer(), "WEIGHTS_PATH")
+            run.log(f"weights: {path} (raw, average) {path.stat().st_size} bytes")
+        except UserError as problem:
+            run.log(f"WARNING: weights of step {steps} not saved: {problem}")
+    run.ranks.agree(0)
+
+
+def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
+    """Write a file through a temporary name: it is whole or the older one. UserError where that fails."""
+    partial_path = path.with_name(path.name + ".partial")
+    try:
+        partial_path.write_bytes(blob)
+        partial_path.replace(path)
+    except OSError as problem:
+        partial_path.unlink(missing_ok=True)
+        room = f"{len(blob)} bytes to write, {shutil.disk_usage(path.parent).free} free"
+        raise UserError(f"{variable}={path}: {problem.strerror}, {room}; make room or take another disk") from None
+
+
+def load_weights(run: Runtime, model: GPT) -> Trained:
+    """The weights of an earlier run (EXPORT_ONLY=1), the average where it got that far."""
+    path = run.cfg.weights_file
+    if not path.is_file():
+        raise UserError(f"WEIGHTS_PATH={path}: no such file; a training run writes logs/<RUN_ID>.weights.pt")
+    saved = torch.load(path, map_location=run.ranks.device, weights_only=True)
+    refuse_other_architecture(run.cfg, saved["architecture"], f"WEIGHTS_PATH={path}")
+    model.order = tuple(saved["order"])
+    return Trained(saved["steps"], saved.get("average", saved["raw"]), set())
+
+
+def refuse_other_architecture(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
+    """UserError when a saved model was built with other variables than this run's."""
+    ours = cfg.architecture()
+    other = {k.upper(): v for k, v in saved.items() if ours[k] != (tuple(v) if isinstance(v, list) else v)}
+    if other:
+        raise UserError(f"{where} was trained with {' '.join(f'{k}={v}' for k, v in other.items())}; set the same here")
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. Quantization
+# ----------------------------------------------------------------------------------------------
+# Every matrix becomes integer codes times a scale per row. GPTQ (arXiv 2210.17323) rounds column by
+# column and lets the columns still to come absorb the error, weighted by the Hessian X^T X of the
+# layer's inputs on training data. All layers of a bank are quantized at once.
+
+
+def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -> dict[str, Tensor]:
+    """X^T X (cols, cols) summed over the inputs X of every matrix, over `batches` per rank from number `first` on."""
+    model, order, totals = trainer.model, trainer.model.order, {}
+    moments = compiled(run.cfg, partial(input_moments, model))
+    with torch.no_grad():
+        weights = model.fast_weights(False)
+        for number in range(first, first + batches):
+            inputs, _ = trainer.loader.fetch(number)
+            for name, moment in moments(inputs, weights, order).items():
+                totals[name] = totals[name] + moment if name in totals else moment
+    return {name: run.ranks.sum_(total).to(exact_device(total.device)) for name, total in totals.items()}
+
+
+def input_moments(model: GPT, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> dict[str, Tensor]:
+    """X^T X of every matrix's inputs in one forward pass; TF32 holds bf16 inputs exactly and sums in fp32."""
+    moments: dict[str, Tensor] = {}
+
+    def observe(name: str, x: Tensor) -> None:
+        flat = x.flatten(0, -2).float()
+        moments[name] = moments[name] + flat.mT @ flat if name in moments else flat.mT @ flat
+
+    model.logits(model.hidden(ids, weights, order, observe), weights, observe)
+    return moments
+
+
+class QuantJob(NamedTuple):
+    """One tensor to quantize: (n, rows, cols) fp32, the names of its n Hessians, and bits and clip of its kind."""
+
+    name: str
+    tensor: Tensor
+    hessians: list[str]
+    bits: Tensor  # (n, rows, 1) integer
+    sigmas: float  # k of policy sigma; 0: the common one
+
+
+class Coded(NamedTuple):
+    """A quantized tensor: codes (n, rows, cols) int8 and scales (n, rows) half."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def dequantize(self) -> Tensor:
+        return self.codes.float() * self.scale.float().unsqueeze(-1)
+
+
+def quant_jobs(model: GPT, matrix_bits: Mapping[int, int] | None = None) -> list[QuantJob]:
+    """All coded tensors of the model in artifact order; `matrix_bits` limits the bits of single layers."""
+    cfg, jobs, home = model.cfg, [], exact_device(model.clip_sigmas.device)
+    for spec in model.specs:
+        bank = model.banks[spec.name].detach().to(home)
+        bits = model.bits[spec.name].to(bank.device, copy=True)
+        for layer, lower in (matrix_bits or {}).items():
+            bits[layer] = bits[layer].clamp_max(lower)
+        jobs.append(QuantJob(spec.name, bank, [f"{spec.name}.{i}" for i in range(len(bank))], bits, 0.0))
+    head = "tok_emb" if cfg.tie_embeddings else "lm_head"
+    for spec in model.rest_specs:
+        if spec.coded:
+            tensor = model.rest[spec.name].detach()[None].to(home)
+            bits = torch.full((1, tensor.shape[1], 1), cfg.embed_bits, device=tensor.device)
+            inputs = "head" if spec.name == head else spec.name
+            jobs.append(QuantJob(spec.name, tensor, [inputs], bits, cfg.embed_clip_sigmas))
+    return jobs
+
+
+def kept_tensors(model: GPT) -> dict[str, Tensor]:
+    """Control parameters, never quantized: name -> tensor in half precision."""
+    return {s.name: model.rest[s.name].detach().half() for s in model.rest_specs if not s.coded}
+
+
+def job_scale(cfg: Config, job: QuantJob, hessians: Mapping[str, Tensor], sigmas: float) -> Tensor:
+    """Row scales (n, rows) of a job under CLIP_POLICY.
+
+    `search` takes per row the clip percentile of least Hessian-weighted rounding error (GPTQ-lite, PR #374); a
+    column's weight is its Hessian's diagonal, or 1 where no inputs were observed.
+    """
+    if cfg.clip_policy != "search":
+        return row_scale(job.tensor, Grid(job.bits, cfg.clip_policy, job.sigmas or sigmas))
+    w, ones = job.tensor, torch.ones_like(job.tensor[0, 0])
+    weight = torch.stack([hessians[n].diagonal() if n in hessians else ones for n in job.hessians]).unsqueeze(1)
+    scales, errors = [], []
+    for percentile in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        clip = torch.stack([torch.quantile(layer.abs(), percentile, dim=-1, keepdim=True) for layer in w])
+        scales.append(row_scale(clip, Grid(job.bits, "amax", 0.0)))
+        rounded = round_to_grid(w, scales[-1], job.bits) * scales[-1].unsqueeze(-1)
+        errors.append(((rounded - w).square() * weight).sum(-1))
+    return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Upper U with U^T U = (H + damp x mean diagonal)^-1 (n, cols, cols); damp grows tenfold where that fails."""
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(hessian + damp * mean * eye)
+        if not failed.any():
+            break
+        damp = max(10 * damp, 1e-6)
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+
+def gptq_quantize(job: QuantJob, hessian: Tensor, scale: Tensor, cfg: Config) -> Tensor:
+    """Codes (n, rows, cols), float64 integers, of all layers of a job; Hessian (n, cols, cols), scale (n, rows).
+
+    Columns run in blocks of GPTQ_BLOCK_SIZE; with GPTQ_ACT_ORDER the largest diagonal comes first. Columns whose
+    input is always zero are coded as zero. Float64 throughout: the GPU is launch-bound here, so digits are free.
+    """
+    w, scale, hessian = job.tensor.double(), scale.double(), hessian.double()
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    hessian = hessian + torch.diag_embed(dead.to(hessian.dtype))
+    w = w.masked_fill(dead[:, None, :], 0.0)
+    columns = torch.arange(w.shape[2], device=w.device).expand_as(diagonal)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True) if cfg.gptq_act_order else columns
+    w = w.gather(2, order[:, None, :].expand_as(w))
+    hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
+    factor = inverse_factor(hessian, cfg.gptq_damp)
+    codes = torch.empty_like(w)
+    for begin in range(0, w.shape[2], cfg.gptq_block_size):
+        end = min(begin + cfg.gptq_block_size, w.shape[2])
+        block, errors = w[:, :, begin:end].clone(), torch.empty_like(w[:, :, begin:end])
+        for j in range(end - begin):
+            row = factor[:, begin + j, begin:end]
+            code = round_to_grid(block[:, :, j : j + 1], scale, job.bits)
+            error = (block[:, :, j : j + 1] - code * scale.unsqueeze(-1)) / row[:, None, j : j + 1]
+            block[:, :, j:] -= error * row[:, None, j:]
+            codes[:, :, begin + j], errors[:, :, j] = code[..., 0], error[..., 0]
+        w[:, :, end:] -= errors @ factor[:, begin:end, end:]
+    return torch.empty_like(codes).scatter_(2, order[:, None, :].expand_as(codes), codes)
+
+
+def quantize_jobs(cfg: Config, jobs: list[QuantJob], hessians: Mapping[str, Tensor], sigmas: float) -> dict[str, Coded]:
+    """Quantize every job: GPTQ where its inputs were observed, round to nearest elsewhere (embedding tables)."""
+    coded = {}
+    for job in jobs:
+        scale = job_scale(cfg, job, hessians, sigmas)
+        if broken := [name for name in job.hessians if name in hessians and not hessians[name].isfinite().all()]:
+            raise UserError(f"Hessians of {broken} are not finite: activations overflowed on the calibration data")
+        if cfg.gptq_enabled and all(name in hessians for name in job.hessians):
+            codes = gptq_quantize(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
+        else:
+            codes = round_to_grid(job.tensor, scale, job.bits)
+        coded[job.name] = Coded(codes.to(torch.int8), scale.half())
+    return coded
+
+
+def quantize_shared(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tensor], sigmas: float) -> dict[str, Coded]:
+    """`quantize_jobs` with the layers of all jobs shared over the ranks; every rank gets all codes.
+
+    GPTQ is a loop over columns, so each rank takes layers that have the same number of columns in all. Sums over
+    ranks join the parts: what a rank does not own is zero there.
+    """
+    ranks, coded = run.ranks, {}
+    columns = torch.tensor([job.tensor.shape[2] for job in jobs for _ in job.tensor], dtype=torch.float64)
+    middles = columns.cumsum(0) - columns / 2
+    owners = (middles * ranks.world / columns.sum()).long().split([len(job.tensor) for job in jobs])
+    for job, owner in zip(jobs, owners, strict=True):
+        codes = torch.zeros_like(job.tensor, dtype=torch.int8)
+        scale = torch.zeros_like(job.tensor[..., 0], dtype=torch.half)
+        if own := (owner == ranks.rank).nonzero()[:, 0].tolist():
+            names = [job.hessians[layer] for layer in own]
+            part = job._replace(tensor=job.tensor[own], bits=job.bits[own], hessians=names)
+            codes[own], scale[own] = quantize_jobs(run.cfg, [part], hessians, sigmas)[job.name]
+        coded[job.name] = Coded(codes, scale)
+    return {name: Coded(*map(ranks.sum_, parts)) for name, parts in coded.items()}
+
+
+def entropy_bytes(codes: Tensor) -> float:
+    """Bytes that an ideal coder needs for codes (n, rows, cols), with one distribution per layer."""
+    layers = torch.arange(len(codes), device=codes.device)[:, None, None]
+    counts = torch.bincount((codes.long() + 128 + 256 * layers).flatten(), minlength=256 * len(codes)).double()
+    totals = counts.view(len(codes), 256).sum(1, keepdim=True).expand(-1, 256).flatten()
+    return float((counts * (totals / counts.clamp_min(1)).log2()).sum()) / 8
+
+
+def ideal_bytes(coded: Iterable[Coded], kept: Mapping[str, Tensor]) -> float:
+    """Bytes of an artifact whose codes take their entropy and whose scales and kept tensors are stored as they are."""
+    halves = sum(tensor.numel() for tensor in kept.values())
+    return sum(entropy_bytes(c.codes) + 2 * c.scale.numel() for c in coded) + 2 * halves
+
+
+SIGMAS_RANGE = (4.0, 20.0)  # of 6 bits: below 4 the grid clips more than it gains; at 20 a weight has 2.6 bits
+FILL = (0.995, 0.9985, 1.0)  # least, aimed-at and greatest part of TARGET_BYTES that the artifact takes
+
+
+def fill_sigmas(cfg: Config, jobs: list[QuantJob], kept: Mapping[str, Tensor], ratio: float = 1.0) -> float:
+    """The clip k whose rounded codes fill the limit, by bisection of their entropy; `ratio`: actual over estimated."""
+    limit = FILL[1] * cfg.target_bytes - code_bytes()
+
+    def size(sigmas: float) -> float:
+        scales = [job_scale(cfg, job, {}, sigmas) for job in jobs]
+        rounded = (Coded(round_to_grid(j.tensor, scale, j.bits), scale) for j, scale in zip(jobs, scales, strict=True))
+        return ratio * ideal_bytes(rounded, kept)
+
+    low, high = SIGMAS_RANGE[0], SIGMAS_RANGE[1] * (2 ** (cfg.matrix_bits - 1) - 1) / 31
+    for _ in range(12):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if size(middle) > limit else (low, middle)
+    return high
+
+
+# ----------------------------------------------------------------------------------------------
+# 11. Artifact
+# ----------------------------------------------------------------------------------------------
+# magic | length of header | header (zlib JSON: architecture, layer order, tensor table, streams) |
+# streams | first 8 bytes of the SHA-256 of all that. Codes, scales and kept tensors are one stream
+# each; the coder is chosen per stream and named in the header. The bytes that count are those on
+# disk: this file's and the artifact's.
+
+MAGIC = b"PGOLF\x01"
+
+
+def code_bytes() -> int:
+    """Size of the file that runs."""
+    return Path(__file__).stat().st_size
+
+
+def split_bytes(values: Tensor) -> bytes:
+    """Half-precision values as all low bytes, then all high bytes: like bytes side by side compress better."""
+    return values.cpu().numpy().reshape(-1).view(np.uint8).reshape(-1, 2).T.tobytes()
+
+
+def join_bytes(raw: bytes) -> Tensor:
+    """Inverse of `split_bytes`: (n,) half."""
+    return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(2, -1).T.copy().view(np.float16).reshape(-1))
+
+
+CODECS = {  # name -> module, the name of its level argument, its strongest level
+    "zlib": ("zlib", "level", 9),
+    "lzma": ("lzma", "preset", 9),
+    "zstd": ("zstandard", "level", 22),
+    "brotli": ("brotli", "quality", 11),
+}
+
+
+def codec(name: str) -> Any:
+    """The module of a coder; UserError where its package is missing."""
+    try:
+        return importlib.import_module(CODECS[name][0])
+    except ImportError:
+        raise UserError(f"coder {name}: its package is not installed; pip install -r requirements.txt") from None
+
+
+def encode_stream(cfg: Config, raw: bytes) -> tuple[str, bytes]:
+    """(coder, bytes) of a stream by COMPRESSOR; auto and ans take the smallest of the coders that are installed."""
+    installed = [name for name, (module, _, _) in CODECS.items() if importlib.util.find_spec(module)]
+    options = []
+    for name in [cfg.compressor] if cfg.compressor in CODECS else installed:
+        _, argument, strongest = CODECS[name]
+        level = cfg.compressor_level if cfg.compressor in CODECS and cfg.compressor_level >= 0 else strongest
+        options.append((name, codec(name).compress(raw, **{argument: level})))
+    return min(options, key=lambda option: len(option[1]))
+
+
+ANS_BITS, ANS_LANES = 15, 1024  # probability resolution; coder states that run side by side in numpy
+
+
+def ans_frequencies(counts: np.ndarray) -> np.ndarray:
+    """Counts (256,) scaled to sum to 2^ANS_BITS, at least 1 where a symbol occurs."""
+    scaled = np.maximum(np.floor(counts / max(counts.sum(), 1) * (1 << ANS_BITS)), counts > 0).astype(np.int64)
+    scaled[scaled.argmax()] += (1 << ANS_BITS) - scaled.sum()  # the rounding goes to the commonest symbol
+    return scaled
+
+
+def ans_steps(sizes: list[int]) -> Iterator[tuple[int, slice]]:
+    """(segment, slice of the symbols) of each coder step: up to ANS_LANES symbols of one segment."""
+    begin = 0
+    for segment, size in enumerate(sizes):
+        for offset in range(0, size, ANS_LANES):
+            yield segment, slice(begin + offset, begin + min(offset + ANS_LANES, size))
+        begin += size
+
+
+def ans_encode(symbols: np.ndarray, sizes: list[int]) -> bytes:
+    """Entropy-code int8 symbols whose segments of `sizes` each have their own distribution (rANS, arXiv 1311.2540).
+
+    ANS_LANES interleaved coders share one stream of 16-bit words, so that numpy codes 1,024 symbols per call; the
+    price is 4 KB of final states. Layout: table length, zlib tables, states, words.
+    """
+    bounds = np.cumsum([0, *sizes])
+    unsigned = symbols.astype(np.int16) + 128
+    tables = np.stack([ans_frequencies(np.bincount(unsigned[a:b], minlength=256)) for a, b in zip(bounds, bounds[1:])])
+    starts = np.cumsum(tables, axis=1) - tables
+    state, words = np.full(ANS_LANES, 1 << 16, np.uint64), []
+    for segment, span in reversed(list(ans_steps(sizes))):
+        symbol = unsigned[span]
+        frequency, start = tables[segment][symbol].astype(np.uint64), starts[segment][symbol].astype(np.uint64)
+        lanes = state[: len(symbol)]
+        full = lanes >= frequency << np.uint64(32 - ANS_BITS)
+        words.append((lanes[full] & np.uint64(0xFFFF)).astype("<u2"))
+        lanes[full] >>= np.uint64(16)
+        lanes[:] = (lanes // frequency << np.uint64(ANS_BITS)) + lanes % frequency + start
+    packed = zlib.compress(tables.astype("<u2").T.tobytes(), 9)
+    body = np.concatenate(words[::-1]) if words else np.zeros(0, "<u2")
+    return struct.pack("<I", len(packed)) + packed + state.astype("<u4").tobytes() + body.tobytes()
+
+
+def ans_decode(blob: bytes, sizes: list[int]) -> np.ndarray:
+    """Inverse of `ans_encode`: int8 symbols."""
+    length = struct.unpack_from("<I", blob)[0]
+    tables = np.frombuffer(zlib.decompress(blob[4 : 4 + length]), "<u2").reshape(256, -1).T.astype(np.int64)
+    tables[tables.sum(1) == 0, 0] = 1 << ANS_BITS  # a segment of one single symbol: 2^15 fits, 0 cannot occur
+    starts = np.cumsum(tables, axis=1) - tables
+    lookup = np.stack([np.repeat(np.arange(256), row) for row in tables]).astype(np.int16)
+    begin = 4 + length
+    state = np.frombuffer(blob, "<u4", ANS_LANES, begin).astype(np.uint64)
+    words, position = np.frombuffer(blob, "<u2", offset=begin + 4 * ANS_LANES).astype(np.uint64), 0
+    symbols = np.empty(sum(sizes), np.int8)
+    for segment, span in ans_steps(sizes):
+        lanes = state[: span.stop - span.start]
+        slot = (lanes & np.uint64((1 << ANS_BITS) - 1)).astype(np.int64)
+        symbol = lookup[segment][slot]
+        symbols[span] = symbol - 128
+        frequency = tables[segment][symbol].astype(np.uint64)
+        lanes[:] = frequency * (lanes >> np.uint64(ANS_BITS)) + (slot - starts[segment][symbol]).astype(np.uint64)
+        low = np.flatnonzero(lanes < 1 << 16)
+        lanes[low] = lanes[low] << np.uint64(16) | words[position : position + len(low)]
+        position += len(low)
+    return symbols
+
+
+def encode_artifact(cfg: Config, coded: Mapping[str, Coded], kept: Mapping[str, Tensor], notes: dict) -> bytes:
+    """The artifact's bytes: see the section's head for the layout. `notes` go into the header as they are."""
+    codes = np.concatenate([c.codes.cpu().numpy().reshape(-1) for c in coded.values()])
+    sizes = [c.codes[0].numel() for c in coded.values() for _ in c.codes]
+    use_ans = cfg.compressor in ("auto", "ans")
+    streams = {
+        "codes": ("ans", ans_encode(codes, sizes)) if use_ans else encode_stream(cfg, codes.tobytes()),
+        "scales": encode_stream(cfg, split_bytes(torch.cat([c.scale.flatten() for c in coded.values()]))),
+        "kept": encode_stream(cfg, split_bytes(torch.cat([t.flatten() for t in kept.values()]))),
+    }
+    header = {
+        "architecture": cfg.architecture(),
+        "order": list(final_order(cfg)),
+        "matrix_bits": cfg.matrix_bits,
+        "coded": [[name, list(c.codes.shape)] for name, c in coded.items()],
+        "kept": [[name, list(t.shape)] for name, t in kept.items()],
+        "streams": [[name, coder, len(data)] for name, (coder, data) in streams.items()],
+        **notes,
+    }
+    packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = MAGIC + struct.pack("<I", len(packed)) + packed + b"".join(data for _, data in streams.values())
+    return body + hashlib.sha256(body).digest()[:8]
+
+
+def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], int]:
+    """Header of an artifact and the offset of its first stream, after checks of magic, length and checksum."""
+    if not blob.startswith(MAGIC) or len(blob) < len(MAGIC) + 12:
+        raise UserError(f"{path}: not an artifact of this script (it starts with {blob[:6]!r}, not {MAGIC!r})")
+    if hashlib.sha256(blob[:-8]).digest()[:8] != blob[-8:]:
+        raise UserError(f"{path}: damaged or truncated ({len(blob)} bytes); export it again with EXPORT_ONLY=1")
+    begin = len(MAGIC) + 4
+    length = struct.unpack_from("<I", blob, len(MAGIC))[0]
+    return json.loads(zlib.decompress(blob[begin : begin + length])), begin + length
+
+
+def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header, and the parameters by name in fp32 as the model has them."""
+    header, offset = read_header(blob, path)
+    streams = {}
+    for name, coder, size in header["streams"]:
+        streams[name] = (coder, blob[offset : offset + size])
+        offset += size
+    raw = {name: codec(coder).decompress(data) for name, (coder, data) in streams.items() if coder != "ans"}
+    sizes = [rows * cols for _, (n, rows, cols) in header["coded"] for _ in range(n)]
+    is_ans = streams["codes"][0] == "ans"
+    codes = ans_decode(streams["codes"][1], sizes) if is_ans else np.frombuffer(raw["codes"], np.int8)
+    scales, kept = join_bytes(raw["scales"]), join_bytes(raw["kept"])
+    parameters, code_at, scale_at, kept_at = {}, 0, 0, 0
+    for name, (n, rows, cols) in header["coded"]:
+        values = torch.from_numpy(codes[code_at : code_at + n * rows * cols].copy()).view(n, rows, cols)
+        tensor = Coded(values, scales[scale_at : scale_at + n * rows].view(n, rows)).dequantize()
+        is_bank = name in {spec.name for spec in bank_specs(Config())}
+        parameters[f"banks.{name}" if is_bank else f"rest.{name}"] = tensor if is_bank else tensor[0]
+        code_at, scale_at = code_at + n * rows * cols, scale_at + n * rows
+    for name, shape in header["kept"]:
+        count = math.prod(shape)
+        parameters[f"rest.{name}"] = kept[kept_at : kept_at + count].view(shape).float()
+        kept_at += count
+    return header, parameters
+
+
+class Exporter:
+    """Quantizes and encodes the model's weights so that code and artifact fit TARGET_BYTES."""
+
+    def __init__(self, run: Runtime, model: GPT, hessians: dict[str, Tensor]) -> None:
+        self.run, self.cfg, self.model, self.hessians = run, run.cfg, model, hessians
+        self.kept, self.limit = kept_tensors(model), run.cfg.target_bytes - code_bytes()
+        self.sigmas, self.layer_bits = run.cfg.matrix_clip_sigmas, {}
+        self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
+        self.ratio = 1.0  # of the size over the entropy, when last encoded
+
+    def quantize(self) -> None:
+        with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
+            jobs = quant_jobs(self.model, self.layer_bits)
+            self.coded = quantize_shared(self.run, jobs, self.hessians, self.sigmas)
+
+    def encode(self) -> int:
+        """Encode the current codes, on rank 0; returns the artifact's size, on every rank."""
+        with self.run.timed("encode", "untimed"):
+            notes = {
+                "clip_sigmas": round(self.sigmas, 4),
+                "layer_bits": self.layer_bits,
+                "order": list(self.model.order),
+            }
+            is_main = self.run.ranks.is_main
+            self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes) if is_main else b""
+            self.size = int(self.run.ranks.agree(len(self.blob))[0])
+            self.ratio *= self.size / self.expected()
+        return self.size
+
+    def expected(self) -> float:
+        """The size of the current codes by their entropy, in milliseconds where a slow coder takes half a minute."""
+        return self.ratio * self.run.ranks.agree(ideal_bytes(self.coded.values(), self.kept))[0]
+
+    def fill(self) -> None:
+        """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
+        if not self.cfg.fits_clip:
+            self.quantize()
+            self.encode()
+            return
+        ratio = 1.0
+        for _ in range(3):
+            with self.run.timed("clip", "train"):
+                jobs = quant_jobs(self.model)
+                (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
+            self.quantize()
+            share = (self.encode() + code_bytes()) / self.cfg.target_bytes
+            self.run.log(f"fit: clip_sigmas:{self.sigmas:.3f} artifact:{self.size} share_of_limit:{share:.4f}")
+            finest = self.sigmas <= SIGMAS_RANGE[0] * 1.001  # a small model: there is nothing more to spend bytes on
+            if share <= FILL[2] and (share >= FILL[0] or finest):
+                return
+            ratio *= self.size / (FILL[1] * self.cfg.target_bytes - code_bytes())
+
+    def prune(self) -> None:
+        """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
+        if not self.cfg.selective_prune_enabled:
+            return
+        names = [spec.name for spec in self.model.specs]
+        costs = {n: self.coded[n].scale.float().square().unsqueeze(-1).expand_as(self.coded[n].codes) for n in names}
+        ones = {n: self.coded[n].codes.abs() == 1 for n in names}
+        ranked = torch.cat([costs[n][ones[n]] for n in names]).sort().values
+        full, low, high = dict(self.coded), 0.0, 1.0
+
+        def zero(share: float) -> None:
+            threshold = ranked[min(int(share * len(ranked)), len(ranked) - 1)]
+            for n in names:
+                codes = full[n].codes.masked_fill(ones[n] & (costs[n] <= threshold), 0)
+                self.coded[n] = Coded(codes, full[n].scale)
+
+        for _ in range(4):
+            lower, upper = low, high
+            for _ in range(12):  # by entropy, and then by the coder
+                middle = (lower + upper) / 2
+                zero(middle)
+                lower, upper = (lower, middle) if self.expected() <= 0.999 * self.limit else (middle, upper)
+            zero(upper)
+            low, high = (low, upper) if self.encode() <= self.limit else (upper, high)
+            if self.limit * 0.998 <= self.size <= self.limit or high - low < 1e-3:
+                break
+        if self.size > self.limit and upper != high:
+            upper = high
+            zero(upper)
+            self.encode()
+        self.run.log(f"selective_prune: +-1 codes zeroed:{upper:.4f} artifact:{self.size}")
+
+    def lower_layers(self) -> None:
+        """Give one layer after another five bits, from the centre outwards, until the artifact fits (PR #638)."""
+        if not self.cfg.int5_fallback or self.cfg.matrix_bits <= 5:
+            return
+        middle, last = (self.cfg.num_layers - 1) / 2, self.cfg.num_layers - 1
+        for count, layer in enumerate(sorted(range(self.cfg.num_layers), key=lambda i: abs(i - middle))):
+            if self.size <= self.limit:
+                return
+            self.layer_bits[layer] = 5
+            self.quantize()
+            size = self.expected()
+            if size < 1.02 * self.limit or count == last:  # near enough that only the coder can tell
+                size = self.encode()
+            self.run.log(f"int5_fallback: layer {layer} at 5 bits, artifact:{size:.0f}")
+
+    def export(self) -> bytes:
+        """The artifact (on rank 0); UserError, with the excess, when nothing that is allowed makes it fit."""
+        self.fill()
+        for strategy in (self.prune, self.lower_layers):
+            if self.size > self.limit:
+                strategy()
+        if self.size > self.limit:
+            raise UserError(
+                f"artifact {self.size} + code {code_bytes()} bytes are {self.size - self.limit} bytes over "
+                f"TARGET_BYTES={self.cfg.target_bytes}; the weights are safe in {self.cfg.weights_file}: raise "
+                "MATRIX_CLIP_SIGMAS (0 fits by itself) or lower MATRIX_BITS, with EXPORT_ONLY=1"
+            )
+        return self.blob
+
+
+def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: ValidationSet) -> "Score":
+    """Average, calibrate, quantize and write ARTIFACT_PATH; returns the score of the averaged weights."""
+    cfg, model = run.cfg, trainer.model
+    model.load(trained.average)
+    total = sum(parameter.sum() for parameter in model.parameters()).item()
+    most, least = run.ranks.agree(total, -total)
+    if most != -least:  # each quantizes its layers from its own replica
+        run.log(f"WARNING: the ranks' weights have drifted apart: they sum to between {-least} and {most}")
+    names = [n for n in ("ema", "swa", "lawa", "post_qat") if n in trained.active]
+    run.log(f"{'+'.join(names) or 'raw'}:applying {'+'.join(names).upper() or 'the last'} weights")
+    hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
+    if batches:
+        with run.timed("hessians", "train"):
+            hessians = collect_hessians(run, trainer, trained.steps * trainer.loader.shape.accum, batches)
+        seconds, count = run.ledger[-1][2], cfg.gptq_calibration_batches
+        run.log(f"GPTQ:collected {len(hessians)} Hessians over {count} batches in {seconds:.1f}s")
+    blob = Exporter(run, model, hessians).export()
+    if run.ranks.is_main:
+        write_whole(cfg.artifact_file, blob, "ARTIFACT_PATH")
+        log_sizes(run, read_header(blob, cfg.artifact_file)[0])
+    with run.timed("averaged weights", "untimed"):
+        score = evaluate(run, model, validation, cfg.eval_len)
+    last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
+    log_score(run, f"DIAGNOSTIC {last}", score)
+    return score
+
+
+def log_sizes(run: Runtime, header: dict[str, Any]) -> None:
+    """Sizes of the two files that count, from disk, and what each stream takes."""
+    cfg, artifact = run.cfg, run.cfg.artifact_file.stat().st_size
+    kind = f"int{cfg.matrix_bits}+{header['streams'][0][1]}"
+    streams = " ".join(f"{name}:{coder}:{size}" for name, coder, size in header["streams"])
+    run.log(f"artifact: {cfg.artifact_file} streams {streams}")
+    run.log(f"Serialized model {kind}: {artifact} bytes")
+    run.log(f"Code size: {code_bytes()} bytes")
+    run.log(f"Total submission size {kind}: {artifact + code_bytes()} bytes (limit {cfg.target_bytes})")
+    run.log.event("size", artifact_bytes=artifact, code_bytes=code_bytes(), limit=cfg.target_bytes, kind=kind)
+
+
+# ----------------------------------------------------------------------------------------------
+# 12. Evaluation
+# ----------------------------------------------------------------------------------------------
+# A plan of windows says which targets each window scores; one function runs the model on them.
+# Every target of the validation set is scored exactly once and its bytes are counted exactly once;
+# both are checked on every evaluation.
+
+
+def plan_windows(targets: int, length: int, stride: int) -> np.ndarray:
+    """Windows (n, 3) int64: first input position, first scored target, end of scored targets.
+
+    Target i is token i + 1. The first window scores all its `length` targets, every later one the `stride` targets
+    after those scored before it, with as much context as fits; the last one ends exactly at the last target.
+    """
+    ends = np.append(np.arange(length, targets, stride), targets)
+    return np.stack([ends - length, np.append(0, ends[:-1]), ends], axis=1)
+
+
+class Score(NamedTuple):
+    """Sums over scored targets, and the seconds it took."""
+
+    nats: float
+    targets: int
+    bytes: int
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.targets
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of the original text."""
+        return self.nats / math.log(2) / self.bytes
+
+
+class NgramMixer:
+    """Mixes what n-grams of the text scored so far predict into the model's prediction (successor of PR #638).
+
+    p(v) = (1 - a) p_model(v) + a count(context, v) / count(context). The context is the longest one of up to
+    NGRAM_MAX_ORDER - 1 tokens, all of the same document, that has been counted; without one a is 0. Otherwise
+    a = low + (high - low) sigmoid(2 (H - NGRAM_ENTROPY)) with H the model's entropy: it cannot depend on the target, so
+    p sums to 1. The published mixer hashed the target into its key; its "probabilities" summed to several hundred.
+
+    Contexts are exact: every distinct run of n tokens has a number. Numbering reads the whole text, but numbers are
+    only names; what is predicted comes from `learn`, which is called with targets that have been scored.
+    """
+
+    def __init__(self, run: Runtime, validation: ValidationSet) -> None:
+        self.cfg, self.orders = run.cfg, range(run.cfg.ngram_min_order, run.cfg.ngram_max_order + 1)
+        tokens = validation.tokens.to(exact_device(run.ranks.device)).long()
+        place = torch.arange(len(tokens), device=tokens.device)
+        self.age = place - torch.where(tokens == validation.bos_id, place, 0).cummax(0).values  # tokens since BOS
+        self.labels = {1: tokens}  # n -> number of the run of n tokens that ends here
+        for n in range(2, self.orders[-1] + 1):
+            longer = F.pad(self.labels[n - 1], (1, -1)).long() * run.cfg.vocab_size + tokens
+            self.labels[n] = longer.unique(return_inverse=True)[1].int()
+        self.follows = {n: self.zeros(n) for n in self.orders}  # times that the last token of a run of n was scored
+        self.contexts = {n: self.zeros(n - 1) for n in self.orders}  # times that any token was, after a run of n - 1
+
+    def zeros(self, n: int) -> Tensor:
+        """A counter for every run of n tokens."""
+        return torch.zeros(int(self.labels[n].max()) + 1, dtype=torch.int32, device=self.age.device)
+
+    def known(self, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether order n reaches back to no other document at `positions`, and the number of its context there."""
+        return self.age[positions - 1] >= n - 2, self.labels[n - 1][positions - 1]
+
+    def learn(self, windows: np.ndarray) -> None:
+        """Count the targets of `windows`, which have been scored; every rank counts all, so that all know the same."""
+        targets = torch.arange(int(windows[0, 1]), int(windows[-1, 2]), device=self.age.device) + 1
+        for n in self.orders:
+            within, context = self.known(n, targets)
+            once = within.int()
+            self.contexts[n].index_add_(0, context, once)
+            self.follows[n].index_add_(0, self.labels[n][targets], once)
+
+    def mix(self, positions: Tensor, nll: Tensor, entropy: Tensor) -> Tensor:
+        """Negative log-likelihood (n,) of the tokens at `positions` in the mixture; nll and entropy are the model's."""
+        cfg, share = self.cfg, torch.zeros(len(positions), dtype=torch.float64, device=positions.device)
+        found = torch.zeros_like(share, dtype=torch.bool)
+        for n in reversed(self.orders):
+            within, context = self.known(n, positions)
+            times = self.contexts[n][context]
+            decides = within & (times > 0) & ~found
+            share = torch.where(decides, self.follows[n][self.labels[n][positions]].double() / times, share)
+            found |= decides
+        rise = torch.sigmoid(2 * (entropy.double() - cfg.ngram_entropy))
+        alpha = torch.where(found, cfg.ngram_alpha_low + (cfg.ngram_alpha_high - cfg.ngram_alpha_low) * rise, 0.0)
+        return -torch.log((1 - alpha) * torch.exp(-nll.double()) + alpha * share)
+
+
+@torch.no_grad()
+def score_windows(
+    run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray, mixer: NgramMixer | None = None
+) -> Tensor:
+    """[nats, targets, bytes] over the scored targets of `windows`, this rank's part, float64; a mixer adds its nats.
+
+    The only place that runs the model for a score. All batches have one shape: the last is filled with windows that
+    score nothing.
+    """
+    length, device = run.cfg.eval_len, run.ranks.device
+    batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, MICRO_BATCH_TOKENS) // length)
+    filler = np.repeat([[0, 0, 0]], -len(windows) % batch, axis=0).reshape(-1, 3)
+    plan = torch.from_numpy(np.concatenate([windows, filler])).to(device)
+    offsets = torch.arange(length + 1, device=device)
+    weights, order = model.fast_weights(False), model.order
+    exact = exact_device(device)
+    sums = torch.zeros(3 if mixer is None else 4, dtype=torch.float64, device=exact)
+    for chunk in plan.split(batch) if len(plan) else ():  # a rank may have no share of a short chunk
+        positions = chunk[:, :1] + offsets
+        tokens = validation.tokens[positions].long()
+        scored = (positions[:, :-1] >= chunk[:, 1:2]) & (positions[:, :-1] < chunk[:, 2:])
+        counted = validation.token_bytes[positions[:, 1:]] * scored
+        pair = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        if mixer is None:
+            nll, mixed = model.fast_nll(*pair, weights, order), []
+        else:
+            nll, entropy = model.fast_nll_and_entropy(*pair, weights, order)
+            mixed = [mixer.mix(*(t[scored].to(exact) for t in (positions[:, 1:], nll, entropy))).sum()]
+        sums += torch.stack([*(t.to(exact).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)), *mixed])
+    return sums
+
+
+def scores(validation: ValidationSet, sums: Tensor, seconds: float) -> list[Score]:
+    """The Score of each column of nats in `sums` over the whole validation set; asserts that it was covered exactly."""
+    nats, targets, counted, *mixed = sums.tolist()
+    expected = validation.targets, int(validation.token_bytes[1:].sum())
+    assert (int(targets), int(counted)) == expected, f"scored {targets, counted} targets and bytes of {expected}"
+    return [Score(total, int(targets), int(counted), seconds) for total in (nats, *mixed)]
+
+
+def evaluate(run: Runtime, model: GPT, validation: ValidationSet, stride: int) -> Score:
+    """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`."""
+    clock = Clock(run.ranks.device)
+    clock.start()
+    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)
+    share = run.ranks.share(len(windows))
+    sums = run.ranks.sum_(score_windows(run, model, validation, windows[share.start : share.stop]))
+    return scores(validation, sums, clock.stop())[0]
+
+
+class TestTimeTrainer:
+    """Trains the model on text that has been scored (PR #461)."""
+
+    def __init__(self, run: Runtime, model: GPT, validation: ValidationSet) -> None:
+        """UserError where TTT_BATCH_SEQS does not divide over the ranks."""
+        cfg, world = run.cfg, run.ranks.world
+        if cfg.ttt_batch_seqs % world:
+            raise UserError(f"TTT_BATCH_SEQS={cfg.ttt_batch_seqs} is no multiple of the {world} ranks")
+        self.run, self.cfg, self.model, self.validation = run, cfg, model, validation
+        self.parameters, self.trained = list(model.parameters()), 0
+        layered = [*model.banks.values(), *(model.rest[s.name] for s in model.rest_specs if s.per_layer)]
+        self.layered = {id(parameter) for parameter in layered}
+        sgd = partial(torch.optim.SGD, momentum=cfg.ttt_momentum)
+        maker = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, weight_decay=0.0)}[cfg.ttt_optimizer]
+        self.optimizer = maker(self.parameters, lr=cfg.ttt_lr)
+
+    def learn(self, scored: int, progress: float) -> None:
+        """Train on the whole windows up to target `scored` that were not trained on yet; the rate falls as a cosine."""
+        cfg, length = self.cfg, self.cfg.eval_len
+        starts = np.arange(self.trained, scored - length + 1, length)
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))
+        for _ in range(cfg.ttt_epochs):
+            for first in range(0, len(starts), cfg.ttt_batch_seqs):
+                self.step(starts[first : first + cfg.ttt_batch_seqs])
+        self.trained += len(starts) * length
+
+    def step(self, starts: np.ndarray) -> None:
+        """One step on the windows at `starts`; short batches are filled up with windows of weight 0."""
+        cfg, ranks = self.cfg, self.run.ranks
+        weight = torch.zeros(cfg.ttt_batch_seqs, device=ranks.device)
+        weight[: len(starts)] = 1 / len(starts)
+        share = ranks.share(cfg.ttt_batch_seqs)
+        filled = np.resize(starts, cfg.ttt_batch_seqs)[share.start : share.stop]
+        positions = torch.from_numpy(filled).to(ranks.device)[:, None] + torch.arange(
+            cfg.eval_len + 1, device=ranks.device
+        )
+        tokens = self.validation.tokens[positions].long()
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.optimizer.zero_grad()
+        nll = self.model.fast_nll(inputs, targets, self.model.fast_weights(False), self.model.order)
+        (nll.mean(1) * weight[share.start : share.stop]).sum().backward()
+        grads = [parameter.grad for parameter in self.parameters]
+        bucket = ranks.sum_(torch.cat([grad.flatten() for grad in grads]))
+        torch._foreach_copy_(grads, [b.view_as(g) for g, b in zip(grads, bucket.split([g.numel() for g in grads]))])
+        for parameter in self.parameters:
+            if id(parameter) in self.layered:
+                parameter.grad[: cfg.ttt_freeze_blocks] = 0
+        if cfg.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
+        self.optimizer.step()
+
+
+def evaluate_online(
+    run: Runtime, model: GPT, validation: ValidationSet, trainer: TestTimeTrainer | None, mixer: NgramMixer | None
+) -> list[Score]:
+    """Sliding windows chunk by chunk: score a chunk, then let weights and counts learn from it, but for the last one.
+
+    Returns the score, and with a mixer a second one with its predictions mixed in. The weights are restored.
+    """
+    ranks, clock, total = run.ranks, Clock(run.ranks.device), 0.0
+    clock.start()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    windows = plan_windows(validation.targets, run.cfg.eval_len, run.cfg.eval_stride)
+    chunk_of = (windows[:, 2] - 1) // run.cfg.ttt_chunk_tokens  # where its last target lies
+    chunks = np.split(windows, np.flatnonzero(np.diff(chunk_of)) + 1)
+    for number, chunk in enumerate(chunks, 1):
+        share = ranks.share(len(chunk))
+        total += ranks.sum_(score_windows(run, model, validation, chunk[share.start : share.stop], mixer))
+        if trainer and number < len(chunks):
+            trainer.learn(int(chunk[-1, 2]), (number - 1) / (len(chunks) - 1))
+        if mixer and number < len(chunks):
+            mixer.learn(chunk)
+    model.load(kept)
+    return scores(validation, total, clock.stop())
+
+
+class DocumentAdditions:
+    """Low-rank additions to all matrices of a model, one set for each document of a batch (PR #77, #1530).
+
+    Every document starts from the same ones, which add nothing: its scores do not depend on its neighbours.
+    """
+
+    def __init__(self, run: Runtime, model: GPT) -> None:
+        """Take the model's weights as they are now."""
+        cfg = self.cfg = run.cfg
+        with torch.no_grad():
+            weights = model.fast_weights(False)
+        self.base = {**{spec.name: weights[spec.name].unbind() for spec in model.specs}, "head": (weights["head"],)}
+        shapes = {name: (len(matrices), *matrices[0].shape) for name, matrices in self.base.items()}
+        generator = torch.Generator().manual_seed(cfg.seed)
+        self.first, self.inner, self.outer = {}, {}, {}
+        fresh = partial(torch.empty, device=run.ranks.device, requires_grad=True)
+        for name, (count, rows, cols) in shapes.items():
+            first = (2 * torch.rand(count, cfg.ttt_lora_rank, cols, generator=generator) - 1) * cols**-0.5
+            self.first[name] = first.to(run.ranks.device)
+            self.inner[name] = fresh(cfg.ttt_batch_size, *first.shape)
+            self.outer[name] = fresh(cfg.ttt_batch_size, count, rows, cfg.ttt_lora_rank)
+        self.model = copy.copy(model)  # the same parameters; the kernels know no additions
+        self.model.parts = PLAIN_LAYER
+        self.fast_nll = compiled(cfg, self.nll)
+
+    def reset(self) -> None:
+        """Begin with other documents."""
+        for name, first in self.first.items():
+            self.inner[name].data.copy_(first)
+            self.outer[name].data.zero_()
+        cfg, parameters = self.cfg, [*self.inner.values(), *self.outer.values()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=cfg.ttt_lora_lr, betas=(0.0, cfg.ttt_beta2), eps=1e-10,
+                                           weight_decay=cfg.ttt_weight_decay, fused=parameters[0].is_cuda)  # fmt: skip
+
+    def nll(self, ids: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        """`GPT.nll` of ids (documents, T), each with its own additions."""
+        scale, dtype, weights = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank, self.model.dtype, {}
+        for name, matrices in self.base.items():
+            inner, outer = self.inner[name].to(dtype).unbind(1), (scale * self.outer[name]).to(dtype).unbind(1)
+            weights[name] = tuple(map(Adapted, matrices, inner, outer))
+        return self.model.nll(ids, targets, {**weights, "head": weights["head"][0]}, order)
+
+    def learn(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def document_spans(validation: ValidationSet) -> np.ndarray:
+    """First target and end of each document, longest first; the BOS of the next one is a document's last target."""
+    starts = (validation.tokens[:-1] == validation.bos_id).nonzero()[:, 0].cpu().numpy()
+    starts = np.union1d([0], starts)
+    spans = np.stack([starts, np.append(starts[1:], validation.targets)], 1)
+    return spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
+
+
+def score_batch(
+    run: Runtime, additions: DocumentAdditions, validation: ValidationSet, spans: np.ndarray, table: Tensor
+) -> None:
+    """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored.
+
+    `table` (2, targets) takes the nats of a target and the times that it was scored.
+
+    Windows hold the latest tokens of a document up to the chunk's end, in one of two widths, since each is a graph to
+    compile (some 40 s); nothing of another document is in them, and what comes after the chunk is blank.
+    """
+    cfg, device, last = run.cfg, run.ranks.device, len(validation.tokens) - 1
+    starts, ends = np.pad(spans, ((0, cfg.ttt_batch_size - len(spans)), (0, 0))).T  # the rest are empty documents
+    additions.reset()
+    for first in range(0, int((ends - starts).max()), cfg.ttt_chunk_size):
+        firsts, stops = starts + first, np.minimum(starts + first + cfg.ttt_chunk_size, ends)
+        half, longest = -(-cfg.eval_len // 2), int((stops - starts).max())
+        width = half if longest <= half else cfg.eval_len
+        begins = np.maximum(starts, stops - width)
+        plan = torch.from_numpy(np.stack([begins, firsts, stops, stops < ends], 1)).to(device)
+        begin, scored_from, stop, goes_on = (column.unsqueeze(1) for column in plan.unbind(1))
+        positions = begin + torch.arange(width, device=device)
+        visible, scored = positions < stop, (positions >= scored_from) & (positions < stop)
+        blank, tokens = validation.bos_id, validation.tokens
+        ids = tokens[positions.clamp(max=last)].long().where(visible, blank)
+        targets = tokens[(positions + 1).clamp(max=last)].long().where(visible, blank)
+        nll = additions.fast_nll(ids, targets, additions.model.order)
+        place = positions[scored].to(table.device)
+        table[0, place] += nll.detach()[scored].to(table)
+        table[1, place] += 1
+        if (stops < ends).any():
+            share = scored * goes_on / scored.sum(1, keepdim=True).clamp(min=1)
+            additions.learn((nll * share).sum())
+
+
+def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tensor:
+    """Nats of every target, and the times that it was scored, (2, targets) float64; the ranks share the documents."""
+    table = torch.zeros(2, validation.targets, dtype=torch.float64, device=exact_device(run.ranks.device))
+    model.requires_grad_(False)
+    additions, spans, size = DocumentAdditions(run, model), document_spans(validation), run.cfg.ttt_batch_size
+    for begin in range(run.ranks.rank * size, len(spans), run.ranks.world * size):
+        score_batch(run, additions, validation, spans[begin : begin + size], table)
+    model.requires_grad_(True)
+    return run.ranks.sum_(table)
+
+
+def evaluate_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Score:
+    """Score the whole validation set document by document; asserts that every target was scored once."""
+    clock = Clock(run.ranks.device)
+    clock.start()
+    nats, times = score_documents(run, model, validation)
+    assert (times == 1).all(), f"{int((times != 1).sum())} targets were not scored exactly once"
+    counted = (times * validation.token_bytes[1:].to(times)).sum()
+    return scores(validation, torch.stack([nats.sum(), times.sum(), counted]), clock.stop())[0]
+
+
+def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
+    """A score under its canonical name, rounded and exact."""
+    run.log(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}{extra} eval_time:{1000 * score.seconds:.0f}ms")
+    run.log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}{extra}")
+    run.log.event("score", name=name, val_loss=score.loss, val_bpb=score.bpb, eval_time_ms=round(1000 * score.seconds))
+
+
+class Produced(NamedTuple):
+    """What making an artifact leaves behind; nothing where it was only read."""
+
+    model: GPT | None = None  # lends its compiled graphs
+    before: Score | None = None  # of the weights that were quantized
+    active: set[str] = frozenset()
+
+
+DEGRADATION_LIMIT = 0.01  # bpb that quantization may cost; the published systems lose 0.002 to 0.008
+
+
+def log_degradation(run: Runtime, before: Score, after: Score) -> None:
+    """What quantization cost, and a warning where that is more than any published system accepts."""
+    lost = after.bpb - before.bpb
+    advice = (
+        f" WARNING: above {DEGRADATION_LIMIT}; raise MATRIX_BITS or TARGET_BYTES" if lost > DEGRADATION_LIMIT else ""
+    )
+    run.log(f"quantization_degradation bpb:{lost:+.8f}{advice}")
+    run.log.event("degradation", bpb=lost)
+
+
+def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produced) -> None:
+    """Read ARTIFACT_PATH back from disk and score it, last by the sliding window."""
+    cfg = run.cfg
+    with run.timed("read artifact", "eval"):
+        blob = run.ranks.broadcast_bytes(cfg.artifact_file.read_bytes() if run.ranks.is_main else b"")
+        header, parameters = decode_artifact(blob, cfg.artifact_file)
+        model = produced.model or build_model(run, cfg, validation.bos_id)
+        model.load(parameters)
+        model.order = tuple(header["order"])
+    kind = f"int{header['matrix_bits']}" + ("_zlib" if header["streams"][0][1] == "zlib" else "")
+    with run.timed("roundtrip", "eval"):
+        score = evaluate(run, model, validation, cfg.eval_len)
+    log_score(run, f"final_{kind}_roundtrip", score)
+    if produced.before:
+        log_degradation(run, produced.before, score)
+    if cfg.eval_stride:
+        with run.timed("sliding window", "eval"):
+            score = evaluate(run, model, validation, cfg.eval_stride)
+        log_score(run, f"final_{kind}_sliding_window", score, f" stride:{cfg.eval_stride}")
+    if cfg.ttt_enabled or cfg.ngram_enabled:
+        log_online(run, model, validation)
+    if cfg.ttt_lora_enabled:
+        with run.timed("ttt_lora", "eval"):
+            score = evaluate_documents(run, model, validation)
+        about = f" rank:{cfg.ttt_lora_rank} chunk:{cfg.ttt_chunk_size} lr:{cfg.ttt_lora_lr:g}"
+        log_score(run, "legal_ttt_lora", score, about)
+
+
+def log_online(run: Runtime, model: GPT, validation: ValidationSet) -> None:
+    """The scores of evaluation that learns from what it has scored: test-time training, n-grams, and both."""
+    cfg = run.cfg
+    with run.timed("+".join(n for n, on in (("ttt", cfg.ttt_enabled), ("ngram", cfg.ngram_enabled)) if on), "eval"):
+        trainer = TestTimeTrainer(run, model, validation) if cfg.ttt_enabled else None
+        mixer = NgramMixer(run, validation) if cfg.ngram_enabled else None
+        results = evaluate_online(run, model, validation, trainer, mixer)
+    about = f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens}"
+    if trainer:
+        about += f" lr:{cfg.ttt_lr:g}"
+        log_score(run, "legal_ttt", results[0], about)
+    if mixer:
+        about += f" orders:{cfg.ngram_min_order}-{cfg.ngram_max_order}"
+        log_score(run, "legal_ttt_ngram" if trainer else "ngram_mix", results[1], about)
+
+
+# ----------------------------------------------------------------------------------------------
+# 13. Main
+# ----------------------------------------------------------------------------------------------
+
+
+def adopt_architecture(cfg: Config) -> Config:
+    """With EVAL_ONLY=1 the model is the artifact's; variables that were set and say otherwise are an error."""
+    if not cfg.eval_only:
+        return cfg
+    if not cfg.artifact_file.is_file():
+        raise UserError(f"ARTIFACT_PATH={cfg.artifact_file}: no such file; a run writes logs/<RUN_ID>.pgolf")
+    header, _ = read_header(cfg.artifact_file.read_bytes(), cfg.artifact_file)
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in header["architecture"].items()}
+    asked = {k: v for k, v in saved.items() if cfg.sources[k] != "default"}
+    refuse_other_architecture(cfg, asked, f"ARTIFACT_PATH={cfg.artifact_file}")
+    return replace(cfg, **saved)
+
+
+def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
+    """Train (or load weights) and export."""
+    cfg = run.cfg
+    if cfg.eval_only:
+        return Produced()
+    model = build_model(run, cfg, validation.bos_id)
+    trainer = Trainer(run, model)
+    trained = load_weights(run, model) if cfg.export_only else train(run, trainer, validation)
+    before = export_model(run, trainer, trained, validation)
+    return Produced(model, before, trained.active)
+
+
+def report_inactive(run: Runtime, active: set[str]) -> None:
+    """Name what was configured and never happened: a flag that did nothing must not pass for a feature."""
+    cfg = run.cfg
+    wanted = {
+        "ema": (cfg.ema_enabled, "EMA_ENABLED=1"),
+        "swa": (cfg.swa_enabled, f"SWA_START_FRAC={cfg.swa_start_frac} SWA_EVERY={cfg.swa_every}"),
+        "lawa": (cfg.lawa_enabled, f"LAWA_FREQ={cfg.lawa_freq}"),
+        "short_seq": (cfg.short_seq_len and cfg.sources["short_seq_len"] != "default",
+                      f"SHORT_SEQ_LEN={cfg.short_seq_len} TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        "layer_loop": ("layer_loop" in phases(cfg), f"ENABLE_LOOPING_AT={cfg.enable_looping_at}"),
+        "late_qat": ("late_qat" in phases(cfg), f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold} MIN_LR={cfg.min_lr}"),
+        "post_qat": (bool(cfg.post_qat_seconds), f"POST_QAT_SECONDS={cfg.post_qat_seconds}"),
+        "warmdown": (bool(cfg.warmdown_iters or cfg.warmdown_frac), f"WARMDOWN_ITERS={cfg.warmdown_iters}"),
+    }  # fmt: skip
+    missing = [f"{name} ({setting})" for name, (on, setting) in wanted.items() if on and name not in active]
+    if not (cfg.eval_only or cfg.export_only):
+        run.log(f"never activated: {'; '.join(missing) or 'none'}")
+        run.log.event("inactive", features=missing)
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(Config.describe_variables())
+        return
+    env = os.environ
+    with Runtime.start(adopt_architecture(Config.from_env(env)), env) as run:
+        validation = load_validation(run)
+        produced = produce_artifact(run, validation)
+        evaluate_artifact(run, validation, produced)
+        report_inactive(run, produced.active)
+        log_ledger(run)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as problem:
+        sys.exit(f"error: {problem}" if is_first_to_fail(os.environ) else 1)
