@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
 import train_gpt as t
 
 
@@ -25,6 +27,7 @@ def trains_in_turn(lock: TextIO) -> None:
 
     def take(run: t.Runtime) -> None:
         t.synchronize(run.ranks.device)
+        torch.cuda.empty_cache()  # warm-up's memory, which steps that replay a graph do not use; without CUDA nothing
         if run.ranks.is_main:
             fcntl.flock(lock, fcntl.LOCK_EX)
         run.ranks.agree(0.0)  # the other ranks wait for the first
