@@ -3487,9 +3487,17 @@ def load_weights(run: Runtime, model: GPT) -> Trained:
     if not path.is_file():
         raise UserError(f"WEIGHTS_PATH={path}: no such file; a training run writes logs/<RUN_ID>.weights.pt")
     saved = torch.load(path, map_location=run.ranks.device, weights_only=True)
+    refuse_other_version(run.cfg, saved["architecture"], f"WEIGHTS_PATH={path}")
     refuse_other_architecture(run.cfg, saved["architecture"], f"WEIGHTS_PATH={path}")
     model.order = tuple(saved["order"])
     return Trained(saved["steps"], saved.get("average", saved["raw"]), set())
+
+
+def refuse_other_version(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
+    """UserError when a saved model knows other variables than this script: a default need not be what it had."""
+    if names := saved.keys() ^ cfg.architecture().keys():
+        raise UserError(f"{where} was made by another version of train_gpt.py (one of them lacks "
+                        f"{' '.join(sorted(names)).upper()}); take logs/<RUN_ID>.py of its run")  # fmt: skip
 
 
 def refuse_other_architecture(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
@@ -4458,6 +4466,7 @@ def adopt_architecture(cfg: Config) -> Config:
         raise UserError(f"ARTIFACT_PATH={cfg.artifact_file}: no such file; a run writes logs/<RUN_ID>.pgolf")
     header, _ = read_header(cfg.artifact_file.read_bytes(), cfg.artifact_file)
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in header["architecture"].items()}
+    refuse_other_version(cfg, saved, f"ARTIFACT_PATH={cfg.artifact_file}")
     asked = {k: v for k, v in saved.items() if cfg.sources[k] != "default"}
     refuse_other_architecture(cfg, asked, f"ARTIFACT_PATH={cfg.artifact_file}")
     return replace(cfg, **saved)

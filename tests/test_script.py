@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_env
+from conftest import tiny_config, tiny_env, tiny_model
 
 import train_gpt as t
 
@@ -227,6 +227,27 @@ def test_eval_only_refuses_another_architecture(
         env |= {"VE_LAYERS": "2,3", "XSA_LAST_N": "4", "NUM_LAYERS": "4"}
     with pytest.raises(t.UserError, match=name):
         t.adopt_architecture(t.Config.from_env({**env, name: value}))
+
+
+@pytest.mark.parametrize("changes", [{"num_layers": None}, {"later_feature": 1}])
+def test_a_saved_model_of_another_version_is_refused(
+    full: Path, corpus: dict[str, str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int | None]
+) -> None:
+    """A variable that one of the two does not know must not become a default in silence."""
+    saved = {**tiny_config().architecture(), **changes}
+    saved = {name: value for name, value in saved.items() if value is not None}
+    monkeypatch.setattr(t, "read_header", lambda *_: ({"architecture": saved}, 0))
+    cfg = t.Config.from_env(evaluation_variables(corpus, full / "logs/full.pgolf"))
+    name = next(iter(changes)).upper()
+    with pytest.raises(t.UserError, match=rf"ARTIFACT_PATH=.*another version .*lacks {name}\); take logs/<RUN_ID>.py"):
+        t.adopt_architecture(cfg)
+    weights = torch.load(full / "logs/full.weights.pt", weights_only=True)
+    torch.save({**weights, "architecture": saved}, "old.weights.pt")
+    with (
+        t.Runtime.start(tiny_config(**corpus, EXPORT_ONLY=1, WEIGHTS_PATH="old.weights.pt"), {}) as run,
+        pytest.raises(t.UserError, match=rf"WEIGHTS_PATH=.*another version .*lacks {name}"),
+    ):
+        t.load_weights(run, tiny_model())
 
 
 def test_export_only_repeats_the_export(full: Path, tmp_path: Path, corpus: dict[str, str]) -> None:
