@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t
 
 

@@ -16,10 +16,12 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("scipy", reason="the records tool needs requirements-dev.txt")
 
@@ -913,6 +915,25 @@ def test_a_reference_rate_is_stored() -> None:
     keys = [doctor.rate_key(cfg, "NVIDIA H100 80GB HBM3", attention) for attention in ("flash", "fa4")]
     assert keys == list(json.loads(doctor.RATES.read_text())) and keys[0] != keys[1]
     assert doctor.rate_key(t.replace(cfg, num_layers=9), "x", "fa4") != doctor.rate_key(cfg, "x", "fa4")
+
+
+@pytest.mark.parametrize(("taken", "device", "is_told"), [
+    ("flash", "cuda", True), ("fa4", "cuda", False), ("math", "cpu", False),
+])  # fmt: skip
+def test_doctor_says_how_attention_would_be_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str, device: str, is_told: bool
+) -> None:
+    """Only where a GPU has neither FlashAttention 3 nor 4; the other kernels need nothing."""
+    import train_gpt as t
+
+    monkeypatch.chdir(tmp_path)
+    Path("logs").mkdir()
+    Path("logs/d.txt").write_text(f"attn_backend:{taken} head_dim:64\nlayer_backend:triton head_dim:64\n")
+    monkeypatch.setattr(t, "choose_back_end", lambda *_: None)
+    run = SimpleNamespace(cfg=t.Config.from_env({"RUN_ID": "d"}), ranks=SimpleNamespace(device=torch.device(device)))
+    attention, layer = doctor.back_ends(t, run)
+    assert attention.status == layer.status == "pass" and ("requirements-gpu.txt" in attention.message) == is_told
+    assert "requirements" not in layer.message
 
 
 def test_leaky_shards() -> None:
