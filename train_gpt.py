@@ -150,6 +150,7 @@ class Config:
     qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0.01)
     doc_attention: bool = opt(True, "attention that does not cross documents (not with ATTN_BACKEND=cudnn)")
     xsa_last_n: int = opt(11, "last layers with exclusive self-attention", low=0)
+    key_offset: bool = opt(False, "second half of every key from the token before; stops at BOS")
     ln_scale: bool = opt(True, "scale normalized inputs of layer i by 1/sqrt(i+1)")
     tie_embeddings: bool = opt(True, "use the token embedding as the output head")
     tied_embed_init_std: float = opt(0.005, "standard deviation of the initial token embedding", low=0)
@@ -1482,6 +1483,15 @@ def smear(x: Tensor, ids: Tensor, gate: Tensor, bos_id: int) -> Tensor:
     return x + amount.to(x.dtype) * (F.pad(x, (0, 0, 1, -1)) - x)
 
 
+def offset_keys(k: Tensor, follows: Tensor) -> Tensor:
+    """k (N, H, D) with the second half of each key from the token before, where `follows` (N,) says that there is one.
+
+    What a query finds by it is the value of the token that came next: induction in one layer (modded-nanogpt PR #169).
+    """
+    own, shifted = k.chunk(2, dim=-1)
+    return torch.cat([own, torch.where(follows.view(-1, 1, 1), shifted.roll(1, dims=0), shifted)], dim=-1)
+
+
 class BankSpec(NamedTuple):
     """One bank: (layers, rows, cols), its rows split among named matrices; `zero` starts it at zero."""
 
@@ -1617,6 +1627,7 @@ class Pass(NamedTuple):
     rotary: Tensor
     value_embedding: Tensor | None  # (N, KV, D)
     mask: tuple[Any, ...]  # with DOC_ATTENTION the mask of the document attention
+    follows: Tensor | None  # with KEY_OFFSET where a token has a previous one, (N,)
     beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_unit below zero
     observe: Observer | None
 
@@ -1700,7 +1711,8 @@ class GPT(nn.Module):
         fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
         beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
         mask = (self.attend.mask(document_numbers(ids, self.bos_id)),) if self.cfg.doc_attention else ()
-        return Pass(order, banks, vectors, self.mixes(order), rotary, value, mask, beta, observe)
+        follows = has_previous(ids, self.bos_id).flatten() if self.cfg.key_offset else None
+        return Pass(order, banks, vectors, self.mixes(order), rotary, value, mask, follows, beta, observe)
 
     def mixes(self, order: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Factors (3, C) of x, skip and x0 at the entrance of each position: the skip's weight is multiplied in here,
@@ -1721,7 +1733,7 @@ class GPT(nn.Module):
         if spec.value_embed is not None:
             extra = self.rest["ve_scale"][spec.value_embed].to(self.dtype) * p.value_embedding
         q, k, own, twin = parts.heads(rows, p.banks["qkv"][position], vectors["q_gain"][layer], p.rotary, extra)
-        v = own
+        k, v = k if p.follows is None else offset_keys(k, p.follows), own
         if "value_mix" in vectors:
             mix = vectors["value_mix"][layer]
             v = twin = mix[0] * (own if first_v is None else first_v) + mix[1] * own

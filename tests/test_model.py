@@ -18,7 +18,7 @@ from conftest import VOCAB, plain_attention, tiny_config, tiny_model, unscaled
 
 CPU = torch.device("cpu")
 BOS, LENGTH, FLIPPED = 1, 24, 13
-ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1}
+ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "KEY_OFFSET": 1}
 FEATURES: dict[str, dict[str, Any]] = {
     "default": {}, "all on": ALL_ON, "value residual": {"VALUE_RESIDUAL": 1}, "gated": {"GATED_ATTN_ENABLED": 1},
     "no xsa": {"XSA_LAST_N": 0}, "xsa on two": {"XSA_LAST_N": 2}, "no smear": {"SMEAR_GATE_ENABLED": 0},
@@ -26,8 +26,9 @@ FEATURES: dict[str, dict[str, Any]] = {
     "full rope": {"ROPE_DIMS": 0}, "relu2": {"MLP_ACTIVATION": "relu2"}, "asqu": {"MLP_ACTIVATION": "asqu"},
     "untied": {"TIE_EMBEDDINGS": 0}, "multi-head": {"NUM_KV_HEADS": 4}, "multi-query": {"NUM_KV_HEADS": 1},
     "odd layers": {"NUM_LAYERS": 5}, "one layer": {"NUM_LAYERS": 1, "XSA_LAST_N": 1, "VE_LAYERS": 0},
+    "across documents": {"DOC_ATTENTION": 0}, "key offset": {"KEY_OFFSET": 1},
     "wide mlp": {"MLP_HIDDEN": 48}, "longer than trained": {"TRAIN_SEQ_LEN": 16}, "5 bits": {"MATRIX_BITS": 5},
-    "across documents": {"DOC_ATTENTION": 0}, "bare": {"SMEAR_GATE_ENABLED": 0, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": 0, "XSA_LAST_N": 0},
+    "bare": {"SMEAR_GATE_ENABLED": 0, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": 0, "XSA_LAST_N": 0},
 }  # fmt: skip
 every_feature = pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
 
@@ -264,6 +265,17 @@ def test_a_named_back_end_that_is_missing_is_an_error(
         t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
 
 
+def test_keys_are_offset_within_documents() -> None:
+    """The second half is the previous token's; the first half, and what begins a document or row, keep their own."""
+    model, ids = tiny_model(KEY_OFFSET=1), random_ids(2, 9)
+    k = torch.arange(18.0)[:, None, None] + torch.arange(4) / 10
+    follows = model.begin(ids, model.weights(False), order_of(model), None).follows
+    got = t.offset_keys(k, follows).view(2, 9, 4)
+    assert torch.equal(got[..., :2], k.view(2, 9, 4)[..., :2])
+    places = (got[..., 2] - 0.2).round().long()
+    assert places.tolist() == [[0, 0, 1, 2, 3, 4, 5, 7, 8], [9, 9, 10, 11, 12, 13, 14, 16, 17]]
+
+
 def textbook_attention(model: t.GPT, x: Tensor, ids: Tensor, layer: int, first_v: Tensor) -> Tensor:
     """Attention of x (T, C) with every feature on, head by head, as the techniques are written down."""
     cfg, rest = model.cfg, model.rest
@@ -284,7 +296,10 @@ def textbook_attention(model: t.GPT, x: Tensor, ids: Tensor, layer: int, first_v
         q, k, v = qkv[head], qkv[cfg.num_heads + kv], qkv[cfg.num_heads + cfg.num_kv_heads + kv]
         own = v + extra[:, kv * size : (kv + 1) * size]
         mixed = rest["value_mix"][layer, 0] * first_v[:, kv] + rest["value_mix"][layer, 1] * own
-        scores = turn(norm(q)) @ turn(norm(k)).T * rest["q_gain"][layer, head] / math.sqrt(size)
+        keys = turn(norm(k))
+        for place in (place for place in reversed(range(1, len(x))) if ids[place] != BOS):
+            keys[place, size // 2 :] = keys[place - 1, size // 2 :]
+        scores = turn(norm(q)) @ keys.T * rest["q_gain"][layer, head] / math.sqrt(size)
         y = scores.masked_fill(~visible, -math.inf).softmax(-1) @ mixed
         direction = mixed / mixed.norm(dim=-1, keepdim=True)
         y = y - (y * direction).sum(-1, keepdim=True) * direction
