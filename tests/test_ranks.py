@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import tiny_config, tiny_env, tiny_model
 
 import train_gpt as t
@@ -265,3 +266,19 @@ def test_two_nodes_end_with_the_score_of_one_process(tmp_path: Path, corpus: dic
     assert float(two) == pytest.approx(float(one), abs=1e-3) and "world_size:2" in ends[0].stdout
     assert (tmp_path / "node0/logs/r.pgolf").exists()
     assert list((tmp_path / "node1").iterdir()) == [] and ends[1].stdout == ""
+
+
+def gloo_threads() -> int:
+    """Threads of this process that run gloo's collectives."""
+    names = (path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+    return sum(name.startswith("pt_gloo_runloop"[:15]) for name in names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads have names under Linux")
+def test_no_thread_of_gloo_outlives_the_group(tmp_path: Path) -> None:
+    """One that lets go of a tensor while the interpreter ends aborts the process, after everything was done."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    ranks = t.Ranks(0, 2, torch.device("cpu"), dist.new_group(backend="gloo"), {})
+    assert ranks.agree(1.0, 2.0) == [1.0, 2.0] and gloo_threads() >= 2
+    ranks.close(None)
+    assert not gloo_threads() and not dist.is_initialized()
