@@ -597,8 +597,8 @@ class Ranks:
         """
         if self.world > 1 and problem is None:
             dist.destroy_process_group()
-            # Gloo's thread lets go of the last tensors when it likes, and an interpreter that ends meanwhile aborts: 5 of
-            # 11 runs on two cores with torch 2.11. Who drops the last reference to a group waits for its thread.
+            # Gloo's thread lets go of the last tensors when it likes, and an interpreter that ends meanwhile
+            # aborts: 5 of 11 runs with torch 2.11. Who drops the last reference to a group waits for its thread.
             object.__setattr__(self, "control", None)
         elif self.world > 1:
             if is_first_to_fail(self.env):
