@@ -3110,7 +3110,8 @@ class StepGraph:
         """Add the gradients of `batch` to the parameters'; returns the value, which the next call overwrites."""
         for mine, given in zip(self.batch, batch, strict=True):
             mine.copy_(given, non_blocking=True)
-        earlier = [None if p.grad is None else p.grad.clone() for p in self.parameters]  # where this replay writes
+        # Copied, since they may be what an earlier replay wrote where this one writes again.
+        earlier = [None if p.grad is None else p.grad.clone() for p in self.parameters]
         self.graph.replay()
         for parameter, grad, added in zip(self.parameters, self.grads, earlier, strict=True):
             parameter.grad = grad if added is None else grad.add_(added)
