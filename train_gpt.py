@@ -1037,6 +1037,7 @@ OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, 
 Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTENTION a mask -> y (B,T,H,D), causal
 Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 NORM_EPS = 1e-6
+PART_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 in one call take 7 to 9% longer
 
 
 def sdpa(backend: SDPBackend) -> Attend:
@@ -1061,30 +1062,43 @@ def flash_attention_4() -> Attend:
     """FlashAttention 4 (package flash-attn-4) as a custom operator: it is JIT-compiled Python that
     torch.compile cannot trace, and without an operator round it every layer would break the graph.
 
-    With cumulated lengths `cu` and `longest` it takes tensors (N, H, D) and is a `VarlenAttend`.
+    With `cu` and `longest` it is a `VarlenAttend`, one kernel call a part.
     """
     kernels = importlib.import_module("flash_attn.cute.interface")
 
+    def calls(cu: Tensor | None, longest: int | None) -> Iterator[tuple[Any, dict[str, Any]]]:
+        if cu is None:
+            yield ..., {}
+        else:
+            for at, ends in enumerate(cu):
+                yield at, dict(cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest)
+
+    def results(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
+
+    def gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
     @torch.library.custom_op(f"{OPERATORS}::fa4", mutates_args=())
     def forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int | None) -> tuple[Tensor, Tensor]:
-        return kernels._flash_attn_fwd(q, k, v, **lengths(cu, longest), return_lse=True)[:2]
+        y, lse = results(q)
+        for at, words in calls(cu, longest):
+            kernels._flash_attn_fwd(q[at], k[at], v[at], causal=True, out=y[at], lse=lse[at], return_lse=True, **words)
+        return y, lse
 
     @torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
     def backward(
         dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, y: Tensor, lse: Tensor, longest: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return kernels._flash_attn_bwd(q, k, v, y, dy.contiguous(), lse, **lengths(cu, longest))[:3]
+        dy, found = dy.contiguous(), gradients(dy, q, k, v)
+        for at, words in calls(cu, longest):
+            dq, dk, dv = (gradient[at] for gradient in found)
+            saved = (tensor[at] for tensor in (q, k, v, y, dy, lse))
+            kernels._flash_attn_bwd(*saved, causal=True, dq=dq, dk=dk, dv=dv, **words)
+        return found
 
-    def lengths(cu: Tensor | None, longest: int | None) -> dict[str, Any]:
-        return dict(causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-
-    @forward.register_fake
-    def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return q.new_empty(q.shape), q.new_empty(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
-
-    @backward.register_fake
-    def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    forward.register_fake(results)
+    backward.register_fake(gradients)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.longest = inputs
@@ -1130,14 +1144,26 @@ def math_documents() -> DocumentAttention:
     return DocumentAttention(mask, attend)
 
 
-# q (N,H,D), k and v (N,KV,D), cu_seqlens (sequences + 1,) int32, length of the longest that may come -> y (N,H,D)
+# q (P,N,H,D), k and v (P,N,KV,D) of P parts, cu_seqlens (P, sequences + 1) int32 from 0 to N in each part, length of
+# the longest sequence that may come -> y (P,N,H,D)
 VarlenAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def end_to_end(attend: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]) -> VarlenAttend:
+    """All parts in one call of a kernel that takes q (N, H, D) and cu_seqlens (sequences + 1,)."""
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        before = torch.arange(len(q), dtype=torch.int32, device=q.device).unsqueeze(1) * q.shape[1]
+        ends = F.pad((cu_seqlens + before)[:, :-1].flatten(), (0, 1), value=len(q) * q.shape[1])
+        return attend(*(tensor.flatten(0, 1) for tensor in (q, k, v)), ends, longest).view_as(q)
+
+    return whole
 
 
 def varlen_flash_package(module: str) -> VarlenAttend:
     """`flash_attn_varlen_func` of an installed FlashAttention package."""
     attend = importlib.import_module(module).flash_attn_varlen_func
-    return lambda q, k, v, cu, longest: attend(q, k, v, cu, cu, longest, longest, causal=True)
+    return end_to_end(lambda q, k, v, cu, longest: attend(q, k, v, cu, cu, longest, longest, causal=True))
 
 
 def varlen_flash() -> VarlenAttend:
@@ -1148,11 +1174,16 @@ def varlen_flash() -> VarlenAttend:
         k, v = (x if x.shape == q.shape else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
 
-    return unshared
+    return end_to_end(unshared)
+
+
+def parts_of(rows: int, length: int) -> int:
+    """In how many parts, of whole rows and at least PART_TOKENS, documents are counted and FlashAttention 4 called."""
+    return math.gcd(rows, 1 << max(rows * length // PART_TOKENS, 1).bit_length() - 1)
 
 
 def most_documents(tokens: int) -> int:
-    """How many documents of a batch are told apart. Every sequence that a kernel must be prepared for costs time, and
+    """How many documents of a part are told apart. Every sequence that a kernel must be prepared for costs time, and
     their number may not depend on the batch: half as many again as FineWeb has at 8,192 pieces. What is scored may not
     depend on the batch either, and windows that overlap repeat the places with the shortest documents."""
     return max(64, tokens // (512 if torch.is_grad_enabled() else 64))
@@ -1162,17 +1193,19 @@ def varlen_documents(attend: VarlenAttend) -> DocumentAttention:
     """FlashAttention over sequences of varied length, end to end: nothing is computed that would be masked."""
 
     def mask(documents: Tensor) -> Tensor:
-        """Where each sequence of the batch begins, then its end: (rows + most_documents + 1,) int32."""
-        count, most = documents.numel(), len(documents) + most_documents(documents.numel())
-        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
-        places = torch.arange(count, dtype=torch.int32, device=documents.device)
-        slots = torch.where(begins, begins.cumsum(0) - 1, most)
-        cu_seqlens = places.new_full((most + 1,), count).scatter(0, slots, places)
-        return F.pad(cu_seqlens[:most], (0, 1), value=count)
+        """Where each sequence of a part begins, then its end: (parts, rows of a part + most_documents + 1) int32."""
+        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+        begins = begins.view(parts_of(*documents.shape), -1)
+        (parts, count), rows = begins.shape, len(documents)
+        most = rows // parts + most_documents(count)
+        places = torch.arange(count, dtype=torch.int32, device=documents.device).expand_as(begins)
+        slots = torch.where(begins, begins.cumsum(1) - 1, most)
+        cu_seqlens = places.new_full((parts, most + 1), count).scatter(1, slots, places)
+        return F.pad(cu_seqlens[:, :most], (0, 1), value=count)
 
     def attend_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        y = attend(*(tensor.flatten(0, 1) for tensor in (q, k, v)), cu_seqlens, q.shape[1])
-        return y.unflatten(0, q.shape[:2])
+        in_parts = (tensor.reshape(len(cu_seqlens), -1, *tensor.shape[2:]) for tensor in (q, k, v))
+        return attend(*in_parts, cu_seqlens, q.shape[1]).view_as(q)
 
     return DocumentAttention(mask, attend_rows)
 
@@ -1188,10 +1221,10 @@ DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {  # in order o
 
 def document_numbers(ids: Tensor, bos_id: int) -> Tensor:
     """Numbers (B, T) that are equal for tokens of the same document of a row of ids (B, T); documents beyond
-    `most_documents` of the batch are taken for one with the one before them."""
-    begins = ids == bos_id
-    counted = begins.flatten().cumsum(0).view_as(ids) <= most_documents(ids.numel())
-    return (begins & counted).cumsum(1)
+    `most_documents` of a part of the batch are taken for one with the one before them."""
+    begins = (ids == bos_id).view(parts_of(*ids.shape), -1)
+    told_apart = begins & (begins.cumsum(1) <= most_documents(begins.shape[1]))
+    return told_apart.view_as(ids).cumsum(1)
 
 
 class Rows(NamedTuple):

@@ -75,31 +75,39 @@ def flash_2(
 
 
 def flash_4_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int | None, max_seqlen_k: int | None, return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """In place of FlashAttention 4's."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, return_lse: bool, out: torch.Tensor,
+    lse: torch.Tensor, cu_seqlens_q: torch.Tensor | None = None, cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+) -> None:  # fmt: skip
+    """In place of FlashAttention 4's: values to `out`, and to `lse` here their sums, which the backward pass checks."""
     assert causal and return_lse and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
     if cu_seqlens_q is None:
-        y = t.sdpa(t.SDPBackend.MATH)(q, k, v)
+        out.copy_(t.sdpa(t.SDPBackend.MATH)(q, k, v))
     else:
-        y = attention_of_parts(q, k, v, cu_seqlens_q)
-    return y, q.new_zeros(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
+        out.copy_(attention_of_parts(q, k, v, cu_seqlens_q))
+    lse.copy_(out.sum(-1).transpose(-1, -2))
 
 
 def flash_4_backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, dy: torch.Tensor, lse: torch.Tensor, **rest: Any
-) -> tuple[torch.Tensor, ...]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, dy: torch.Tensor, lse: torch.Tensor,
+    causal: bool, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cu_seqlens_q: torch.Tensor | None = None,
+    **rest: Any,
+) -> None:  # fmt: skip
     """In a thread of its own, since inside an operator nothing is differentiated."""
+    assert causal and torch.equal(lse, y.sum(-1).transpose(-1, -2))
 
     def differentiate() -> tuple[torch.Tensor, ...]:
         inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-        again = flash_4_forward(*inputs, **rest, return_lse=True)[0]
-        assert torch.equal(again, y) and lse.shape == q.transpose(-2, -3).shape[:-1]
+        if cu_seqlens_q is None:
+            again = t.sdpa(t.SDPBackend.MATH)(*inputs)
+        else:
+            again = attention_of_parts(*inputs, cu_seqlens_q)
+        assert torch.equal(again, y)
         return torch.autograd.grad(again, inputs, dy)
 
     with ThreadPoolExecutor() as other:
-        return other.submit(differentiate).result()
+        for gradient, found in zip((dq, dk, dv), other.submit(differentiate).result(), strict=True):
+            gradient.copy_(found)
 
 
 def bundled_flash(
@@ -111,9 +119,11 @@ def bundled_flash(
     return flash_2(q, k, v, ends, ends_k, longest, longest_k, causal=True)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4", "flash"])
-def test_packages_get_documents_end_to_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_get_documents_end_to_end(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients of the plain definition; FlashAttention 4's operator still serves rows as a whole too."""
+    monkeypatch.setattr(t, "PART_TOKENS", 256 // parts)
     for module in ("flash_attn", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_varlen_func=flash_2))
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=bundled_flash))
@@ -131,9 +141,9 @@ def test_packages_get_documents_end_to_end(name: str, monkeypatch: pytest.Monkey
 def test_sequences_begin_with_rows_and_documents() -> None:
     """As many entries as any batch of this size can need; what is left over are empty sequences at the end."""
     packed_ends = t.varlen_documents(lambda *_: None).mask
-    assert packed_ends(t.document_numbers(packed(), BOS)).tolist() == [0, 9, 21, 32, 48] + [64] * 62
+    assert packed_ends(t.document_numbers(packed(), BOS)).tolist() == [[0, 9, 21, 32, 48] + [64] * 62]
     every = torch.full((2, 32), BOS)
-    assert packed_ends(t.document_numbers(every, BOS)).tolist() == [*range(65), 64, 64]
+    assert packed_ends(t.document_numbers(every, BOS)).tolist() == [[*range(65), 64, 64]]
 
     whole = torch.compile(lambda ids: packed_ends(t.document_numbers(ids, BOS)), backend="eager", fullgraph=True)
     assert torch.equal(whole(packed()), packed_ends(t.document_numbers(packed(), BOS)))
@@ -144,14 +154,25 @@ def test_documents_beyond_the_most_are_not_told_apart(monkeypatch: pytest.Monkey
     monkeypatch.setattr(t, "most_documents", lambda tokens: 4)
     numbers = t.document_numbers(packed(), BOS)
     assert numbers[0].tolist() == [1] * 9 + [2] * 12 + [3] * 11 and numbers[1].tolist() == [1] * 32
-    assert t.varlen_documents(lambda *_: None).mask(numbers).tolist() == [0, 9, 21, 32, 64, 64, 64]
+    assert t.varlen_documents(lambda *_: None).mask(numbers).tolist() == [[0, 9, 21, 32, 64, 64, 64]]
     ids, model = packed(), document_model()
     merged = ids.clone()
     merged[1, 16] = 5
     assert torch.equal(t.document_numbers(merged, BOS), numbers)
     got = logits(model, ids)
-    model.attend = t.varlen_documents(lambda q, k, v, ends, _: attention_of_parts(q, k, v, ends))
+    model.attend = t.varlen_documents(t.end_to_end(lambda q, k, v, ends, _: attention_of_parts(q, k, v, ends)))
     torch.testing.assert_close(logits(model, ids), got, rtol=0, atol=1e-5)
+
+
+def test_parts_are_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each counts its own documents, and its sequences begin at 0."""
+    shapes = [(48, 2048), (96, 1024), (64, 2048), (24, 2048), (47, 2048), (1, 2048), (96, 2048)]
+    assert [t.parts_of(*shape) for shape in shapes] == [2, 2, 2, 1, 1, 1, 4]
+    monkeypatch.setattr(t, "PART_TOKENS", 32)
+    monkeypatch.setattr(t, "most_documents", lambda tokens: 2)
+    numbers = t.document_numbers(packed(), BOS)
+    assert numbers[0].tolist() == [1] * 9 + [2] * 23 and numbers[1].tolist() == [1] * 16 + [2] * 16
+    assert t.varlen_documents(lambda *_: None).mask(numbers).tolist() == [[0, 9, 32, 32], [0, 16, 32, 32]]
 
 
 def test_scoring_tells_more_documents_apart_than_training() -> None:
@@ -164,8 +185,13 @@ def test_scoring_tells_more_documents_apart_than_training() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_values_and_gradients_on_the_gpu() -> None:
-    attention = t.DOCUMENT_ATTENTION["flash"]()
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["fa4", "flash"])
+def test_values_and_gradients_on_the_gpu(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "fa4":
+        pytest.importorskip("flash_attn.cute.interface")
+    monkeypatch.setattr(t, "PART_TOKENS", 256 // parts)
+    attention = t.DOCUMENT_ATTENTION[name]()
     assert t.probe_document_attention(attention, tiny_config(MODEL_DIM=256), torch.device("cuda")) < 2e-2
 
 
