@@ -3,9 +3,10 @@
     MINITRACK_TURN=/tmp/gpu0.turn python benchmarks/in_turn.py      # other variables as for train_gpt.py
 
 The run waits for the lock MINITRACK_TURN when its warm-up has ended (with EXPORT_ONLY, before it loads the weights) and
-holds it until its artifact is made; where a sliding window is to be scored, until it ends. So the 40 to 120 s until a
-run's clock starts cost the GPU nothing, and the clock runs on a GPU that only another run's compilation disturbs.
-`warmup` in the ledger includes the wait. EVAL_ONLY takes no turn.
+holds it until its artifact is made; where a sliding window is to be scored, until it ends; where no clock runs
+(MAX_WALLCLOCK_SECONDS=0), until training ends. So the 40 to 120 s until a run's clock starts cost the GPU nothing, and
+the clock runs on a GPU that only another run's compilation disturbs. `warmup` in the ledger includes the wait.
+EVAL_ONLY takes no turn.
 """
 
 import fcntl
@@ -22,7 +23,7 @@ import train_gpt as t
 
 
 def trains_in_turn(lock: TextIO) -> None:
-    """Let train_gpt.py take `lock` after warm-up and give it back after the export."""
+    """Let train_gpt.py take `lock` after warm-up and give it back after the export, or before it if no clock runs."""
     measure, load, export = t.measure_reserve, t.load_weights, t.export_model
 
     def take(run: t.Runtime) -> None:
@@ -41,6 +42,8 @@ def trains_in_turn(lock: TextIO) -> None:
         return load(run, model)
 
     def export_in_turn(run: t.Runtime, *arguments: Any) -> Any:
+        if not run.cfg.max_wallclock_seconds:
+            fcntl.flock(lock, fcntl.LOCK_UN)
         exported = export(run, *arguments)
         if not run.cfg.eval_stride:
             fcntl.flock(lock, fcntl.LOCK_UN)

@@ -433,8 +433,9 @@ def test_runs_ahead_wait_for_their_turn(toy: Path, monkeypatch: pytest.MonkeyPat
     assert len(seen) == 2 and not any("step:1/" in text for text in seen) and all("step:1/" in text for text in texts())
 
 
-def test_a_turn_ends_with_the_artifact_or_with_the_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody else has the lock between warm-up and the end of the export; with a sliding window to score, of the run."""
+def test_a_turn_ends_with_training_the_artifact_or_the_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else has the lock between warm-up and the end of the export; with a sliding window to score, of the run;
+    with no clock, of training."""
     names = ("measure_reserve", "load_weights", "export_model")
     for name in names:
         monkeypatch.setattr(t, name, lambda run, other: free())
@@ -448,9 +449,9 @@ def test_a_turn_ends_with_the_artifact_or_with_the_run(in_tmp: Path, monkeypatch
                 return False
         return True
 
-    def seen(first: str, stride: int) -> list[bool]:
-        ranks = t.Ranks(0, 1, torch.device("cpu"))
-        run, states = SimpleNamespace(ranks=ranks, cfg=SimpleNamespace(eval_stride=stride)), []
+    def seen(first: str, stride: int, clock: float = 240.0) -> list[bool]:
+        ranks, cfg = t.Ranks(0, 1, torch.device("cpu")), SimpleNamespace(eval_stride=stride, max_wallclock_seconds=clock)
+        run, states = SimpleNamespace(ranks=ranks, cfg=cfg), []
         with monkeypatch.context() as patch:
             for name in names:
                 patch.setattr(t, name, getattr(t, name))
@@ -460,6 +461,7 @@ def test_a_turn_ends_with_the_artifact_or_with_the_run(in_tmp: Path, monkeypatch
     for first in names[:2]:  # a run that trains, and one with EXPORT_ONLY
         assert seen(first, 0) == [True, False, False, True, True]
         assert seen(first, 64) == [True, False, False, False, True]
+        assert seen(first, 0, clock=0.0) == [True, False, True, True, True]
 
 
 def test_a_broken_line_in_the_rows_is_passed_over(tmp_path: Path) -> None:
