@@ -42,13 +42,13 @@ def run_script(folder: Path, *arguments: str, **variables: str) -> subprocess.Co
 ELEVEN_LAYER_LINE = {
     "vocab_size": 1024, "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0,
     "mlp_activation": "leaky_relu2", "negative_slope": 0.5, "logit_softcap": 30.0, "rope_base": 10_000.0,
-    "rope_dims": 16, "qk_gain_init": 1.5, "xsa_last_n": 11, "ln_scale": True, "tie_embeddings": True,
+    "rope_dims": 16, "qk_gain_init": 1.5, "xsa_last_n": 11, "ln_scale": False, "tie_embeddings": True,
     "smear_gate_enabled": True, "bigram_vocab_size": 2048, "bigram_dim": 128, "ve_enabled": True,
     "ve_layers": (9, 10), "value_residual": False, "gated_attn_enabled": False, "train_batch_tokens": 786_432,
     "train_seq_len": 2048, "iterations": 20_000, "max_wallclock_seconds": 600.0, "seed": 1337, "ema_enabled": True,
     "ema_decay": 0.997, "swa_enabled": False, "lawa_enabled": False, "qat_enabled": False, "late_qat_threshold": 0.15,
     "gptq_enabled": True, "matrix_bits": 6, "embed_bits": 8, "target_bytes": 16_000_000, "eval_stride": 64,
-    "gptq_reserve_seconds": None, "warmup_steps": 20, "muon_momentum": 0.99,
+    "gptq_reserve_seconds": None, "warmup_steps": 20, "muon_momentum": 0.99, "key_offset": True,
 }  # fmt: skip
 
 

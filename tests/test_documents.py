@@ -41,7 +41,7 @@ def document_model(**changes: Any) -> t.GPT:
 @pytest.mark.parametrize(("row", "begin", "end"), [(0, 0, 9), (0, 9, 21), (0, 21, 32), (1, 0, 16), (1, 16, 32)])
 def test_documents_do_not_see_each_other(row: int, begin: int, end: int) -> None:
     """Other tokens everywhere else change no bit of a document's logits; without DOC_ATTENTION they do."""
-    ids, model = packed(), document_model(KEY_OFFSET=1)
+    ids, model = packed(), document_model()
     other = packed(seed=1)
     other[row, begin:end] = ids[row, begin:end]
     assert torch.equal(*(logits(model, x)[row, begin:end] for x in (ids, other)))
@@ -52,7 +52,7 @@ def test_documents_do_not_see_each_other(row: int, begin: int, end: int) -> None
 
 def test_a_document_scores_in_a_row_as_it_does_alone() -> None:
     """Rotary embedding is relative, so only rounding differs."""
-    ids, model = packed(), document_model(KEY_OFFSET=1)
+    ids, model = packed(), document_model()
     torch.testing.assert_close(logits(model, ids)[:1, 9:21], logits(model, ids[:1, 9:21]), rtol=0, atol=1e-4)
 
 

@@ -124,7 +124,7 @@ def test_a_plan_that_misses_or_repeats_targets_is_refused(
         t.evaluate(run, tiny_model(), small_validation(147), 7)
 
 
-@pytest.mark.parametrize("changes", [{}, ALL_FEATURES, {"ROPE_DIMS": 0, "XSA_LAST_N": 0, "LN_SCALE": 0}])
+@pytest.mark.parametrize("changes", [{}, ALL_FEATURES, {"ROPE_DIMS": 0, "XSA_LAST_N": 0, "KEY_OFFSET": 0}])
 @pytest.mark.parametrize("changed", [1, 9, 30, 31])
 def test_scores_are_causal(changes: dict[str, Any], changed: int) -> None:
     """Another token at a position changes its own score and later ones, not one that came before."""

@@ -18,15 +18,15 @@ from conftest import VOCAB, plain_attention, tiny_config, tiny_model, unscaled
 
 CPU = torch.device("cpu")
 BOS, LENGTH, FLIPPED = 1, 24, 13
-ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "KEY_OFFSET": 1}
+ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "LN_SCALE": 1}
 FEATURES: dict[str, dict[str, Any]] = {
     "default": {}, "all on": ALL_ON, "value residual": {"VALUE_RESIDUAL": 1}, "gated": {"GATED_ATTN_ENABLED": 1},
     "no xsa": {"XSA_LAST_N": 0}, "xsa on two": {"XSA_LAST_N": 2}, "no smear": {"SMEAR_GATE_ENABLED": 0},
-    "no bigram": {"BIGRAM_VOCAB_SIZE": 0}, "no value embedding": {"VE_ENABLED": 0}, "no ln scale": {"LN_SCALE": 0},
+    "no bigram": {"BIGRAM_VOCAB_SIZE": 0}, "no value embedding": {"VE_ENABLED": 0}, "ln scale": {"LN_SCALE": 1},
     "full rope": {"ROPE_DIMS": 0}, "relu2": {"MLP_ACTIVATION": "relu2"}, "asqu": {"MLP_ACTIVATION": "asqu"},
     "untied": {"TIE_EMBEDDINGS": 0}, "multi-head": {"NUM_KV_HEADS": 4}, "multi-query": {"NUM_KV_HEADS": 1},
     "odd layers": {"NUM_LAYERS": 5}, "one layer": {"NUM_LAYERS": 1, "XSA_LAST_N": 1, "VE_LAYERS": 0},
-    "across documents": {"DOC_ATTENTION": 0}, "key offset": {"KEY_OFFSET": 1},
+    "across documents": {"DOC_ATTENTION": 0}, "no key offset": {"KEY_OFFSET": 0},
     "wide mlp": {"MLP_HIDDEN": 48}, "longer than trained": {"TRAIN_SEQ_LEN": 16}, "5 bits": {"MATRIX_BITS": 5},
     "bare": {"SMEAR_GATE_ENABLED": 0, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": 0, "XSA_LAST_N": 0},
 }  # fmt: skip
@@ -267,7 +267,7 @@ def test_a_named_back_end_that_is_missing_is_an_error(
 
 def test_keys_are_offset_within_documents() -> None:
     """The second half is the previous token's; the first half, and what begins a document or row, keep their own."""
-    model, ids = tiny_model(KEY_OFFSET=1), random_ids(2, 9)
+    model, ids = tiny_model(), random_ids(2, 9)
     k = torch.arange(18.0)[:, None, None] + torch.arange(4) / 10
     follows = model.begin(ids, model.weights(False), order_of(model), None).follows
     got = t.offset_keys(k, follows).view(2, 9, 4)
@@ -341,7 +341,7 @@ def test_value_residual_hands_on_the_first_layer_s_values(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("last", "layers"), [(0, []), (1, [4]), (3, [2, 3, 4]), (5, [0, 1, 2, 3, 4])])
 def test_exclusive_attention_is_in_the_last_layers(last: int, layers: list[int]) -> None:
     """Layer specs: the last XSA_LAST_N, value embedding rows in the order of VE_LAYERS, 1/sqrt(depth) scales."""
-    specs = t.layer_specs(tiny_config(NUM_LAYERS=5, XSA_LAST_N=last, VE_LAYERS="3,1"))
+    specs = t.layer_specs(tiny_config(NUM_LAYERS=5, XSA_LAST_N=last, VE_LAYERS="3,1", LN_SCALE=1))
     assert [i for i, spec in enumerate(specs) if spec.xsa] == layers
     assert [spec.value_embed for spec in specs] == [None, 1, None, 0, None]
     assert [spec.norm_scale for spec in specs] == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5, 5**-0.5])
@@ -352,7 +352,7 @@ def test_exclusive_attention_is_in_the_last_layers(last: int, layers: list[int])
 
 def with_layers(model: t.GPT, source: tuple[int, ...]) -> t.GPT:
     """A model of len(source) layers whose layer i is `model`'s layer source[i]."""
-    wide = tiny_model(NUM_LAYERS=len(source), LN_SCALE=0, VE_ENABLED=0, XSA_LAST_N=0, VALUE_RESIDUAL=1)
+    wide = tiny_model(NUM_LAYERS=len(source), VE_ENABLED=0, XSA_LAST_N=0, VALUE_RESIDUAL=1)
     per_layer = {spec.name for spec in model.rest_specs if spec.per_layer}
     with torch.no_grad():
         for name, bank in wide.banks.items():
@@ -365,7 +365,7 @@ def with_layers(model: t.GPT, source: tuple[int, ...]) -> t.GPT:
 @pytest.mark.parametrize("order", [(0, 1, 1, 2), (0, 0, 0, 0), (3, 2, 1, 0), (0, 1, 2, 3), (0, 1, 2, 2, 1)])
 def test_the_layer_order_is_data(order: tuple[int, ...]) -> None:
     """Running layers in `order` equals a deeper model that holds copies of them: looping is applying twice."""
-    model = tiny_model(LN_SCALE=0, VE_ENABLED=0, XSA_LAST_N=0, VALUE_RESIDUAL=1)
+    model = tiny_model(VE_ENABLED=0, XSA_LAST_N=0, VALUE_RESIDUAL=1)
     deeper = with_layers(model, order)
     ids = random_ids()
     torch.testing.assert_close(logits_of(model, ids, order=order), logits_of(deeper, ids), rtol=1e-4, atol=1e-4)
@@ -407,6 +407,7 @@ PARAMETERS_OF = {
     "xsa": ({"XSA_LAST_N": 0}, set()),
     "xsa in part": ({"XSA_LAST_N": 2}, set()),
     "ln scale": ({"LN_SCALE": 0}, set()),
+    "key offset": ({"KEY_OFFSET": 0}, set()),
     "partial rope": ({"ROPE_DIMS": 0}, set()),
     "value embedding layers": ({"VE_LAYERS": "1,3"}, set()),
 }
@@ -441,7 +442,7 @@ def test_default_parameter_count() -> None:
 def test_official_baseline_parameter_count() -> None:
     """The challenge's own 9-layer model has 17,059,912 parameters."""
     assert count_parameters(
-        NUM_LAYERS=9, MLP_MULT=2, MLP_ACTIVATION="relu2", XSA_LAST_N=0, ROPE_DIMS=0, LN_SCALE=0, SMEAR_GATE_ENABLED=0,
+        NUM_LAYERS=9, MLP_MULT=2, MLP_ACTIVATION="relu2", XSA_LAST_N=0, ROPE_DIMS=0, SMEAR_GATE_ENABLED=0,
         BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0, TRAIN_SEQ_LEN=1024,
     ) == 17_059_912  # fmt: skip
 
