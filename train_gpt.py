@@ -1289,13 +1289,22 @@ def head_sizes(x: Tensor, rows: int, gain: Tensor) -> tuple[int, int, int]:
     return count, (rows // size - count) // 2, size
 
 
+def offset_keys(k: Tensor, follows: Tensor) -> Tensor:
+    """k (N, H, D) with the second half of each key from the token before, where `follows` (N,) says that there is one.
+
+    What a query finds by it is the value of the token that came next: induction in one layer (modded-nanogpt PR #169).
+    """
+    own, shifted = k.chunk(2, dim=-1)
+    return torch.cat([own, torch.where(follows.view(-1, 1, 1), shifted.roll(1, dims=0), shifted)], dim=-1)
+
+
 def plain_heads(
-    rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None
+    rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q (N, H, D), k and v (N, KV, D) for weight ((H + 2 KV) D, C) and gain (H,), and the twin of v (N, KV, D).
 
-    q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `extra` (N, KV, D) is added to v. The
-    kernels return k and v (N, H, D), a copy for every query head.
+    q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `follows` offsets keys; `extra`
+    (N, KV, D) is added to v. The kernels return k and v (N, H, D), a copy for every query head.
     """
     qkv = product(rows.twin, weight)
     count, kv, size = head_sizes(rows.x, qkv.shape[1], gain)
@@ -1305,7 +1314,7 @@ def plain_heads(
     q = apply_rotary(rms_norm(q), *rotary) * gain[:, None].expand(*q.shape[:3], 1)
     q, k, v = (t.flatten(0, 1) for t in (q, apply_rotary(rms_norm(k), *rotary), v))
     v = v if extra is None else v + extra
-    return q, k, v, v
+    return q, k if follows is None else offset_keys(k, follows), v, v
 
 
 def plain_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
@@ -1405,7 +1414,8 @@ def probe_layer(parts: LayerParts, cfg: Config, device: torch.device) -> float:
         qkv, out, up, down = (w * w.shape[1] ** -0.5 for w in rest[:4])
         (mix, gain, beta), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
         rows, kept, first = parts.enter(x, (x0, x0), (x0, x0), mix, 0.5)
-        q, k, v, twin = parts.heads(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)))
+        follows = torch.arange(len(x), device=x.device) % 50 > 0 if cfg.key_offset else None
+        q, k, v, twin = parts.heads(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)), follows)
         y = sdpa(SDPBackend.MATH)(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
         rows = parts.leave(rows, parts.exclusive(y, v, twin).flatten(1), out, 0.5)
         y = parts.feed_forward(rows, up, down, beta)[0]
@@ -1517,15 +1527,6 @@ def smear(x: Tensor, ids: Tensor, gate: Tensor, bos_id: int) -> Tensor:
     """x_t + sigmoid(gate) (x_{t-1} - x_t) per channel within a document, x (B, T, C) (PR #65)."""
     amount = torch.sigmoid(gate) * has_previous(ids, bos_id).unsqueeze(-1)
     return x + amount.to(x.dtype) * (F.pad(x, (0, 0, 1, -1)) - x)
-
-
-def offset_keys(k: Tensor, follows: Tensor) -> Tensor:
-    """k (N, H, D) with the second half of each key from the token before, where `follows` (N,) says that there is one.
-
-    What a query finds by it is the value of the token that came next: induction in one layer (modded-nanogpt PR #169).
-    """
-    own, shifted = k.chunk(2, dim=-1)
-    return torch.cat([own, torch.where(follows.view(-1, 1, 1), shifted.roll(1, dims=0), shifted)], dim=-1)
 
 
 class BankSpec(NamedTuple):
@@ -1768,8 +1769,10 @@ class GPT(nn.Module):
             p.observe(f"qkv.{layer}", parts.normalized(rows))
         if spec.value_embed is not None:
             extra = self.rest["ve_scale"][spec.value_embed].to(self.dtype) * p.value_embedding
-        q, k, own, twin = parts.heads(rows, p.banks["qkv"][position], vectors["q_gain"][layer], p.rotary, extra)
-        k, v = k if p.follows is None else offset_keys(k, p.follows), own
+        q, k, own, twin = parts.heads(
+            rows, p.banks["qkv"][position], vectors["q_gain"][layer], p.rotary, extra, p.follows
+        )
+        v = own
         if "value_mix" in vectors:
             mix = vectors["value_mix"][layer]
             v = twin = mix[0] * (own if first_v is None else first_v) + mix[1] * own
@@ -2082,12 +2085,13 @@ def per_head(tile):
 
 
 @jit
-def end_heads(value, r, gain, rotary, extra, q, k, v, factors, row, column, tokens, length, EPS: tl.constexpr,
-              HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-              EXTRA: tl.constexpr):  # fmt: skip
+def end_heads(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length,
+              EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+              EXTRA: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
     """Ending of a tile (ROWS, whole heads of one kind) of the product: normalize, rotate, gain or `extra`, store.
 
-    A norm per head cancels r but for eps, which becomes eps / r^2.
+    A norm per head cancels r but for eps, which becomes eps / r^2. With OFFSET the second half of a key goes to the
+    next row, if that `follows`, and stays where it begins a document; the backward pass finds them all in `own`.
     """
     ROWS: tl.constexpr = value.shape[0]
     GROUP: tl.constexpr = value.shape[1] // SIZE
@@ -2116,25 +2120,34 @@ def end_heads(value, r, gain, rotary, extra, q, k, v, factors, row, column, toke
     channel = column + tl.arange(0, GROUP * SIZE)[None, :]
     apart = tl.where(is_query, 1, HEADS // KV) * SIZE
     at = place[:, None] * (HEADS * SIZE) + channel // SIZE * apart + channel % SIZE
-    rounded = value.to(out.dtype.element_ty)
-    tl.store(out + at, rounded, mask=place[:, None] < tokens)
+    rounded, is_key = value.to(out.dtype.element_ty), OFFSET & ~is_query & ~is_value
+    begins = tl.load(follows + place, mask=(place < tokens) & is_key, other=1) == 0
+    moves = tl.load(follows + place + 1, mask=(place + 1 < tokens) & is_key, other=0) != 0
+    late = (channel % SIZE >= SIZE // 2) & is_key
+    stays = (place[:, None] < tokens) & (begins[:, None] | ~late)
+    tl.store(out + at, rounded, mask=stays)
     for copy in tl.static_range(1, HEADS // KV):
-        tl.store(out + at + copy * SIZE, rounded, mask=(place[:, None] < tokens) & ~is_query)
+        tl.store(out + at + copy * SIZE, rounded, mask=stays & ~is_query)
+    for copy in tl.static_range(HEADS // KV):
+        tl.store(out + at + (HEADS + copy) * SIZE, rounded, mask=late & moves[:, None])
+    at = place[:, None] * (KV * SIZE // 2) + channel // SIZE * (SIZE // 2) + channel % (SIZE // 2)
+    tl.store(own + at, rounded, mask=late & (place[:, None] < tokens))
 
 
 @jit
-def heads_tiles(x, weight, r, gain, rotary, extra, q, k, v, factors, tokens, length, width, EPS: tl.constexpr,
-                ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr,
-                SIZE: tl.constexpr, HALF: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
+def heads_tiles(x, weight, r, gain, rotary, extra, follows, q, k, v, own, factors, tokens, length, width,
+                EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, HEADS: tl.constexpr,
+                KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, EXTRA: tl.constexpr,
+                OFFSET: tl.constexpr):  # fmt: skip
     """The product x weight^T, each tile ended by `end_heads` in two halves; x is (tokens, width)."""
     across: tl.constexpr = (HEADS + 2 * KV) * SIZE // COLS
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
         left, right = tile_halves(x, weight, row, column, width, ROWS, COLS, INNER)
-        end_heads(left, r, gain, rotary, extra, q, k, v, factors, row, column, tokens, length, EPS, HEADS, KV, SIZE,
-                  HALF, EXTRA)
-        end_heads(right, r, gain, rotary, extra, q, k, v, factors, row, column + COLS // 2, tokens, length, EPS, HEADS,
-                  KV, SIZE, HALF, EXTRA)  # fmt: skip
+        end_heads(left, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length, EPS, HEADS,
+                  KV, SIZE, HALF, EXTRA, OFFSET)
+        end_heads(right, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column + COLS // 2, tokens,
+                  length, EPS, HEADS, KV, SIZE, HALF, EXTRA, OFFSET)  # fmt: skip
 
 
 @jit
@@ -2147,9 +2160,22 @@ def sum_copies(dout, at, live, COPIES: tl.constexpr, SIZE: tl.constexpr):
 
 
 @jit
-def undo_heads(final, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.constexpr, HEADS: tl.constexpr,
-               COPIES: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
-               HALF: tl.constexpr):  # fmt: skip
+def undo_offset(final, own, follows, dout, at, kept, late, row, tokens, COPIES: tl.constexpr, STRIDE: tl.constexpr,
+                SIZE: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """Values before, and gradients of all copies: of the next row where `late`, if that `follows`."""
+    live = row < tokens
+    begins = tl.load(follows + row, mask=live & OFFSET, other=1) == 0
+    moves = tl.load(follows + row + 1, mask=(row + 1 < tokens) & OFFSET, other=0) != 0
+    gradient = sum_copies(dout, at, live & (begins | ~late), COPIES, SIZE)
+    gradient += sum_copies(dout, at + STRIDE, late & moves, COPIES, SIZE)
+    value = tl.load(final + at, mask=live & ~late, other=0.0) + tl.load(own + kept, mask=live & late, other=0.0)
+    return value.to(tl.float32), gradient
+
+
+@jit
+def undo_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.constexpr,
+               HEADS: tl.constexpr, COPIES: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+               HALF: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
     """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head.
 
     The normalized heads are made from what became of them: turned back, over the gain (whose own gradient is lost where
@@ -2158,20 +2184,20 @@ def undo_heads(final, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.
     """
     GAIN: tl.constexpr = FIRST == 0
     head, block = tl.arange(0, HEADS)[None, :, None, None], tl.arange(0, SIZE // (2 * HALF))[None, None, :, None]
-    within, live = head * SIZE + block * (2 * HALF) + tl.arange(0, HALF)[None, None, None, :], row < tokens
-    source, target = row * WIDTH + FIRST * SIZE + within, row * (HEADS * COPIES * SIZE) + within
-    target += head * ((COPIES - 1) * SIZE)
-    left = sum_copies(dout, target, live, COPIES, SIZE)
-    right = sum_copies(dout, target + HALF, live, COPIES, SIZE)
-    da, db = left * cos - right * sin, left * sin + right * cos
-    left = tl.load(final + target, mask=live, other=0.0).to(tl.float32)
-    right = tl.load(final + target + HALF, mask=live, other=0.0).to(tl.float32)
+    channel, live = block * (2 * HALF) + tl.arange(0, HALF)[None, None, None, :], row < tokens
+    STRIDE: tl.constexpr = HEADS * COPIES * SIZE
+    source, target = row * WIDTH + (FIRST + head) * SIZE + channel, row * STRIDE + head * (COPIES * SIZE) + channel
+    kept = (row * HEADS + head - 1) * (SIZE // 2) + channel
+    a, da = undo_offset(final, own, follows, dout, target, kept, OFFSET & (channel >= SIZE // 2), row, tokens, COPIES,
+                        STRIDE, SIZE, OFFSET)
+    b, db = undo_offset(final, own, follows, dout, target + HALF, kept + HALF, OFFSET & (channel + HALF >= SIZE // 2),
+                        row, tokens, COPIES, STRIDE, SIZE, OFFSET)  # fmt: skip
     factor = tl.load(factors + row * NORMED + FIRST + head, mask=live, other=0.0)
     turned = cos * cos + sin * sin  # 1 but for the table's rounding
     if GAIN:
         gains = tl.load(gain + head).to(tl.float32)
         turned *= tl.where(gains == 0, float("inf"), gains)
-    a, b = (left * cos - right * sin) / turned, (left * sin + right * cos) / turned
+    a, b, da, db = (a * cos - b * sin) / turned, (a * sin + b * cos) / turned, da * cos - db * sin, da * sin + db * cos
     inner = per_head(a * da + b * db)
     if GAIN:
         factor *= gains
@@ -2181,9 +2207,10 @@ def undo_heads(final, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.
 
 
 @jit
-def heads_backward_tiles(q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, tokens, length,
-                         ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
-                         HALF: tl.constexpr, TWIN: tl.constexpr, EXTRA: tl.constexpr):  # fmt: skip
+def heads_backward_tiles(q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, tokens,
+                         length, ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
+                         HALF: tl.constexpr, TWIN: tl.constexpr, EXTRA: tl.constexpr,
+                         OFFSET: tl.constexpr):  # fmt: skip
     """The whole gradient of the product, walking over blocks of ROWS rows; sums (programs, HEADS) of the gain's."""
     NORMED: tl.constexpr = HEADS + KV
     WIDTH: tl.constexpr = (HEADS + 2 * KV) * SIZE
@@ -2193,8 +2220,10 @@ def heads_backward_tiles(q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, du, 
         place = block * ROWS + tl.arange(0, ROWS)
         row, flat = place[:, None, None, None], place[:, None]
         cos, sin = angles(rotary, place, tokens, length, SIZE, HALF)
-        gains += undo_heads(q, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, 1, NORMED, WIDTH, SIZE, HALF)
-        undo_heads(k, factors, dk, du, gain, cos, sin, row, tokens, HEADS, KV, COPIES, NORMED, WIDTH, SIZE, HALF)
+        gains += undo_heads(q, own, follows, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, 1, NORMED, WIDTH,
+                            SIZE, HALF, False)
+        undo_heads(k, own, follows, factors, dk, du, gain, cos, sin, row, tokens, HEADS, KV, COPIES, NORMED, WIDTH,
+                   SIZE, HALF, OFFSET)  # fmt: skip
         channel = tl.arange(0, KV * SIZE)[None, :]
         live = (flat < tokens) & (channel < KV * SIZE)
         first = flat * (HEADS * SIZE) + channel // SIZE * (COPIES * SIZE) + channel % SIZE
@@ -2215,24 +2244,33 @@ def heads_fit(heads: int, kv: int, size: int, half: int) -> bool:
     return fills and all(n & (n - 1) == 0 for n in (heads, kv, size, half))
 
 
+def heads_outputs(x: Tensor, _: Any, r: Tensor, weight: Tensor, gain: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Memory for what `heads` returns, given its inputs."""
+    count, kv, size = head_sizes(x, len(weight), gain)
+    outputs = (x.new_empty((len(x), c, size)) for c in (count, count, count, kv))
+    own = x.new_empty(0 if rest[-1] is None else (len(x), kv, size // 2))
+    return *outputs, x.new_empty((len(x), count + kv), dtype=torch.float32), own
+
+
 @torch.library.custom_op(f"{OPERATORS}::heads", mutates_args=())
 def heads(
-    x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v of `plain_heads`, v's twin, and the factors of the norms (N, H + KV).
+    x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
+    follows: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v of `plain_heads`, v's twin, the factors of the norms (N, H + KV), and with `follows` the second halves of
+    the keys as they were (N, KV, D / 2).
 
     Attention adds up the gradients of shared keys and values in float32, in memory: filling it, adding and rounding
     cost more than writing copies here and adding up their gradients in the backward pass.
     """
     (n, width), (rows, cols, inner), (count, kv, size) = x.shape, TILE, head_sizes(x, len(weight), gain)
-    q, k, v, v_twin = (x.new_empty((n, c, size)) for c in (count, count, count, kv))
-    factors = x.new_empty((n, count + kv), dtype=torch.float32)
+    q, k, v, v_twin, factors, own = outputs = heads_outputs(x, twin, r, weight, gain, follows)
     heads_tiles[programs(x.device, triton.cdiv(n, rows) * (len(weight) // cols))](
-        tiled(x, rows, inner), tiled(weight, cols, inner), r, gain, rotary, x if extra is None else extra, q, k, v,
-        factors, n, rotary.shape[1], width, NORM_EPS, *TILE, count, kv, size, rotary.shape[-1], extra is not None,
-        num_warps=8, num_stages=3,
+        tiled(x, rows, inner), tiled(weight, cols, inner), r, gain, rotary, x if extra is None else extra,
+        r if follows is None else follows, q, k, v, own, factors, n, rotary.shape[1], width, NORM_EPS, *TILE, count, kv,
+        size, rotary.shape[-1], extra is not None, follows is not None, num_warps=8, num_stages=3,
     )  # fmt: skip
-    return q, k, v, v_twin, factors
+    return outputs
 
 
 @torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
@@ -2240,25 +2278,20 @@ def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool)
     """Gradients of the product, of the gain, and of `extra` (written only where it is wanted).
 
     `upstream` are the gradients of q, k, v and, where something used it, of v's twin; `saved` the factors of the norms,
-    r, gain, rotary, q and k.
+    r, gain, rotary, q and k, and where keys are offset their own second halves and `follows`.
     """
     dq, dk, dv, dtwin = [d.contiguous() for d in (*upstream, upstream[2])[:4]]
-    (n, count, size), (factors, r, gain, rotary, q, k) = dq.shape, saved
+    (n, count, size), (factors, r, gain, rotary, q, k, own, follows) = dq.shape, (*saved, saved[5], saved[1])[:8]
     kv, grid = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
     du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
     sums = dq.new_empty((grid[0], count), dtype=torch.float32)
-    heads_backward_tiles[grid](q, k, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, n, rotary.shape[1],
-                               4, count, kv, size, rotary.shape[-1], len(upstream) == 4, has_extra, num_warps=4,
-                               num_stages=2)  # fmt: skip
+    heads_backward_tiles[grid](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, n,
+                               rotary.shape[1], 4, count, kv, size, rotary.shape[-1], len(upstream) == 4, has_extra,
+                               len(saved) == 8, num_warps=4, num_stages=2)  # fmt: skip
     return du, sums.sum(0).to(gain.dtype), dextra
 
 
-@heads.register_fake
-def _(x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor,
-      extra: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
-    count, kv, size = head_sizes(x, len(weight), gain)
-    outputs = (x.new_empty((len(x), c, size)) for c in (count, count, count, kv))
-    return *outputs, x.new_empty((len(x), count + kv), dtype=torch.float32)
+heads.register_fake(heads_outputs)
 
 
 @heads_backward.register_fake
@@ -2270,28 +2303,30 @@ def _(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Ten
 
 
 def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, _, r, weight, gain, rotary, extra = inputs
-    ctx.has_extra = extra is not None
-    ctx.save_for_backward(x, weight, output[4], r, gain, rotary, *output[:2])
+    x, _, r, weight, gain, rotary, extra, follows = inputs
+    ctx.has_extra, offset = extra is not None, () if follows is None else (output[5], follows)
+    ctx.save_for_backward(x, weight, output[4], r, gain, rotary, *output[:2], *offset)
     ctx.set_materialize_grads(False)
 
 
-def heads_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, _: None) -> tuple:
+def heads_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, *_: None) -> tuple:
     """Gradients of the twin, the weight, the gain and `extra`."""
     x, weight, *saved = ctx.saved_tensors
     upstream = [dq, dk, dv] + ([] if dtwin is None else [dtwin])
     du, dgain, dextra = heads_backward(upstream, saved, ctx.has_extra)
-    return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None
+    return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None, None
 
 
 heads.register_autograd(heads_gradients, setup_context=save_heads)
 
 
-def fused_heads(rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None) -> tuple:
+def fused_heads(
+    rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
+) -> tuple[Tensor, ...]:
     """`plain_heads` in the ending of the product; in plain steps for heads that do not fill its tiles."""
     if heads_fit(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
-        return heads(*rows, weight, gain, rotary, extra)[:4]
-    return plain_heads(Rows(rows.x, fused_normalized(rows)), weight, gain, rotary, extra)
+        return heads(*rows, weight, gain, rotary, extra, follows)[:4]
+    return plain_heads(Rows(rows.x, fused_normalized(rows)), weight, gain, rotary, extra, follows)
 
 
 # Exclusive self-attention

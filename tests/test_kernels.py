@@ -59,7 +59,7 @@ def enter_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
 
 def heads_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
     """`uses`: q, k, v alone, or the twin of v too. Keys and values of plain parts are copied as the kernels copy them."""
-    q, k, v, twin = parts.heads(rows_of(i), i["weight"], i["gain"], i["rotary"], i.get("extra"))
+    q, k, v, twin = parts.heads(rows_of(i), i["weight"], i["gain"], i["rotary"], i.get("extra"), i.get("follows"))
     carried = Carry.apply(v[:, :: v.shape[1] // twin.shape[1]], twin)
     k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (k, v))
     return [q, k, v, *([carried] if "twin" in uses else [])]
@@ -100,7 +100,7 @@ def run_part(part: Callable, parts: t.LayerParts, values: Values, fixed: set[str
     nothing may read; its gradient is r times that of the normalized x.
     """
     is_plain = parts is t.PLAIN_LAYER
-    leaves = {name: v.double() if is_plain else v.clone() for name, v in values.items()}
+    leaves = {name: v.double() if is_plain and v.is_floating_point() else v.clone() for name, v in values.items()}
     r, twin_of = torch.ones(1), leaves.get("v")
     if "x" in leaves and "x0" not in leaves:
         r = SCALE * (values["x"].double().square().mean(-1, keepdim=True) + t.NORM_EPS).rsqrt()
@@ -108,7 +108,7 @@ def run_part(part: Callable, parts: t.LayerParts, values: Values, fixed: set[str
         leaves |= {} if is_plain else {"r": r.squeeze(-1).float()}
     if twin_of is not None:
         leaves["twin"] = twin_of.clone() if is_plain else torch.full_like(twin_of, torch.nan).float()
-    for name in leaves.keys() - {"r", "v", "rotary", "targets"} - fixed:
+    for name in leaves.keys() - {"r", "v", "rotary", "targets", "follows"} - fixed:
         leaves[name].requires_grad_()
     outputs = part(parts, leaves, uses)
     generator = torch.Generator().manual_seed(1)
@@ -148,12 +148,13 @@ def enter_cases() -> None:
     check_part(enter_part, {**small, "mix": 1e3 * small["mix"]}, "", "x normalized")
 
 
-def heads_values(sequences: int, sizes: tuple[int, int, int, int], has_extra: bool) -> Values:
+def heads_values(sequences: int, sizes: tuple[int, int, int, int], has_extra: bool, offset: bool = False) -> Values:
     """`sizes`: query heads, key/value heads, head size, half of what rotates."""
     heads, kv, size, half = sizes
     n, width = sequences * LENGTH, heads * size
     values = draw(x=(n, width), weight=((heads + 2 * kv) * size, width), gain=(heads,), rotary=(LENGTH, half))
     values["rotary"] = torch.stack([values["rotary"].cos(), values["rotary"].sin()])[:, :, None]
+    values |= {"follows": torch.arange(n) % 3 > 0} if offset else {}
     return values | (draw(extra=(n, kv, size)) if has_extra else {})
 
 
@@ -165,6 +166,7 @@ def heads_cases() -> None:
         assert t.heads_fit(*sizes) == (sizes[0] != 6)
         check_part(heads_part, heads_values(3, sizes, True), "", "twin")
         check_part(heads_part, heads_values(3, sizes, False))
+        check_part(heads_part, heads_values(3, sizes, False, offset=True), "", "twin")
     check_part(heads_part, heads_values(1, sizes, True), "extra")
     t.TILE, values = SMALL_TILE, heads_values(3, (4, 2, 8, 2), True)
     check_part(heads_part, {**values, "weight": 1e-4 * values["weight"]}, "", "twin")  # the norms' eps counts
@@ -274,7 +276,7 @@ def fit(cfg: t.Config) -> bool:
 SMALL_MODEL = {"VOCAB_SIZE": 64, "MLP_HIDDEN": 40, "TRAIN_SEQ_LEN": 10, "EVAL_STRIDE": 5, "TRAIN_BATCH_TOKENS": 20}
 ONE_LAYER = {"NUM_LAYERS": 1, "XSA_LAST_N": 1, "VE_LAYERS": 0}
 TWO_LAYERS = {"NUM_LAYERS": 2, "XSA_LAST_N": 2, "VE_LAYERS": 1}
-GATES = {"KEY_OFFSET": 1, "VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "MLP_ACTIVATION": "asqu"}
+GATES = {"KEY_OFFSET": 0, "LN_SCALE": 1, "VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "MLP_ACTIVATION": "asqu"}
 MODELS: list[dict[str, Any]] = [
     {"NUM_LAYERS": 5, "XSA_LAST_N": 3}, GATES, ONE_LAYER, {"VE_ENABLED": 0, "ROPE_DIMS": 0},
     {**TWO_LAYERS, "NUM_LOOPS": 2, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0},
@@ -360,7 +362,7 @@ def without_gradient(tensor: Tensor) -> Tensor:
 WRONG: dict[str, dict[str, Callable]] = {  # each is right forwards, or nearly
     "beta": {"feed_forward": lambda rows, up, down, beta: t.plain_feed_forward(rows, up, down, without_gradient(beta))},
     "gain": {"heads": lambda rows, weight, gain, *rest: t.plain_heads(rows, weight, without_gradient(gain), *rest)},
-    "extra": {"heads": lambda *inputs: t.plain_heads(*inputs[:4], without_gradient(inputs[4]))},
+    "extra": {"heads": lambda *inputs: t.plain_heads(*inputs[:4], without_gradient(inputs[4]), inputs[5])},
     "own value": {"exclusive": lambda y, v, twin: t.plain_exclusive(y, v, without_gradient(twin))},
     "skip": {"enter": lambda x, skip, *rest: t.plain_enter(x, skip and (x, without_gradient(skip[1])), *rest)},
     "norm": {"leave": lambda rows, z, weight, scale: t.plain_leave(rows, z, weight, 1.05 * scale)},
