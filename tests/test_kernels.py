@@ -1,15 +1,18 @@
 """The kernels of a layer against the plain parts in float64: on the CPU through Triton's interpreter, on a GPU as trained.
 
 The cases run in processes of their own, this file as a script: TRITON_INTERPRET counts when Triton is imported. There
-an `assert` has to say by itself what it saw.
+an `assert` has to say by itself what it saw. Without the interpreter they are compiled for an H100, which needs none.
 """
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -331,6 +334,32 @@ def default_layer() -> None:
     assert error < 2e-2, error
 
 
+def stack_bytes(cubin: bytes) -> int:
+    """What a thread of a compiled kernel keeps in memory for want of registers."""
+    tool = Path(t.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    Path("kernel.cubin").write_bytes(cubin)
+    usage = subprocess.run([tool, "-res-usage", "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def compiled_for_hopper() -> None:
+    """Every kernel of a layer and of the loss, in bfloat16, by Triton's compiler and ptxas; nothing is launched."""
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    gpu = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: target)
+    importlib.import_module("triton.runtime").driver.set_active(gpu)
+    run, stacks, t.compute_dtype = t.triton.JITFunction.run, {}, lambda _: torch.bfloat16
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **words: Any) -> None:
+        done = run(kernel, *arguments, grid=grid, warmup=True, **words)
+        stacks[kernel.fn.__name__] = max(stack_bytes(done.asm["cubin"]), stacks.get(kernel.fn.__name__, 0))
+
+    t.triton.JITFunction.run = compile_only
+    for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu"}):
+        t.probe_layer(t.fused_layer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
+    every = {name for name in vars(t) if name.endswith("_tiles")}
+    assert stacks.keys() == every and max(stacks.values()) <= 160, (every, stacks)
+
+
 # --- the tests ------------------------------------------------------------------------------------------
 
 
@@ -347,6 +376,12 @@ def test_kernels_equal_the_plain_parts_in_the_interpreter(name: str) -> None:
     """Outputs and all gradients, on sizes that no tile divides; models also what an observer sees, and as one graph."""
     pytest.importorskip("triton")
     run_cases(name, TRITON_INTERPRET="1")
+
+
+def test_kernels_compile_for_hopper(in_tmp: Path) -> None:
+    """On any machine: what does not compile, or spills registers, is seen before a GPU is rented."""
+    pytest.importorskip("triton")
+    run_cases("hopper", TRITON_CACHE_DIR=str(in_tmp))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -398,8 +433,8 @@ def test_the_kernels_need_triton_and_a_gpu_or_say_so(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for case in {**CASES, "gpu": [default_layer]}[sys.argv[1]]:
-        t.TILE = REAL_TILE if sys.argv[1] == "gpu" else SMALL_TILE
+    for case in {**CASES, "gpu": [default_layer], "hopper": [compiled_for_hopper]}[sys.argv[1]]:
+        t.TILE = SMALL_TILE if sys.argv[1] in CASES else REAL_TILE
         case()
 
 
