@@ -2,7 +2,7 @@
 # Jobs on the device machine that run on between its calls: one after the other in each lane, no call being their limit.
 #
 #   bash benchmarks/lanes.sh start PLAN      # copies the checkout to $LANES, begins, and returns at once
-#   bash benchmarks/lanes.sh add PLAN        # more lines, for lanes that have not ended
+#   bash benchmarks/lanes.sh add PLAN        # more lines; a lane that has ended begins again with those that are new to it
 #   bash benchmarks/lanes.sh wait SECONDS    # at most, for all to end; prints what did, and the last line of what goes on;
 #                                            # all logs to $OUT/lanes.tgz
 #
@@ -28,11 +28,20 @@ note() { echo "$(($(date +%s) - begun)) s: $*" >> "$LANES/log"; }
 run_job() { # GPUS NAME WORDS...
   export OUT=$LANES/out/$2 MINITRACK_TURN=$LANES/turn$1 && mkdir -p "$OUT" && note "begin $2"
   if [[ $1 == *,* ]]; then unset MINITRACK_TURN; fi
-  CUDA_VISIBLE_DEVICES=$1 timeout -k 5 1200 bash benchmarks/session.sh "${@:3}" > "$OUT/console.txt" 2>&1 < /dev/null && rc=0 || rc=$?
+  CUDA_VISIBLE_DEVICES=$1 timeout -k 5 1200 bash benchmarks/session.sh "${@:3}" > "$OUT/console.txt" 2>&1 < /dev/null 8>&- && rc=0 || rc=$?
   touch "$LANES/done/$2" && note "end $2, status $rc"
 }
 
-run_lane() { # LANE: its lines and those for all, which the first lane runs
+lanes_of() { awk 'NF && !/^#/ && $1 != "all" { print $1 }' "$1" | sort -u; } # PLAN
+
+start_lanes() { # reads their names; a lane's processes go through the plan one after the other
+  while read -r lane; do
+    setsid bash "$LANES/checkout/benchmarks/lanes.sh" lane "$lane" "$(mktemp "$LANES/running/XXXXXX")" \
+      > "$LANES/lane$lane.txt" 2>&1 < /dev/null &
+  done
+}
+
+run_lane() { # LANE: those of its lines and of those for all, which the first lane runs, that have not been run
   cd "$LANES/checkout"
   local gpus && gpus=$(tr -d b < "$LANES/lanes" | sort -nu | paste -sd,)
   local above=()
@@ -40,9 +49,9 @@ run_lane() { # LANE: its lines and those for all, which the first lane runs
     if [[ -z $lane || $lane == \#* ]]; then continue; fi
     if [[ $lane == all ]]; then
       for job in "${above[@]}"; do until [[ -e $LANES/done/$job ]]; do sleep 0.2; done; done
-      if [[ $1 == $(head -n 1 "$LANES/lanes") ]]; then eval "run_job $gpus $name $words"; fi
+      if [[ $1 == $(head -n 1 "$LANES/lanes") && ! -e $LANES/done/$name ]]; then eval "run_job $gpus $name $words"; fi
       until [[ -e $LANES/done/$name ]]; do sleep 0.2; done
-    elif [[ $lane == "$1" ]]; then eval "run_job ${lane%b} $name $words"; fi
+    elif [[ $lane == "$1" && ! -e $LANES/done/$name ]]; then eval "run_job ${lane%b} $name $words"; fi
     above+=("$name")
   done < "$LANES/plan"
   note "lane $1 has nothing left"
@@ -50,17 +59,15 @@ run_lane() { # LANE: its lines and those for all, which the first lane runs
 
 case $1 in
   start)
-    rm -rf "$LANES" && mkdir -p "$LANES"/{checkout,out,done} && date +%s > "$LANES/begun" && cp "$2" "$LANES/plan" && touch "$LANES/log"
-    awk 'NF && !/^#/ && $1 != "all" { print $1 }' "$2" | sort -u > "$LANES/lanes"
+    rm -rf "$LANES" && mkdir -p "$LANES"/{checkout,out,done,running} && date +%s > "$LANES/begun" && cp "$2" "$LANES/plan" && touch "$LANES/log"
+    lanes_of "$2" > "$LANES/lanes"
     tar c --exclude=./.bench --exclude=./.fa4_? --exclude=./.venv --exclude=./.git . | tar x -C "$LANES/checkout"
-    while read -r lane; do
-      setsid bash "$LANES/checkout/benchmarks/lanes.sh" lane "$lane" > "$LANES/lane$lane.txt" 2>&1 < /dev/null &
-    done < "$LANES/lanes" ;;
-  lane) run_lane "$2" ;;
-  add) cat "$2" >> "$LANES/plan" ;;
+    start_lanes < "$LANES/lanes" ;;
+  lane) exec 8> "$LANES/lock$2" && flock 8 && run_lane "$2" && rm "$3" ;;
+  add) cat "$2" >> "$LANES/plan" && lanes_of "$2" | start_lanes ;;
   wait)
     seen=$(cat "$LANES/seen" 2> /dev/null || echo 0)  # lines of the log that the call before this one showed
-    until ((SECONDS >= $2)) || (($(grep -c "has nothing left" "$LANES/log") == $(wc -l < "$LANES/lanes"))); do sleep 0.5; done
+    until ((SECONDS >= $2)) || ! compgen -G "$LANES/running/*" > /dev/null; do sleep 0.5; done
     log=$(cat "$LANES/log")
     echo "$log" && echo "$log" | wc -l > "$LANES/seen"
     for name in $(echo "$log" | tail -n +$((seen + 1)) | sed -n 's/.*: end \(.*\), status.*/\1/p'); do

@@ -197,7 +197,7 @@ def test_session_prepares_data_and_continues(
 
 def test_lanes_run_jobs_on_each_gpu_and_some_on_all(tmp_path_factory: pytest.TempPathFactory) -> None:
     """In order, with a folder each; quoted words stay together; a failure is noted and stops nothing; `all` is alone.
-    A GPU's second lane goes on beside the first one, has its turn, and takes lines that are added."""
+    A GPU's second lane goes on beside the first one, has its turn, and takes lines that are added, also when it has ended."""
     session = Session(tmp_path_factory)
     session.write(".bench/minitrack/run.sh", RUN)
     session.run("unpack")
@@ -210,11 +210,13 @@ def test_lanes_run_jobs_on_each_gpu_and_some_on_all(tmp_path_factory: pytest.Tem
     env = {**os.environ, "PATH": f"{session.repo}/bin:{os.environ['PATH']}", "LANES": str(session.out / "lanes"),
            "MINITRACK_CACHE": str(session.cache), "OUT": str(session.out)}  # fmt: skip
     printed = ""
-    for words in (("start", "plan"), ("add", "more"), ("wait", "1"), ("wait", "30")):
+    session.write("again", "0 i sh echo once\n2 j sh echo new\n")
+    for words in (("start", "plan"), ("add", "more"), ("wait", "1"), ("wait", "30"), ("add", "again"), ("wait", "30")):
         done = subprocess.run(["bash", "benchmarks/lanes.sh", *words], cwd=session.repo, env=env, capture_output=True,
                               text=True, timeout=40, check=True)  # fmt: skip
         printed += done.stdout
     log = [line.split(" s: ")[1] for line in (session.out / "lanes/log").read_text().splitlines()]
+    assert [log.count(f"begin {name}") for name in "acij"] == [1] * 4
     assert "end a, status 3" in log and log.index("end b, status 0") < log.index("begin c")
     assert log.index("end c, status 0") < min(log.index("begin d"), log.index("begin e"))
     said = {name: (session.out / f"lanes/out/{name}/console.txt").read_text().strip() for name in "acdegh"}
