@@ -162,6 +162,7 @@ class Config:
     ve_dim: int = opt(128, "width of the value embedding", low=1)
     ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
     value_residual: bool = opt(False, "mix each layer's values with those of the first layer")
+    parallel_start_layer: int = opt(0, "first layer of two parallel residual lanes (0: one lane)", low=0)
     gated_attn_enabled: bool = opt(False, "sigmoid gate per head on the attention output")
 
     matrix_lr: float = opt(0.025, "Muon learning rate", group="Optimizer", low=0)
@@ -351,6 +352,7 @@ GPTQ_CALIBRATION_BATCHES: GPTQ_CALIB_BATCHES GPTQ_CALIBRATION_STEPS | LATE_QAT_T
 LAWA_FREQ: LAWA_INTERVAL | LAWA_K: LAWA_WINDOW | MATRIX_BITS: QUANT_BITS WEIGHT_QUANT_BITS
 MLP_ACTIVATION: ACTIVATION | MUON_ROW_NORMALIZE: MUON_EQ_R | MUON_WD: MUON_WEIGHT_DECAY WEIGHT_DECAY
 NEGATIVE_SLOPE: LEAKY_SLOPE LEAKY_RELU_SLOPE MLP_LEAKY_SLOPE | ORTHO_INIT: USE_ORTHO_INIT
+PARALLEL_START_LAYER: PARALLEL_RESIDUAL_START
 POLAR_EXPRESS: USE_POLAR_EXPRESS | QAT_ENABLED: QAT ENABLE_QAT | ROPE_DIMS: PARTIAL_ROPE_DIMS
 SMEAR_GATE_ENABLED: SMEAR SMEAR_GATE SMEARGATE USE_SMEARGATE | SWA_ENABLED: SWA | TARGET_BYTES: TARGET_TOTAL_BYTES
 TRAIN_SEQ_LEN: TRAIN_MAX_SEQ_LEN | VAL_BATCH_SIZE: VAL_BATCH_TOKENS | VALUE_RESIDUAL: VRL
@@ -468,6 +470,8 @@ def model_rules(cfg: Config) -> Rules:
         (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
         (ve_fits or not cfg.ve_enabled,
          f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
+        (not (start := cfg.parallel_start_layer) or bool(cfg.num_loops) * (cfg.loop_end + 1) <= start < cfg.num_layers,
+         f"PARALLEL_START_LAYER={start}: not below NUM_LAYERS={cfg.num_layers}, or not above LOOP_END={cfg.loop_end}"),
         (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers,
          f"LOOP_START={cfg.loop_start} LOOP_END={cfg.loop_end}: not in order within NUM_LAYERS={cfg.num_layers}"),
         (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
@@ -1246,7 +1250,7 @@ class LayerParts(NamedTuple):
     """Interchangeable functions that a layer is made of, in running order, and the loss; see `plain_*`."""
 
     enter: Callable[[Tensor, Twinned | None, Twinned, Tensor, float], tuple[Rows, Tensor, Twinned]]
-    heads: Callable[[Rows, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]]
+    heads: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     exclusive: Callable[[Tensor, Tensor, Tensor], Tensor]
     leave: Callable[[Rows, Tensor, Tensor, float], Rows]
     feed_forward: Callable[[Rows, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -1585,10 +1589,16 @@ class RestSpec(NamedTuple):
     coded: bool = False
 
 
+def parallel_layers(cfg: Config) -> range:
+    """Layers with two residual lanes."""
+    return range(cfg.parallel_start_layer or cfg.num_layers, cfg.num_layers)
+
+
 def rest_specs(cfg: Config) -> list[RestSpec]:
     """The one table of parameters outside the banks; a feature that is off has no row and so no parameter."""
     dim, layers, heads, vocab = cfg.model_dim, cfg.num_layers, cfg.num_heads, cfg.vocab_size
     kv, buckets, is_asqu = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size, cfg.mlp_activation == "asqu"
+    parallel, shares = len(parallel_layers(cfg)), torch.tensor([1.1, 1.0, 1.0])  # of the lane itself, attention, MLP
     skips = max(len(phase.order) // 2 for phase in phases(cfg).values())
     mix = torch.stack([torch.ones(dim), torch.zeros(dim)]).expand(layers, 2, dim)  # all of x, nothing of x0
     rows = [
@@ -1606,6 +1616,7 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
         (True, RestSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
         (True, RestSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
         (True, RestSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
+        (parallel, RestSpec("lane_mix", (parallel, 2, 3), shares.expand(parallel, 2, 3), "scalar")),
         (cfg.value_residual, RestSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
@@ -1761,8 +1772,8 @@ class GPT(nn.Module):
             skips = F.pad(weights, (0, 0, half, len(order) - half - len(weights)))
         return torch.stack([resid[:, 0], resid[:, 0] * skips, resid[:, 1]], 1).to(self.dtype).unbind()
 
-    def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Rows, Tensor]:
-        """Attention part of a layer, its output added; also returns this layer's own values (N, KV, D)."""
+    def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
+        """What the heads of a layer attend to, (N, C) before the output matrix, and its own values (N, KV, D)."""
         layer, vectors, parts = p.order[position], p.vectors, self.parts
         spec, extra = self.layers[layer], None
         if p.observe is not None:
@@ -1785,7 +1796,7 @@ class GPT(nn.Module):
         z = y.flatten(1)
         if p.observe is not None:
             p.observe(f"out.{layer}", z)
-        return parts.leave(rows, z, p.banks["out"][position], spec.norm_scale), own
+        return z, own
 
     def mlp(self, rows: Rows, position: int, p: Pass) -> Tensor:
         """Feed-forward part of a layer, its output added: (N, C)."""
@@ -1796,17 +1807,29 @@ class GPT(nn.Module):
             p.observe(f"down.{layer}", act)
         return x
 
+    def two_lanes(self, rows: Rows, lane: Rows, z: Tensor, position: int, p: Pass) -> tuple[Tensor, Rows]:
+        """The end of a layer whose MLP reads another lane than its attention, and its entrance to the next layer.
+
+        Each lane takes its own share of both and of itself (PR #1204, PR #1529).
+        """
+        layer, after = p.order[position], p.order[min(position + 1, len(p.order) - 1)]
+        own, attended, added = self.rest["lane_mix"][layer - self.cfg.parallel_start_layer].to(self.dtype).unbind(1)
+        a, b = product(z, p.banks["out"][position]), self.mlp(lane, position, p)  # b: the lane and the MLP's output
+        x = own[0] * rows.x + attended[0] * a + added[0] * (b - lane.x)
+        mix = torch.stack([added[1], own[1] - added[1], attended[1]]).unsqueeze(1).expand(3, a.shape[1])
+        return x, self.parts.enter(b, (lane.x, lane.x), (a, a), mix.contiguous(), self.layers[after].norm_scale)[0]
+
     def hidden(
         self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None = None
     ) -> Tensor:
         """Normalized output of the last layer (B, T, C) for ids (B, T), running the layers in `order`.
 
         The first half of the order pushes its outputs, the second half pops them (U-Net skips); every layer mixes
-        the embedding x0 back in.
+        the embedding x0 back in. From PARALLEL_START_LAYER on there are two lanes, at the end their mean.
         """
         p = self.begin(ids, weights, order, observe)
         x = self.embed(ids, observe).flatten(0, 1)
-        x0, half, skips, first_v = (x, x), len(order) // 2, [], None
+        x0, half, skips, first_v, lane = (x, x), len(order) // 2, [], None, None
         for position, layer in enumerate(order):
             skip = None
             if half <= position < 2 * half:
@@ -1814,10 +1837,14 @@ class GPT(nn.Module):
             rows, twin, x0 = self.parts.enter(x, skip, x0, p.mixes[position], self.layers[layer].norm_scale)
             if 0 < position < half:
                 skips.append((x, twin))
-            rows, own_v = self.attention(rows, position, first_v, p)
+            z, own_v = self.attention(rows, position, first_v, p)
             first_v = own_v if first_v is None else first_v
-            x = self.mlp(rows, position, p)
-        return rms_norm(x).view(*ids.shape, -1)
+            if layer in parallel_layers(self.cfg):
+                x, lane = self.two_lanes(rows, lane or rows, z, position, p)
+            else:
+                rows = self.parts.leave(rows, z, p.banks["out"][position], self.layers[layer].norm_scale)
+                x = self.mlp(rows, position, p)
+        return rms_norm(x if lane is None else 0.5 * (x + lane.x)).view(*ids.shape, -1)
 
     def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""
