@@ -30,8 +30,8 @@ continues a series that the 10 minutes of a call cut off:
     bash benchmarks/session.sh compare --shared MAX_WALLCLOCK_SECONDS=0 EVAL_STRIDE=64 \\
         -- control RECIPE=records/recipes/mar22_control.env -- asqu RECIPE=records/recipes/mar22_asqu.env
     bash benchmarks/session.sh compare --ahead 1 --seeds 1337 42 0 --remove XSA_LAST_N=0 --remove VE_ENABLED=0 \\
-        --remove BIGRAM_VOCAB_SIZE=0 --remove SMEAR_GATE_ENABLED=0 --remove MLP_ACTIVATION=relu2 --remove KEY_OFFSET=0 \\
-        --remove EMA_ENABLED=0 --remove LATE_QAT_THRESHOLD=0 --remove GPTQ_ENABLED=0 default
+        --remove BIGRAM_VOCAB_SIZE=0 --remove SMEAR_GATE_ENABLED=0 --remove MLP_ACTIVATION=relu2 \\
+        --remove KEY_OFFSET=0 --remove EMA_ENABLED=0 --remove LATE_QAT_THRESHOLD=0 --remove GPTQ_ENABLED=0 default
 """
 
 import argparse
