@@ -1252,7 +1252,7 @@ class LayerParts(NamedTuple):
     """Interchangeable functions that a layer is made of, in running order, and the loss; see `plain_*`."""
 
     enter: Callable[[Tensor, Twinned | None, Twinned, Tensor, float], tuple[Rows, Tensor, Twinned]]
-    heads: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    heads: Callable[[Rows, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, ...]]
     exclusive: Callable[[Tensor, Tensor, Tensor], Tensor]
     leave: Callable[[Rows, Tensor, Tensor, float], Rows]
     feed_forward: Callable[[Rows, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
