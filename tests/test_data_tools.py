@@ -191,8 +191,10 @@ class Client:
         settings = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1",
                     "MATCHED_FINEWEB_REPO_ID": REPO, **env}
         command = [sys.executable, str(DATA / "cached_challenge_fineweb.py"), "--data-dir", str(self.folder / "data")]
+        # A shell's background jobs begin with SIGINT ignored, and so would the script of tests that run in one.
         return subprocess.Popen([*command, *arguments], env={**inherited, **settings}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     def run(self, *arguments: str, fails: bool = False, **env: str) -> str:
         """Run the script to its end; returns what it printed."""
