@@ -181,7 +181,9 @@ class Config:
     muon_row_normalize: bool = opt(True, "normalize update rows before orthogonalizing (MuonEq-R)")
     muon_rank_frac: float = opt(1.0, "part of Muon's directions left at the end, by cosine (NuMuon)", low=0.01, high=1)
     polar_express: bool = opt(True, "Polar Express coefficients instead of the fixed quintic")
+    muon_beta2: float = opt(0.0, "decay of the norms that even out Muon's updates (NorMuon; 0: none)", low=0, high=1)
     muon_wd: float = opt(0.04, "decoupled weight decay of the banks", low=0)
+    cautious_wd: bool = opt(False, "decay only those entries of the banks that the update shrinks too")
     adam_wd: float = opt(0.04, "decoupled weight decay of vectors and small matrices", low=0)
     embed_wd: float = opt(0.04, "decoupled weight decay of embeddings", low=0)
     beta1: float = opt(0.9, "Adam beta1", low=0, high=1)
@@ -2826,6 +2828,26 @@ def leading_directions(matrices: Tensor, share: float, coefficients: list[tuple[
     return basis @ orthogonalize(block.mT, coefficients)
 
 
+def muon_state(cfg: Config, spec: BankSpec, layers: int, device: torch.device) -> dict[str, Tensor]:
+    """Zeros for a bank's momentum and, with MUON_BETA2, for the mean squares of its matrices' updates."""
+    shapes = {"momentum": (spec.rows, spec.cols)}
+    if cfg.muon_beta2:
+        shapes |= {name: (rows, 1) if rows >= spec.cols else (1, spec.cols) for name, rows in spec.roles}
+    return {name: torch.zeros(layers, *shape, device=device) for name, shape in shapes.items()}
+
+
+def even_norms(update: Tensor, moment: Tensor, beta2: float) -> Tensor:
+    """NorMuon (arXiv 2510.05491): rows (of a wide matrix: columns) divided by their own RMS, the whole's norm kept.
+
+    The mean squares `moment`, (n, rows, 1) or (n, 1, cols), decay by beta2 a step and advance here. The longer side is
+    the one whose norms orthogonality leaves free (modded-nanogpt PR #141).
+    """
+    square = update.square().mean(-1 if moment.shape[-1] == 1 else -2, keepdim=True)
+    even = update * moment.lerp_(square, 1 - beta2).clamp_min(1e-10).rsqrt()
+    norm, now = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, even))
+    return even * (norm / now.clamp_min(1e-10))
+
+
 class ParallelMuon:
     """Muon over banks of (layers, rows, cols), sharded by layers (PR #399).
 
@@ -2839,32 +2861,35 @@ class ParallelMuon:
         self.banks = dict(model.banks.items())
         self.coefficients, self.dtype = newton_schulz_coefficients(cfg), model.dtype
         self.owned = -(-cfg.num_layers // ranks.world)  # layers per rank; the last ranks may hold padding
-        self.state = {
-            s.name: torch.zeros(self.owned, s.rows, s.cols, device=ranks.device) for s in self.specs
-        }  # momentum of the owned layers
+        self.state = {s.name: muon_state(cfg, s, self.owned, ranks.device) for s in self.specs}  # of the owned layers
         self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
 
     def direction(
-        self, spec: BankSpec, buffer: Tensor, grad: Tensor, momentum: Tensor, clip: Tensor, share: float = 1.0
+        self, spec: BankSpec, state: dict[str, Tensor], grad: Tensor, momentum: Tensor, clip: Tensor, share: float = 1.0
     ) -> Tensor:
-        """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the momentum `buffer`.
+        """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the bank's `state`.
 
         Nesterov momentum, optional row normalization (of the update, never of the buffer: PR #1418), then every
-        matrix of the bank orthogonalized by itself (the leading `share` of its singular directions) and scaled by
-        sqrt(max(1, rows/cols)).
+        matrix of the bank orthogonalized by itself (the leading `share` of its singular directions), evened out by
+        MUON_BETA2 and scaled by sqrt(max(1, rows/cols)).
         """
-        grad = grad.float() * clip
+        grad, buffer = grad.float() * clip, state["momentum"]
         buffer.mul_(momentum).add_(grad)
         update = grad + momentum * buffer
         if self.cfg.muon_row_normalize:
             update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
         update = update.to(self.dtype)
-        parts = [(update[:, a:b], max(1.0, (b - a) / spec.cols) ** 0.5) for _, a, b in spec.spans()]
-        return torch.cat([leading_directions(p, share, self.coefficients) * scale for p, scale in parts], dim=1)
+        parts = {name: leading_directions(update[:, a:b], share, self.coefficients) for name, a, b in spec.spans()}
+        if self.cfg.muon_beta2:
+            parts = {name: even_norms(p.float(), state[name], self.cfg.muon_beta2) for name, p in parts.items()}
+        scaled = [part * max(1.0, part.shape[1] / spec.cols) ** 0.5 for part in parts.values()]
+        return torch.cat(scaled, dim=1).to(self.dtype)
 
     def apply(self, bank: Tensor, update: Tensor, lr: Tensor) -> None:
-        """Decoupled weight decay, then the step, in place on all layers."""
-        bank.mul_(1 - lr * self.cfg.muon_wd).sub_(lr * update[: bank.shape[0]].float())
+        """Decoupled weight decay (cautious: arXiv 2510.12402), then the step, in place on all layers."""
+        update = update[: bank.shape[0]].float()
+        decay = self.cfg.muon_wd * (bank * update > 0) if self.cfg.cautious_wd else self.cfg.muon_wd
+        bank.mul_(1 - lr * decay).sub_(lr * update)
 
     def launch(self) -> dict[str, tuple[Tensor, Any]]:
         """Start averaging every bank's gradient; bank -> (owned layers' gradient, handle to wait for)."""
@@ -2992,8 +3017,8 @@ class Optimizers:
         return {"muon": self.muon.state, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, buffer in self.muon.state.items():
-            buffer.copy_(state["muon"][name])
+        for kept, saved in zip(tensor_leaves(self.muon.state), tensor_leaves(state["muon"]), strict=True):
+            kept.copy_(saved)
         self.adam.load_state_dict(state["adam"])
 
 
