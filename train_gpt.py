@@ -164,7 +164,6 @@ class Config:
     ve_dim: int = opt(128, "width of the value embedding", low=1)
     ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
     value_residual: bool = opt(False, "mix each layer's values with those of the first layer")
-    parallel_start_layer: int = opt(0, "first layer of two parallel residual lanes (0: one lane)", low=0)
     gated_attn_enabled: bool = opt(False, "sigmoid gate per head on the attention output")
 
     matrix_lr: float = opt(0.025, "Muon learning rate", group="Optimizer", low=0)
@@ -181,9 +180,7 @@ class Config:
     muon_row_normalize: bool = opt(True, "normalize update rows before orthogonalizing (MuonEq-R)")
     muon_rank_frac: float = opt(1.0, "part of Muon's directions left at the end, by cosine (NuMuon)", low=0.01, high=1)
     polar_express: bool = opt(True, "Polar Express coefficients instead of the fixed quintic")
-    muon_beta2: float = opt(0.0, "decay of the norms that even out Muon's updates (NorMuon; 0: none)", low=0, high=1)
     muon_wd: float = opt(0.04, "decoupled weight decay of the banks", low=0)
-    cautious_wd: bool = opt(False, "decay only those entries of the banks that the update shrinks too")
     adam_wd: float = opt(0.04, "decoupled weight decay of vectors and small matrices", low=0)
     embed_wd: float = opt(0.04, "decoupled weight decay of embeddings", low=0)
     beta1: float = opt(0.9, "Adam beta1", low=0, high=1)
@@ -356,7 +353,6 @@ GPTQ_CALIBRATION_BATCHES: GPTQ_CALIB_BATCHES GPTQ_CALIBRATION_STEPS | LATE_QAT_T
 LAWA_FREQ: LAWA_INTERVAL | LAWA_K: LAWA_WINDOW | MATRIX_BITS: QUANT_BITS WEIGHT_QUANT_BITS
 MLP_ACTIVATION: ACTIVATION | MUON_ROW_NORMALIZE: MUON_EQ_R | MUON_WD: MUON_WEIGHT_DECAY WEIGHT_DECAY
 NEGATIVE_SLOPE: LEAKY_SLOPE LEAKY_RELU_SLOPE MLP_LEAKY_SLOPE | ORTHO_INIT: USE_ORTHO_INIT
-PARALLEL_START_LAYER: PARALLEL_RESIDUAL_START
 POLAR_EXPRESS: USE_POLAR_EXPRESS | QAT_ENABLED: QAT ENABLE_QAT | ROPE_DIMS: PARTIAL_ROPE_DIMS
 SMEAR_GATE_ENABLED: SMEAR SMEAR_GATE SMEARGATE USE_SMEARGATE | SWA_ENABLED: SWA | TARGET_BYTES: TARGET_TOTAL_BYTES
 TRAIN_SEQ_LEN: TRAIN_MAX_SEQ_LEN | VAL_BATCH_SIZE: VAL_BATCH_TOKENS | VALUE_RESIDUAL: VRL
@@ -474,8 +470,6 @@ def model_rules(cfg: Config) -> Rules:
         (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
         (ve_fits or not cfg.ve_enabled,
          f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
-        (not (start := cfg.parallel_start_layer) or bool(cfg.num_loops) * (cfg.loop_end + 1) <= start < cfg.num_layers,
-         f"PARALLEL_START_LAYER={start}: not below NUM_LAYERS={cfg.num_layers}, or not above LOOP_END={cfg.loop_end}"),
         (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers,
          f"LOOP_START={cfg.loop_start} LOOP_END={cfg.loop_end}: not in order within NUM_LAYERS={cfg.num_layers}"),
         (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
@@ -1593,16 +1587,10 @@ class RestSpec(NamedTuple):
     coded: bool = False
 
 
-def parallel_layers(cfg: Config) -> range:
-    """Layers with two residual lanes."""
-    return range(cfg.parallel_start_layer or cfg.num_layers, cfg.num_layers)
-
-
 def rest_specs(cfg: Config) -> list[RestSpec]:
     """The one table of parameters outside the banks; a feature that is off has no row and so no parameter."""
     dim, layers, heads, vocab = cfg.model_dim, cfg.num_layers, cfg.num_heads, cfg.vocab_size
     kv, buckets, is_asqu = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size, cfg.mlp_activation == "asqu"
-    parallel, shares = len(parallel_layers(cfg)), torch.tensor([1.1, 1.0, 1.0])  # of the lane itself, attention, MLP
     skips = max(len(phase.order) // 2 for phase in phases(cfg).values())
     mix = torch.stack([torch.ones(dim), torch.zeros(dim)]).expand(layers, 2, dim)  # all of x, nothing of x0
     rows = [
@@ -1620,7 +1608,6 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
         (True, RestSpec("attn_scale", (layers, dim), cfg.attn_scale_init, "scalar", per_layer=True)),
         (True, RestSpec("mlp_scale", (layers, dim), cfg.mlp_scale_init, "scalar", per_layer=True)),
         (True, RestSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
-        (parallel, RestSpec("lane_mix", (parallel, 2, 3), shares.expand(parallel, 2, 3), "scalar")),
         (cfg.value_residual, RestSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
@@ -1776,8 +1763,8 @@ class GPT(nn.Module):
             skips = F.pad(weights, (0, 0, half, len(order) - half - len(weights)))
         return torch.stack([resid[:, 0], resid[:, 0] * skips, resid[:, 1]], 1).to(self.dtype).unbind()
 
-    def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
-        """What the heads of a layer attend to, (N, C) before the output matrix, and its own values (N, KV, D)."""
+    def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Rows, Tensor]:
+        """Attention part of a layer, its output added; also returns this layer's own values (N, KV, D)."""
         layer, vectors, parts = p.order[position], p.vectors, self.parts
         spec, extra = self.layers[layer], None
         if p.observe is not None:
@@ -1800,7 +1787,7 @@ class GPT(nn.Module):
         z = y.flatten(1)
         if p.observe is not None:
             p.observe(f"out.{layer}", z)
-        return z, own
+        return parts.leave(rows, z, p.banks["out"][position], spec.norm_scale), own
 
     def mlp(self, rows: Rows, position: int, p: Pass) -> Tensor:
         """Feed-forward part of a layer, its output added: (N, C)."""
@@ -1811,29 +1798,17 @@ class GPT(nn.Module):
             p.observe(f"down.{layer}", act)
         return x
 
-    def two_lanes(self, rows: Rows, lane: Rows, z: Tensor, position: int, p: Pass) -> tuple[Tensor, Rows]:
-        """The end of a layer whose MLP reads another lane than its attention, and its entrance to the next layer.
-
-        Each lane takes its own share of both and of itself (PR #1204, PR #1529).
-        """
-        layer, after = p.order[position], p.order[min(position + 1, len(p.order) - 1)]
-        own, attended, added = self.rest["lane_mix"][layer - self.cfg.parallel_start_layer].to(self.dtype).unbind(1)
-        a, b = product(z, p.banks["out"][position]), self.mlp(lane, position, p)  # b: the lane and the MLP's output
-        x = own[0] * rows.x + attended[0] * a + added[0] * (b - lane.x)
-        mix = torch.stack([added[1], own[1] - added[1], attended[1]]).unsqueeze(1).expand(3, a.shape[1])
-        return x, self.parts.enter(b, (lane.x, lane.x), (a, a), mix.contiguous(), self.layers[after].norm_scale)[0]
-
     def hidden(
         self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None = None
     ) -> Tensor:
         """Normalized output of the last layer (B, T, C) for ids (B, T), running the layers in `order`.
 
         The first half of the order pushes its outputs, the second half pops them (U-Net skips); every layer mixes
-        the embedding x0 back in. From PARALLEL_START_LAYER on there are two lanes, at the end their mean.
+        the embedding x0 back in.
         """
         p = self.begin(ids, weights, order, observe)
         x = self.embed(ids, observe).flatten(0, 1)
-        x0, half, skips, first_v, lane = (x, x), len(order) // 2, [], None, None
+        x0, half, skips, first_v = (x, x), len(order) // 2, [], None
         for position, layer in enumerate(order):
             skip = None
             if half <= position < 2 * half:
@@ -1841,14 +1816,10 @@ class GPT(nn.Module):
             rows, twin, x0 = self.parts.enter(x, skip, x0, p.mixes[position], self.layers[layer].norm_scale)
             if 0 < position < half:
                 skips.append((x, twin))
-            z, own_v = self.attention(rows, position, first_v, p)
+            rows, own_v = self.attention(rows, position, first_v, p)
             first_v = own_v if first_v is None else first_v
-            if layer in parallel_layers(self.cfg):
-                x, lane = self.two_lanes(rows, lane or rows, z, position, p)
-            else:
-                rows = self.parts.leave(rows, z, p.banks["out"][position], self.layers[layer].norm_scale)
-                x = self.mlp(rows, position, p)
-        return rms_norm(x if lane is None else 0.5 * (x + lane.x)).view(*ids.shape, -1)
+            x = self.mlp(rows, position, p)
+        return rms_norm(x).view(*ids.shape, -1)
 
     def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""
@@ -2828,26 +2799,6 @@ def leading_directions(matrices: Tensor, share: float, coefficients: list[tuple[
     return basis @ orthogonalize(block.mT, coefficients)
 
 
-def muon_state(cfg: Config, spec: BankSpec, layers: int, device: torch.device) -> dict[str, Tensor]:
-    """Zeros for a bank's momentum and, with MUON_BETA2, for the mean squares of its matrices' updates."""
-    shapes = {"momentum": (spec.rows, spec.cols)}
-    if cfg.muon_beta2:
-        shapes |= {name: (rows, 1) if rows >= spec.cols else (1, spec.cols) for name, rows in spec.roles}
-    return {name: torch.zeros(layers, *shape, device=device) for name, shape in shapes.items()}
-
-
-def even_norms(update: Tensor, moment: Tensor, beta2: float) -> Tensor:
-    """NorMuon (arXiv 2510.05491): rows (of a wide matrix: columns) divided by their own RMS, the whole's norm kept.
-
-    The mean squares `moment`, (n, rows, 1) or (n, 1, cols), decay by beta2 a step and advance here. The longer side is
-    the one whose norms orthogonality leaves free (modded-nanogpt PR #141).
-    """
-    square = update.square().mean(-1 if moment.shape[-1] == 1 else -2, keepdim=True)
-    even = update * moment.lerp_(square, 1 - beta2).clamp_min(1e-10).rsqrt()
-    norm, now = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, even))
-    return even * (norm / now.clamp_min(1e-10))
-
-
 class ParallelMuon:
     """Muon over banks of (layers, rows, cols), sharded by layers (PR #399).
 
@@ -2861,35 +2812,32 @@ class ParallelMuon:
         self.banks = dict(model.banks.items())
         self.coefficients, self.dtype = newton_schulz_coefficients(cfg), model.dtype
         self.owned = -(-cfg.num_layers // ranks.world)  # layers per rank; the last ranks may hold padding
-        self.state = {s.name: muon_state(cfg, s, self.owned, ranks.device) for s in self.specs}  # of the owned layers
+        self.state = {
+            s.name: torch.zeros(self.owned, s.rows, s.cols, device=ranks.device) for s in self.specs
+        }  # momentum of the owned layers
         self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
 
     def direction(
-        self, spec: BankSpec, state: dict[str, Tensor], grad: Tensor, momentum: Tensor, clip: Tensor, share: float = 1.0
+        self, spec: BankSpec, buffer: Tensor, grad: Tensor, momentum: Tensor, clip: Tensor, share: float = 1.0
     ) -> Tensor:
-        """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the bank's `state`.
+        """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the momentum `buffer`.
 
         Nesterov momentum, optional row normalization (of the update, never of the buffer: PR #1418), then every
-        matrix of the bank orthogonalized by itself (the leading `share` of its singular directions), evened out by
-        MUON_BETA2 and scaled by sqrt(max(1, rows/cols)).
+        matrix of the bank orthogonalized by itself (the leading `share` of its singular directions) and scaled by
+        sqrt(max(1, rows/cols)).
         """
-        grad, buffer = grad.float() * clip, state["momentum"]
+        grad = grad.float() * clip
         buffer.mul_(momentum).add_(grad)
         update = grad + momentum * buffer
         if self.cfg.muon_row_normalize:
             update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
         update = update.to(self.dtype)
-        parts = {name: leading_directions(update[:, a:b], share, self.coefficients) for name, a, b in spec.spans()}
-        if self.cfg.muon_beta2:
-            parts = {name: even_norms(p.float(), state[name], self.cfg.muon_beta2) for name, p in parts.items()}
-        scaled = [part * max(1.0, part.shape[1] / spec.cols) ** 0.5 for part in parts.values()]
-        return torch.cat(scaled, dim=1).to(self.dtype)
+        parts = [(update[:, a:b], max(1.0, (b - a) / spec.cols) ** 0.5) for _, a, b in spec.spans()]
+        return torch.cat([leading_directions(p, share, self.coefficients) * scale for p, scale in parts], dim=1)
 
     def apply(self, bank: Tensor, update: Tensor, lr: Tensor) -> None:
-        """Decoupled weight decay (cautious: arXiv 2510.12402), then the step, in place on all layers."""
-        update = update[: bank.shape[0]].float()
-        decay = self.cfg.muon_wd * (bank * update > 0) if self.cfg.cautious_wd else self.cfg.muon_wd
-        bank.mul_(1 - lr * decay).sub_(lr * update)
+        """Decoupled weight decay, then the step, in place on all layers."""
+        bank.mul_(1 - lr * self.cfg.muon_wd).sub_(lr * update[: bank.shape[0]].float())
 
     def launch(self) -> dict[str, tuple[Tensor, Any]]:
         """Start averaging every bank's gradient; bank -> (owned layers' gradient, handle to wait for)."""
@@ -3017,8 +2965,8 @@ class Optimizers:
         return {"muon": self.muon.state, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for kept, saved in zip(tensor_leaves(self.muon.state), tensor_leaves(state["muon"]), strict=True):
-            kept.copy_(saved)
+        for name, buffer in self.muon.state.items():
+            buffer.copy_(state["muon"][name])
         self.adam.load_state_dict(state["adam"])
 
 

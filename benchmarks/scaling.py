@@ -17,7 +17,6 @@ its own ranks, times (W-1)/W over the same of those, since every byte enters or 
 """
 
 import argparse
-import copy
 import json
 import os
 import statistics
@@ -123,13 +122,14 @@ def collectives_of(kernels: list[Kernel], steps: int) -> tuple[float, float]:
 def time_muon(run: t.Runtime, trainer: t.Trainer, repeats: int = 20) -> float:
     """Median ms of the updates of a rank's layers; their gradients are random."""
     muon, device = trainer.optimizers.muon, run.ranks.device
-    one, states = torch.ones((), device=device), copy.deepcopy(muon.state)
-    gradients = {name: torch.randn_like(state["momentum"]).to(muon.dtype) for name, state in states.items()}
+    owned, one = -(-run.cfg.num_layers // run.ranks.world), torch.ones((), device=device)
+    buffers = {s.name: torch.zeros(owned, s.rows, s.cols, device=device) for s in muon.specs}
+    gradients = {name: torch.randn_like(buffer).to(muon.dtype) for name, buffer in buffers.items()}
     begun, ended = Marks(device), Marks(device)
     for _ in range(repeats):
         begun.add()
         for spec in muon.specs:
-            muon.fast_direction(spec, states[spec.name], gradients[spec.name], one, one)
+            muon.fast_direction(spec, buffers[spec.name], gradients[spec.name], one, one)
         ended.add()
     return statistics.median(ended.ms_since(begun))
 

@@ -283,9 +283,9 @@ GATES = {"KEY_OFFSET": 0, "LN_SCALE": 1, "VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLE
 MODELS: list[dict[str, Any]] = [
     {"NUM_LAYERS": 5, "XSA_LAST_N": 3}, GATES, ONE_LAYER, {"VE_ENABLED": 0, "ROPE_DIMS": 0},
     {**TWO_LAYERS, "NUM_LOOPS": 2, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0},
-    {**TWO_LAYERS, "DOC_ATTENTION": 0}, {"PARALLEL_START_LAYER": 2},
+    {**TWO_LAYERS, "DOC_ATTENTION": 0},
 ]  # fmt: skip
-GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER, {**TWO_LAYERS, "DOC_ATTENTION": 0, "PARALLEL_START_LAYER": 1}]
+GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER, {**TWO_LAYERS, "DOC_ATTENTION": 0}]
 
 
 def model_results(cfg: t.Config, parts: t.LayerParts, is_graph: bool) -> Values:

@@ -108,30 +108,22 @@ def reference_polar(matrix: Tensor, coefficients: list[tuple[float, float, float
 
 
 def reference_muon(w: Tensor, grads: list[Tensor], lr: float, momentum: float, cfg: t.Config) -> Tensor:
-    """One matrix after a Muon step per gradient: momentum, Nesterov, row norm, polar factor, even norms, decay, step."""
+    """One matrix after a Muon step per gradient: momentum, Nesterov, row norm, polar factor, decay, scaled step."""
     steps = cfg.muon_backend_steps
     coefficients = list(t.POLAR_EXPRESS[:steps]) if cfg.polar_express else [t.QUINTIC] * steps
-    w, buffer, second = w.double(), torch.zeros_like(w, dtype=torch.float64), 0.0
+    w, buffer = w.double(), torch.zeros_like(w, dtype=torch.float64)
     for grad in grads:
         buffer = momentum * buffer + grad.double()
         update = grad.double() + momentum * buffer
         if cfg.muon_row_normalize:
             update = update / update.norm(dim=1, keepdim=True)
         scale = max(1.0, w.shape[0] / w.shape[1]) ** 0.5
-        update = reference_polar(update, coefficients)
-        if cfg.muon_beta2:
-            rows = w.shape[0] >= w.shape[1]
-            second = cfg.muon_beta2 * second + (1 - cfg.muon_beta2) * (update**2).mean(1 if rows else 0)
-            even = update / second.sqrt()[:, None] if rows else update / second.sqrt()
-            update = even * update.norm() / even.norm()
-        decayed = torch.where(w * update > 0, w, 0) if cfg.cautious_wd else w
-        w = w - lr * cfg.muon_wd * decayed - lr * scale * update
+        w = w * (1 - lr * cfg.muon_wd) - lr * scale * reference_polar(update, coefficients)
     return w
 
 
 @pytest.mark.parametrize("changes", [
     {}, PLAIN_MUON, {**PLAIN_MUON, "POLAR_EXPRESS": 1}, {**PLAIN_MUON, "MUON_ROW_NORMALIZE": 1}, {"MUON_WD": 0.5},
-    {"MUON_BETA2": 0.9}, {"MUON_BETA2": 0.9, "NUM_KV_HEADS": 4, "MLP_MULT": 0.5}, {"CAUTIOUS_WD": 1, "MUON_WD": 0.5},
     {"MUON_BACKEND_STEPS": 3}, {**PLAIN_MUON, "MUON_BACKEND_STEPS": 3}, {"NUM_KV_HEADS": 4, "MLP_MULT": 0.5},
 ])  # fmt: skip
 def test_muon_updates_every_matrix_as_the_reference_does(changes: dict[str, Any]) -> None:
@@ -164,7 +156,7 @@ def test_row_normalization_leaves_the_momentum_buffer_alone() -> None:
             optimizers.step(1.0, 0.9)
         states.append((optimizers.muon.state, snapshot(model)))
     (plain, plain_weights), (normalized, weights) = states
-    assert all(torch.equal(plain[name]["momentum"], normalized[name]["momentum"]) for name in plain)
+    assert all(torch.equal(plain[name], normalized[name]) for name in plain)
     assert not torch.allclose(plain_weights["banks.up"], weights["banks.up"], atol=1e-4)  # and yet it acts
 
 
@@ -255,7 +247,7 @@ def test_no_clipping_at_zero() -> None:
 
 def test_state_dict_restores_bitwise() -> None:
     """Step, snapshot, k more steps, restore, the same step: bitwise the first result, weights and state."""
-    model = tiny_model(MUON_BETA2=0.9)
+    model = tiny_model()
     optimizers = t.Optimizers(model.cfg, ONE, model)
     trainer_like = {"model": model, "optimizers": optimizers}
 
@@ -286,7 +278,7 @@ def test_warm_up_leaves_no_trace(run: t.Runtime) -> None:
     order = t.phases(run.cfg)["train"]
     trainer.step(0, order, 1.0, 0.9)
     before = trainer.state()
-    assert any(tensor.abs().sum() > 0 for tensor in t.tensor_leaves(before["optimizers"]["muon"]))
+    assert any(tensor.abs().sum() > 0 for tensor in before["optimizers"]["muon"].values())
     seen = []
     plain_step = trainer.step
     trainer.step = lambda number, phase, *rest: seen.append(phase) or plain_step(number, phase, *rest)
