@@ -148,8 +148,6 @@ class Config:
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
     qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0.01)
-    attn_scale_init: float = opt(1.0, "initial factor on what attention adds, per channel")
-    mlp_scale_init: float = opt(1.0, "initial factor on what the MLP adds, per channel")
     doc_attention: bool = opt(True, "attention that does not cross documents (not with ATTN_BACKEND=cudnn)")
     xsa_last_n: int = opt(11, "last layers with exclusive self-attention", low=0)
     key_offset: bool = opt(True, "second half of every key from the token before; stops at BOS")
@@ -1605,8 +1603,8 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
         (cfg.smear_gate_enabled, RestSpec("smear_gate", (dim,), 0.0, "scalar")),
         (skips, RestSpec("skip_weights", (skips, dim), 1.0, "scalar")),
         (True, RestSpec("resid_mix", (layers, 2, dim), mix, "scalar", per_layer=True)),
-        (True, RestSpec("attn_scale", (layers, dim), cfg.attn_scale_init, "scalar", per_layer=True)),
-        (True, RestSpec("mlp_scale", (layers, dim), cfg.mlp_scale_init, "scalar", per_layer=True)),
+        (True, RestSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
+        (True, RestSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
         (True, RestSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
         (cfg.value_residual, RestSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),

@@ -5,7 +5,7 @@
 #   bash benchmarks/session.sh minitrack KEY=value ...     # minitrack/run.sh with train_gpt.py
 #   bash benchmarks/session.sh sh COMMAND ...              # anything else, with the same environment
 #   bash benchmarks/session.sh unpack                      # nothing but what this call carries
-#   bash benchmarks/session.sh corpus NAME ...             # NAME, once the shards of the corpus are there
+#   bash benchmarks/session.sh corpus NAME ...             # NAME, once the shards of the corpus are there (300 s at most)
 #
 # What the calls of a session carry (benchmarks/carry.sh makes it): .bench with corpus, tokenizers and mini-track; .fa4_1
 # and .fa4_2, the halves of FlashAttention 4's wheels, in two calls. All of it, the shards and the compile cache are kept in
@@ -18,9 +18,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 name=$1 && shift
 out=${OUT:-logs} vocab=${VOCAB_SIZE:-1024} id=${RUN_ID:-mini_$(date +%H%M%S)} kept=.rows/rows.jsonl
 for word in "$@"; do case $word in VOCAB_SIZE=*) vocab=${word#*=} ;; RUN_ID=*) id=${word#*=} ;; esac; done
-cache=${MINITRACK_CACHE:-/tmp/minitrack} wheels=$cache/fa4 bench=.bench
+cache=${MINITRACK_CACHE:-/tmp/minitrack} wheels=$cache/fa4 bench=${MINITRACK_CACHE:-/tmp/minitrack}/bench
 if [[ $name == corpus ]]; then
-  until [[ -e $cache/datasets/fineweb10B_sp1024/.complete ]]; do sleep 1; done
+  until [[ -e $cache/datasets/fineweb10B_sp1024/.complete ]]; do
+    if ((SECONDS >= 300)); then echo "error: no shards of .bench after 300 s; did its 'unpack' end well?" >&2 && exit 1; fi
+    sleep 1
+  done
   name=$1 && shift
 fi
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
@@ -35,8 +38,7 @@ if compgen -G "$cache/wheels/*.half.ab" > /dev/null && [[ ! -d $wheels ]]; then
   python3 -m pip install -q --no-index --no-deps --no-compile --target "$wheels" "$cache"/wheels/*.whl
 fi
 if [[ -d $wheels ]]; then export PYTHONPATH=$wheels:$wheels/nvidia_cutlass_dsl/dsl_packages; fi
-if [[ -d .bench && ! -d $cache/bench ]]; then cp -r .bench "$cache/bench"; fi
-if [[ ! -d .bench && -d $cache/bench ]]; then bench=$cache/bench; fi
+if [[ -d .bench && ! -d $bench ]]; then cp -r .bench "$bench"; fi # the next call takes .bench away, also from who still reads it
 exec 9>&-
 
 exec 9> "$cache/lock_$vocab" && flock 9  # shards of several tokenizers may be built side by side

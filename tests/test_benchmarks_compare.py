@@ -193,6 +193,8 @@ def test_session_prepares_data_and_continues(
     assert (out / "rows.jsonl").read_text() == "a row\n" and (out / "compare.txt").read_text() == ran + "\n"
     shutil.rmtree(session.repo / ".bench")  # it came with an earlier call
     assert session.run("start_time", VOCAB_SIZE="2048").stdout.startswith(built)
+    waited = session.run("corpus", "start_time", SECONDS="299")  # of 300 that it waits for shards, here those of 1,024 pieces
+    assert waited.returncode == 1 and "no shards of .bench" in waited.stderr and not waited.stdout
 
 
 def test_lanes_run_jobs_on_each_gpu_and_some_on_all(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -447,13 +447,6 @@ def test_official_baseline_parameter_count() -> None:
     ) == 17_059_912  # fmt: skip
 
 
-def test_scales_begin_where_they_are_told() -> None:
-    for settings, begin in (({}, (1, 1)), ({"ATTN_SCALE_INIT": 2, "MLP_SCALE_INIT": 0.5}, (2, 0.5))):
-        cfg = tiny_config(**settings)
-        rest = t.GPT(cfg, BOS, plain_attention(cfg), CPU).rest
-        assert tuple(rest[name].unique().item() for name in ("attn_scale", "mlp_scale")) == begin
-
-
 def test_initial_weights_depend_on_seed_alone() -> None:
     """The same bits whatever random numbers were drawn before, others under another SEED, the generator untouched."""
     torch.manual_seed(5)
