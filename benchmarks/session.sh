@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 name=$1 && shift
 out=${OUT:-logs} vocab=${VOCAB_SIZE:-1024} id=${RUN_ID:-mini_$(date +%H%M%S)} kept=.rows/rows.jsonl
 for word in "$@"; do case $word in VOCAB_SIZE=*) vocab=${word#*=} ;; RUN_ID=*) id=${word#*=} ;; esac; done
-cache=${MINITRACK_CACHE:-/tmp/minitrack} wheels=$cache/fa4 bench=${MINITRACK_CACHE:-/tmp/minitrack}/bench
+cache=${MINITRACK_CACHE:-/tmp/minitrack} wheels=$cache/fa4 bench=$cache/bench
 if [[ $name == corpus ]]; then
   until [[ -e $cache/datasets/fineweb10B_sp1024/.complete ]]; do
     if ((SECONDS >= 300)); then echo "error: no shards of .bench after 300 s; did its 'unpack' end well?" >&2 && exit 1; fi
