@@ -28,6 +28,8 @@ Contents
 import contextlib
 import copy
 import difflib
+import errno
+import fcntl
 import hashlib
 import importlib
 import importlib.util
@@ -37,6 +39,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import struct
@@ -75,6 +78,10 @@ class UserError(ValueError):
     """Bad input from the outside (variable, file, machine); the message names it and the remedy."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the run; no library that catches Exception swallows it."""
+
+
 # ----------------------------------------------------------------------------------------------
 # 1. Configuration
 # ----------------------------------------------------------------------------------------------
@@ -98,7 +105,7 @@ class Config:
 
     recipe: str = opt("", "file of KEY=value lines read before the environment", group="Run")
     run_id: str = opt("", "name of the run's files under logs/ (empty: a fresh uuid)")
-    seed: int = opt(1337, "seed of initial weights and data order", low=0)
+    seed: int = opt(1337, "seed of initial weights and data order", low=0, high=2**63 - 1)
     device: str = opt("auto", "where to run (auto: cuda, else mps, else cpu)", choices="auto cuda mps cpu")
     compile: bool = opt(True, "torch.compile the model and the optimizer; 0 runs eagerly")
     cuda_graph: bool = opt(True, "replay a micro-step's forward and backward pass as one CUDA graph")
@@ -106,9 +113,11 @@ class Config:
     layer_backend: str = opt("auto", "the rest of a layer (auto: first that works)", choices="auto triton plain")
     eval_only: bool = opt(False, "score the artifact at ARTIFACT_PATH; needs no training data")
     export_only: bool = opt(False, "quantize and score the weights at WEIGHTS_PATH; no training")
+    resume: bool = opt(False, "go on from the checkpoint at WEIGHTS_PATH; same script, data, ranks and variables")
+    overwrite: bool = opt(False, "replace what an earlier run left under RUN_ID, ARTIFACT_PATH or WEIGHTS_PATH")
     artifact_path: str = opt("", "the compressed model (empty: logs/<RUN_ID>.pgolf)")
-    weights_path: str = opt("", "fp32 weights, saved in and after training (empty: logs/<RUN_ID>.weights.pt)")
-    checkpoint_every: int = opt(500, "steps between saving the weights, clock stopped (0: only at the end)", low=0)
+    weights_path: str = opt("", "checkpoint with fp32 weights and their average (empty: logs/<RUN_ID>.weights.pt)")
+    checkpoint_every: int = opt(500, "steps between checkpoints, clock stopped (0: only at the end)", low=0)
 
     data_dir: str = opt("./data/", "folder that holds datasets/ and tokenizers/", group="Data")
     data_path: str = opt("", "shard folder (empty: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>)")
@@ -291,6 +300,13 @@ class Config:
     def weights_file(self) -> Path:
         return Path(self.weights_path or f"logs/{self.run_id}.weights.pt")
 
+    @property
+    def outputs(self) -> dict[str, Path]:
+        """Variable -> file that the run writes and no other run may write meanwhile."""
+        files = {"RUN_ID": Path(f"logs/{self.log_name}.txt")}
+        files |= {} if self.eval_only else {"ARTIFACT_PATH": self.artifact_file}
+        return files | ({} if self.eval_only or self.export_only else {"WEIGHTS_PATH": self.weights_file})
+
     @classmethod
     def variables(cls) -> dict[str, Field]:
         """Variable name -> dataclass field, in the order of --help."""
@@ -362,45 +378,66 @@ ALIASES: dict[str, tuple[str, float | None]] = {
     for alias in row.partition(":")[2].split()
 } | {"GPTQ_RESERVE_MS": ("GPTQ_RESERVE_SECONDS", 1e-3), "TARGET_MB": ("TARGET_BYTES", 1e6)}
 
-# Words that only this field's variables contain: a name with one of them is meant for a training script.
+# A name with one of these words, or that ends in one of the others, is meant for a training script: such scripts read
+# some 460 names, and one that passes here for a setting of another program would do nothing in silence.
 OWN_WORDS = set(
-    "ADAM ASQU ATTN BIGRAM CASEOPS COMPRESSOR DTG EMA GATE GATED GPTQ GRAD JEPA LAWA LAYER LAYERS LOOP LOOPS LOOPING "
-    "LORA LQER MLP MOMENTUM MTP MUON NGRAM QAT QK RECUR ROPE SMEAR SOFTCAP SWA TRIGRAM TTT VE WARMDOWN XSA".split()
+    "ADAM ASQU ATTN BIGRAM CASEOPS CE CHECKPOINT COMPRESSOR DTG EMA EMBED EMBEDDING EVAL FP16 GATE GATED GPTQ GRAD INT4 "
+    "INT5 INT6 INT8 JEPA LAWA LAYER LAYERS LOGIT LOOP LOOPS LOOPING LORA LOWBIT LQER LR MATRIX MLP MOMENTUM MTP MUON "
+    "NGRAM PARALLEL PREQUANT QAT QK QUANT RECUR RECURRENCE RESUME ROPE SLIDING SMEAR SOFTCAP SWA TRIGRAM TTT VE WARMDOWN WD XSA".split()
+)
+OWN_ENDINGS = tuple(
+    "_BITS _BLOCKS _CLIP _DECAY _DEPTH _DIM _DIMS _ENABLED _EPOCHS _EVAL _FRAC _FRACTION _HEADS _INIT _ITERS _LAMBDA _LEN "
+    "_MULT _PATTERNS _RANK _RATIO _SCALE _SCALING _SCHEDULE _SIGMA _SIGMAS _SIZE _START _STEP _STEPS _WEIGHT".split()
 )
 # Prefixes of other software: never ours, even where a word of ours follows.
 FOREIGN_PREFIXES = tuple(
     "NCCL_ CUDA_ TORCH PYTORCH_ TRITON_ OMP_ MKL_ KMP_ GLOO_ OPENBLAS_ PYTHON HF_ HUGGINGFACE_ WANDB_ MATCHED_FINEWEB_ "
-    "LD_ LC_ SLURM_ AWS_ KUBERNETES_ NVIDIA_ RUNPOD_ XDG_ SSH_ GIT_ VIRTUAL_ CONDA_ PIP_ FLASH_ATTENTION_ CUTE_ "
-    "MINITRACK_ MPL PYTEST_ MASTER_ GROUP_ ROLE_ LOCAL_ TORCHELASTIC_".split()
+    "LD_ LC_ SLURM_ AWS_ KUBERNETES_ NVIDIA_ RUNPOD_ XDG_ SSH_ GIT_ VIRTUAL_ CONDA_ PIP_ FLASH_ATTENTION_ CUTE_ MPL "
+    "PYTEST_ MASTER_ GROUP_ ROLE_ LOCAL_ WORLD_SIZE TORCHELASTIC_ OTEL_ VSCODE_ JUPYTER_ RAY_ DD_ UCX_ FI_".split()
 )
 
 
 def read_recipe(path: Path) -> dict[str, str]:
-    """KEY=value lines of a recipe; blank lines and # comments are skipped."""
-    if not path.is_file():
-        raise UserError(f"RECIPE={path}: no such file; the recipes are in records/recipes/*.env")
-    values = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        text = line.split("#", 1)[0].strip()
-        if text and "=" not in text:
-            raise UserError(f"{path}:{number}: expected KEY=value, found {text!r}")
-        if text:
-            key, value = text.split("=", 1)
-            values[key.strip()] = value.strip()
+    """KEY=value lines of a recipe. Quotes round a value are taken off; a # that is first or after a space is a comment."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as problem:
+        raise UserError(f"RECIPE={path}: not UTF-8 ({problem.reason}); save it as UTF-8") from None
+    except OSError as problem:
+        raise UserError(f"RECIPE={path}: {problem.strerror}; the recipes are in records/recipes/*.env") from None
+    values: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        key, equals, rest = line.partition("=")
+        key, quoted = key.strip(), re.fullmatch(r"""\s*(["'])([^"']*)\1\s*(#.*)?""", rest)
+        value = quoted[2] if quoted else re.split(r"(?:^|\s)#", rest)[0].strip()
+        if not equals or not key.isidentifier() or (not quoted and value.startswith(("'", '"'))):
+            raise UserError(f"{path}:{number}: expected KEY=value, found {line.strip()!r}")
+        if key in values or key == "RECIPE":
+            raise UserError(f"{path}:{number}: {key} {'is set twice' if key in values else 'cannot stand in a recipe'}")
+        values[key] = value
     return values
 
 
+def is_meant_for_training(name: str, known: list[str]) -> bool:
+    """Whether an unknown environment variable looks like one of a training script."""
+    if name.startswith(FOREIGN_PREFIXES) or not name.isupper():
+        return False
+    ours = OWN_WORDS & set(name.split("_")) or name.startswith(("TRAIN_", "EVAL_", "VAL_", "USE_"))
+    return bool(ours) or name.endswith(OWN_ENDINGS) or bool(difflib.get_close_matches(name, known, n=1, cutoff=0.84))
+
+
 def check_names(mapping: Mapping[str, str], strict: bool) -> None:
-    """Refuse unknown variables: every one in a recipe, in the environment those that look like ours."""
-    known = [*Config.variables(), *ALIASES]
+    """Refuse unknown variables, all in one message: every one in a recipe, in the environment those that look like ours."""
+    known, found = [*Config.variables(), *ALIASES], []
     for name in sorted(set(mapping) - set(known)):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0 if strict else 0.84)
-        ours = bool(OWN_WORDS & set(name.split("_"))) or name.startswith(("TRAIN_", "EVAL_", "VAL_"))
-        if not strict and (name.startswith(FOREIGN_PREFIXES) or not (near or ours) or not name.isupper()):
-            continue
-        guess = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(guess)}?" if guess else "python train_gpt.py --help lists all variables."
-        raise UserError(f"{name}={mapping[name]!r}: no such variable; {hint} Unset it if it is not meant for this run.")
+        if strict or (mapping[name] and is_meant_for_training(name, known)):
+            near = difflib.get_close_matches(name, known, n=2, cutoff=0.84)
+            found.append(f"{name}={mapping[name]}" + f" (did you mean {' or '.join(near)}?)" * bool(near))
+    if found:
+        raise UserError(f"no such variable{'s' * (len(found) > 1)}: {', '.join(found)}; python train_gpt.py --help lists "
+                        "all. Unset what is not meant for this run")  # fmt: skip
 
 
 def given_values(mapping: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
@@ -502,8 +539,14 @@ def training_rules(cfg: Config) -> Rules:
 
 def evaluation_rules(cfg: Config) -> Rules:
     """The same for evaluation and re-entry."""
+    plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
     return [
-        (not (cfg.eval_only and cfg.export_only), "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"),
+        (plain_name and len(cfg.run_id.encode(errors="replace")) <= 200,
+         f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, at most 200 bytes"),
+        (os.path.realpath(cfg.artifact_file) != os.path.realpath(cfg.weights_file),
+         f"ARTIFACT_PATH and WEIGHTS_PATH are one file, {cfg.artifact_file}: the one would replace the other"),
+        (cfg.eval_only + cfg.export_only + cfg.resume <= 1, "EVAL_ONLY, EXPORT_ONLY, RESUME: set one of them at most"),
+        (not cfg.resume or cfg.run_id, "RESUME=1 needs the RUN_ID of the run that is to go on"),
         (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
         (not cfg.export_only or cfg.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH=<file>"),
         (cfg.eval_stride <= cfg.eval_len, f"EVAL_STRIDE={cfg.eval_stride} exceeds the window of {cfg.eval_len} tokens"),
@@ -549,13 +592,17 @@ class Ranks:
     @classmethod
     def start(cls, cfg: Config, env: Mapping[str, str]) -> "Ranks":
         """Join the process group that torchrun describes in `env`; without one this is a world of one."""
-        rank, world = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
-        device = pick_device(cfg.device, int(env.get("LOCAL_RANK", "0")))
+        rank, world, local_rank = launch_numbers(env)
+        device = pick_device(cfg.device, local_rank)
         if world == 1:
             return cls(rank, world, device)
         bound = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group("nccl" if bound else "gloo", timeout=timedelta(minutes=5), **bound)
-        return cls(rank, world, device, dist.new_group(backend="gloo"), env)
+        try:
+            dist.init_process_group("nccl" if bound else "gloo", timeout=timedelta(minutes=5), **bound)
+            return cls(rank, world, device, dist.new_group(backend="gloo"), env)
+        except (RuntimeError, ValueError) as problem:
+            where = f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}"
+            raise UserError(f"{where}: the {world} ranks do not find each other: {str(problem)[:300]}") from None
 
     @property
     def is_main(self) -> bool:
@@ -585,6 +632,13 @@ class Ranks:
         dist.broadcast(tensor, 0, group=self.control)
         return tensor.numpy().tobytes()
 
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, on every rank."""
+        texts = [text] * self.world
+        if self.world > 1:
+            dist.all_gather_object(texts, text, group=self.control)
+        return texts
+
     def share(self, count: int) -> range:
         """This rank's contiguous part of `count` pieces of work; sizes differ by one at most."""
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
@@ -601,27 +655,52 @@ class Ranks:
             # aborts: 5 of 11 runs with torch 2.11. Who drops the last reference to a group waits for its thread.
             object.__setattr__(self, "control", None)
         elif self.world > 1:
-            if is_first_to_fail(self.env):
-                print(describe(problem), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a closed console
+                if is_first_to_fail(self.env):
+                    print(describe(problem), file=sys.stderr, flush=True)
             os._exit(1)
+
+
+def launch_numbers(env: Mapping[str, str]) -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK of a launcher such as torchrun; without them this is rank 0 of 1."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: env[name].strip() for name in names if env.get(name, "").strip()}
+    if not given:
+        return 0, 1, 0
+    if given.get("WORLD_SIZE", "") not in ("", "1"):
+        names += ("MASTER_ADDR", "MASTER_PORT")
+    remedy = "torchrun sets all of them; unset them for a run of one process"
+    if missing := [name for name in names if not env.get(name, "").strip()]:
+        raise UserError(f"{' '.join(f'{n}={v}' for n, v in given.items())} without {' '.join(missing)}: {remedy}")
+    wrong = [name for name in names if name != "MASTER_ADDR" and not re.fullmatch(r"[0-9]{1,9}", env[name].strip())]
+    if wrong:
+        raise UserError(f"{' '.join(f'{name}={env[name]!r}' for name in wrong)}: not a whole number; {remedy}")
+    rank, world, local_rank = (int(env[name]) for name in names[:3])
+    if rank >= world or ("MASTER_PORT" in names and int(env["MASTER_PORT"]) not in range(1, 65_536)):
+        pairs = " ".join(f"{name}={env[name]}" for name in names)
+        raise UserError(f"{pairs}: RANK must be below WORLD_SIZE, MASTER_PORT from 1 to 65535; {remedy}")
+    return rank, world, local_rank
 
 
 def is_first_to_fail(env: Mapping[str, str]) -> bool:
     """Whether no other rank has asked this yet; torchrun keeps the store that counts, so it outlives every rank."""
-    if int(env.get("WORLD_SIZE", "1")) == 1:
-        return True
     try:
+        if launch_numbers(env)[1] == 1:
+            return True
         patience = timedelta(seconds=5)
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=patience)
         return store.add(f"failed/{env.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
-    except (RuntimeError, KeyError):  # no torchrun: rank 0 kept the store and has gone, or there is none
+    except (RuntimeError, UserError):  # no torchrun: rank 0 kept the store and has gone, or there is none
         return True
 
 
 def describe(problem: BaseException) -> str:
     """One line for what can happen to a sound script; the traceback for anything else."""
-    if isinstance(problem, UserError):
+    if isinstance(problem, UserError | Interrupted):
         return f"error: {problem}"
+    if isinstance(problem, torch.OutOfMemoryError):
+        return f"error: {str(problem).splitlines()[0][:200]} Raise GRAD_ACCUM_STEPS, or lower TRAIN_BATCH_TOKENS, " \
+               "VAL_BATCH_SIZE or TTT_BATCH_SIZE; RESUME=1 goes on from the last checkpoint"  # fmt: skip
     if isinstance(problem, RuntimeError) and "/gloo/" in str(problem):
         what = str(problem).split("] ", 1)[-1].split(". ")[0]
         return f"error: another rank has ended or does not answer: {what}; the launcher's report names it"
@@ -674,71 +753,272 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-class Log:
-    """The run's record: logs/<RUN_ID>.txt, the seed logs that a submission ships, and a JSON line stream.
+def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
+    """Write a file through a temporary name: it is whole or the older one. UserError where that fails.
 
-    Only rank 0 writes; every line is flushed, so that a killed machine loses nothing.
+    A folder that has vanished is made again.
+    """
+    partial_path = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path.write_bytes(blob)
+        partial_path.replace(path)
+    except OSError as problem:
+        with contextlib.suppress(OSError):
+            partial_path.unlink(missing_ok=True)
+        room = f"{len(blob)} bytes to write"
+        with contextlib.suppress(OSError):
+            room += f", {shutil.disk_usage(path.parent).free} free"
+        raise UserError(f"{variable}={path}: {problem.strerror}, {room}; make room or take another disk") from None
+
+
+class Claim:
+    """The files that a run writes, locked for its lifetime: no two runs share one, and nothing finished is replaced.
+
+    The lock is on a hidden file beside each, which the system releases when the process dies. Its time of change tells
+    a run that is resumed when the killed one began its last step.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        """Try every path and lock it; UserError names what is in the way before anything is lost."""
+        self.locks: dict[Path, int] = {}
+        self.last_beat: float | None = None  # of the run that held the weights before
+        try:
+            for variable, path in cfg.outputs.items():
+                self.lock(variable, path, cfg)
+            refuse_to_replace(cfg)
+        except UserError:
+            self.release()
+            raise
+
+    def lock(self, variable: str, path: Path, cfg: Config) -> None:
+        """Take the lock beside `path`, which also shows that files can be made there."""
+        name = path.with_name(f".{path.name}.lock")
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "is a folder")
+            name.parent.mkdir(parents=True, exist_ok=True)
+            beat = name.stat().st_mtime if name.exists() else None
+            handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not name.exists() or not os.path.samestat(os.fstat(handle), name.stat()):  # its owner ended just now
+                os.close(handle)
+                return self.lock(variable, path, cfg)
+        except BlockingIOError:
+            owner = os.read(handle, 200).decode(errors="replace")
+            os.close(handle)
+            raise UserError(f"{variable}={path}: {owner or 'another run'} writes it now; set another one") from None
+        except OSError as problem:
+            raise UserError(f"{variable}={path}: cannot be written ({problem.strerror}); set another one") from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {platform.node()}, RUN_ID={cfg.run_id},".encode())
+        self.locks[name] = handle
+        self.last_beat = beat if variable == "WEIGHTS_PATH" else self.last_beat
+
+    def beat(self) -> None:
+        """Note the time, at the start of a step; costs a microsecond."""
+        with contextlib.suppress(OSError):
+            os.utime(next(reversed(self.locks.values())))
+
+    def release(self) -> None:
+        """Give the locks back; removed while held, so that who comes next makes a file of their own."""
+        for name, handle in self.locks.items():
+            with contextlib.suppress(OSError):
+                name.unlink()
+            os.close(handle)
+        self.locks = {}
+
+
+FILE_MARKS = {"ARTIFACT_PATH": b"PGOLF", "WEIGHTS_PATH": b"PK"}  # how the files begin that this script writes
+
+
+def refuse_to_replace(cfg: Config) -> None:
+    """UserError if the run would replace weights, an artifact, a log with steps or scores, or a file of another kind."""
+    taken = []
+    for variable, path in cfg.outputs.items():
+        if variable == "RUN_ID":
+            events = path.with_suffix(".jsonl")
+            is_taken = events.is_file() and re.search(rb'"event": "(train|score)"', events.read_bytes())
+        else:
+            is_taken = path.exists()
+            if is_taken and path.open("rb").read(8)[: len(FILE_MARKS[variable])] != FILE_MARKS[variable]:
+                raise UserError(f"{variable}={path}: not a file that a run has written; set another one or remove it")
+        taken += [f"{variable}={cfg.run_id if variable == 'RUN_ID' else path}"] if is_taken else []
+    if taken and not (cfg.overwrite or cfg.resume):
+        raise UserError(f"{' '.join(taken)}: an earlier run left its files there. Set another one, OVERWRITE=1 to replace "
+                        "them, or RESUME=1 to go on with a training run")  # fmt: skip
+
+
+class Log:
+    """The run's record: console, logs/<RUN_ID>.txt, and a JSON line stream. Only rank 0 writes, every line at once.
+
+    What cannot be written any more (disk full, console closed) is given up with one warning on the others: it must not
+    end a paid run. The lines are also kept, for the seed logs of a submission, which are written when a run has ended
+    well, and for a log folder that vanished.
     """
 
     def __init__(self, cfg: Config, enabled: bool) -> None:
-        self.enabled, self.files, self.streams = enabled, [], []
-        if not enabled:
-            return
-        Path("logs").mkdir(exist_ok=True)
-        names = [f"logs/{cfg.log_name}.txt"]
-        if cfg.log_name == cfg.run_id:
-            names += [f"train_seed{cfg.seed}.log"] + ["train.log"] * (cfg.seed == 1337)
-        self.files = [open(name, "wb", buffering=0) for name in names]
-        self.streams = [open(f"logs/{cfg.log_name}.jsonl", "wb", buffering=0)]
+        self.cfg, self.enabled, self.console = cfg, enabled, True
+        self.paths = {kind: Path(f"logs/{cfg.log_name}.{kind}") for kind in ("txt", "jsonl")} if enabled else {}
+        self.files = {kind: open(path, "ab" if cfg.resume else "wb", buffering=0) for kind, path in self.paths.items()}
+        self.lines = {kind: bytearray(path.read_bytes()) for kind, path in self.paths.items()}
 
     def __call__(self, text: str, console: bool = True) -> None:
-        if self.enabled and console:
+        self.write("txt", text)
+        if not (self.enabled and self.console and console):
+            return
+        try:
             print(text, flush=True)
-        self.write(self.files, text)
+        except (OSError, ValueError) as problem:
+            self.console = False
+            if sys.stdout is sys.__stdout__:  # or what is buffered fails again when the interpreter ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self(f"WARNING: the console takes no more lines ({problem}); the log goes on in {self.paths['txt']}")
 
     def event(self, event: str, /, **values: Any) -> None:
         """One JSON object for tools; the text line beside it is for people."""
-        self.write(self.streams, json.dumps({"event": event, **values}))
+        self.write("jsonl", json.dumps({"event": event, **values}))
 
-    def write(self, files: list[io.FileIO], line: str) -> None:
-        """Append a line; a file that cannot be written (disk full) is given up, which must not end a paid run."""
-        for file in [*files]:
+    def write(self, kind: str, line: str) -> None:
+        """Append a line to a file, if it still takes any."""
+        if not self.enabled:
+            return
+        data = line.encode(errors="backslashreplace") + b"\n"
+        self.lines[kind] += data
+        try:
+            if kind in self.files:
+                self.files[kind].write(data)
+        except OSError as problem:
+            self.files.pop(kind)
+            self(f"WARNING: {self.paths[kind]}: {problem.strerror}; its lines are kept in memory until the end")
+
+    def close(self, ended_well: bool) -> None:
+        """Write again what its folder has lost, and after a good training run the logs that submissions ship."""
+        wanted = {path: self.lines[kind] for kind, path in self.paths.items()
+                  if kind not in self.files or not path.exists()}  # fmt: skip
+        if ended_well and self.enabled and self.cfg.log_name == self.cfg.run_id:
+            names = [f"train_seed{self.cfg.seed}.log"] + ["train.log"] * (self.cfg.seed == 1337)
+            wanted |= {Path(name): self.lines["txt"] for name in names}
+        for path, blob in wanted.items():
             try:
-                file.write(line.encode() + b"\n")
-            except OSError as problem:
-                files.remove(file)
-                print(f"WARNING: {file.name}: {problem.strerror}; its lines are on the console only", flush=True)
-
-    def close(self) -> None:
-        for file in [*self.files, *self.streams]:
+                write_whole(path, blob, "log")
+            except UserError as problem:
+                self(f"WARNING: {problem}")
+        for file in self.files.values():
             file.close()
+
+
+STUCK_SECONDS = 15  # for a step to end after SIGTERM; torchrun sends SIGKILL after 30
+
+
+class Signals:
+    """Signals that end a run, from users, schedulers and closing terminals.
+
+    In the training loop they are noted, and the loop saves and ends at its next step; elsewhere `Interrupted` is raised
+    at once. A signal that was ignored when the process began (nohup) stays ignored.
+    """
+
+    NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+    def __init__(self, cfg: Config, log: Log, ranks: Ranks) -> None:
+        self.cfg, self.log, self.ranks = cfg, log, ranks
+        self.noted: list[str] = []
+        self.is_deferred, self.answered = False, threading.Event()
+        self.terminals = [handle for handle in (0, 1, 2) if os.isatty(handle)]
+
+    def handle(self, number: int, _: Any) -> None:
+        """Note a signal, or raise it. The hangup of a terminal that is gone ends nothing: only lines are lost."""
+        name = signal.Signals(number).name
+        if name == "SIGHUP" and self.terminals and not any(map(os.isatty, self.terminals)):
+            self.log("WARNING: SIGHUP: the terminal is gone; the run goes on", console=False)
+            return
+        self.noted.append(name)
+        if not self.is_deferred or self.noted.count("SIGINT") > 1:
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """Raise what was noted; the message says what goes on from here."""
+        self.answered.set()
+        path = self.cfg.weights_file
+        saved = "" if self.cfg.eval_only or not path.exists() else f"; RESUME=1 goes on from {path}"
+        raise Interrupted(f"{self.noted[0]}: stopped{saved}")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[list[str]]:
+        """Inside, signals are noted in the list; one that nobody has answered is raised at the end."""
+        self.is_deferred = True
+        yield self.noted
+        self.is_deferred = False
+        if self.noted:
+            self.interrupt()
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator["Signals"]:
+        """Take the signals over from Python; a thread that cannot (only the main one can) leaves them as they are."""
+        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        usual = {n: signal.signal(n, self.handle) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+        readable, writable = os.pipe()
+        os.set_blocking(writable, False)
+        usual_pipe = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+        threading.Thread(target=self.end_when_stuck, args=(readable,), daemon=True).start()
+        try:
+            yield self
+        finally:
+            self.answered.set()
+            signal.set_wakeup_fd(usual_pipe)
+            os.close(writable)
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+
+    def end_when_stuck(self, pipe: int) -> None:
+        """End this process, with a message, where nothing has answered a SIGTERM for STUCK_SECONDS.
+
+        A rank that waits on its GPU for a lost peer runs no handler; this thread hears of signals through a pipe.
+        """
+        with open(pipe, "rb", buffering=0) as numbers:
+            while (number := numbers.read(1)) and number[0] != signal.SIGTERM:
+                pass
+        if number and not self.answered.wait(STUCK_SECONDS):
+            what = f"no step ended within {STUCK_SECONDS} s of SIGTERM"
+            problem = UserError(f"another rank has ended or does not answer: {what}; the launcher's report names it")
+            self.log(describe(problem), console=False)
+            self.ranks.close(problem)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What every stage needs: configuration, ranks, log, and the ledger of time spent."""
+    """What every stage needs: configuration, ranks, log, signals, files, and the ledger of time spent."""
 
     cfg: Config
     ranks: Ranks
     log: Log
     ledger: list[tuple[str, str, float]]  # (budget, phase, seconds)
+    signals: Signals | None = None
+    claim: Claim | None = None  # rank 0's
 
     @classmethod
     @contextlib.contextmanager
     def start(cls, cfg: Config, env: Mapping[str, str]) -> Iterator["Runtime"]:
-        """Start ranks and log, write the header, and close both whatever happens."""
+        """Start ranks, claim the files, open the log and write its header; close all of them whatever happens."""
         ranks = Ranks.start(cfg, env)
-        for path in (cfg.artifact_file, cfg.weights_file) if ranks.is_main else ():
-            path.parent.mkdir(parents=True, exist_ok=True)  # a missing folder must not cost a finished run
-        log = Log(cfg, enabled=ranks.is_main)
-        run = cls(cfg, ranks, log, [])
+        log, claim = Log(cfg, enabled=False), None
         try:
-            log_header(run)
-            yield run
+            if ranks.is_main:
+                claim = Claim(cfg)
+                log = Log(cfg, enabled=True)
+            with Signals(cfg, log, ranks).handled() as signals:
+                run = cls(cfg, ranks, log, [], signals, claim)
+                log_header(run)
+                yield run
         finally:
             if problem := sys.exc_info()[1]:
                 log(describe(problem), console=False)
-            log.close()
+            log.close(ended_well=problem is None)
+            if claim:
+                claim.release()
             ranks.close(problem)
 
     @contextlib.contextmanager
@@ -757,7 +1037,7 @@ def log_header(run: Runtime) -> None:
     """Source with its sha256, versions, and every hyperparameter with where it came from."""
     cfg, log, source = run.cfg, run.log, Path(__file__).read_bytes()
     if run.ranks.is_main:
-        Path(f"logs/{cfg.log_name}.py").write_bytes(source)  # beside the log: tools that grep it must not hit code
+        write_whole(Path(f"logs/{cfg.log_name}.py"), source, "log")  # beside it: tools that grep a log must not hit code
     log(f"source: sha256:{hashlib.sha256(source).hexdigest()} bytes:{len(source)} copy:logs/{cfg.log_name}.py")
     log(f"Running Python {sys.version.split()[0]} PyTorch {torch.__version__} command: {' '.join(sys.argv)}")
     device = run.ranks.device
@@ -794,31 +1074,65 @@ def log_ledger(run: Runtime) -> None:
 # ----------------------------------------------------------------------------------------------
 # 3. Data
 # ----------------------------------------------------------------------------------------------
-# Shards are 256 little-endian int32 (magic, version, token count, zeros) and then that many uint16
-# tokens. Every document starts with BOS; documents run across shard borders. A batch is a pure
+# Shards are 256 little-endian int32 (magic, version, token count, the SHA-256 of the tokenizer's file or zeros, zeros)
+# and then that many uint16 tokens. Every document starts with BOS; documents run across shard borders. A batch is a pure
 # function of its number, so warm-up, restarts and any number of ranks see the same data.
+#
+# Nothing in a shard of the official sets says which tokenizer made it, and with a wrong one the bits per byte are wrong
+# by half without any other sign. So the text of validation documents is encoded again: the right tokenizer gives the same
+# tokens, another one at most 4% of them.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MICRO_BATCH_TOKENS = 98_304  # one GPU's share of the record batch: 786,432 over 8; fits 80 GB with room
 
 
-def read_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard as a read-only uint16 memory map, after checks of magic, version and length."""
-    header = np.fromfile(path, dtype="<i4", count=256)
+class Shard(NamedTuple):
+    """A checked shard: its file, tokens in it, and the tokenizer's SHA-256 as hex ("" where the builder noted none)."""
+
+    path: Path
+    count: int
+    tokenizer: str
+
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """`count` tokens, uint16. Read, not mapped: a mapped file that shrinks kills the process (SIGBUS)."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                blob = os.pread(file.fileno(), 2 * count, SHARD_HEADER_BYTES + 2 * offset)
+        except OSError as problem:
+            raise UserError(f"{self.path}: {problem.strerror}; fetch it again") from None
+        if len(blob) != 2 * count:
+            raise UserError(f"{self.path}: has become shorter since the run began; fetch it again")
+        return np.frombuffer(blob, "<u2")
+
+
+def open_shard(path: Path) -> Shard:
+    """The shard at `path` after checks of magic, version and length."""
+    try:
+        header, size = np.fromfile(path, dtype="<i4", count=256), path.stat().st_size
+    except OSError as problem:
+        raise UserError(f"{path}: {problem.strerror}; fetch it again") from None
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"{path}: not a token shard (magic, version: {header[:2].tolist()}, expected "
                         f"{[SHARD_MAGIC, SHARD_VERSION]}); fetch or build it again")  # fmt: skip
-    count, size = int(header[2]), path.stat().st_size
+    count = int(header[2])
     if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
         raise UserError(f"{path}: header promises {count} tokens, {SHARD_HEADER_BYTES + 2 * count} bytes, but the file "
                         f"has {size} bytes; it is truncated or damaged: fetch it again")  # fmt: skip
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+    return Shard(path, count, header[3:11].tobytes().hex() if header[3:11].any() else "")
 
 
 def shard_paths(cfg: Config, split: str) -> list[Path]:
-    """Shards of a split in name order; byte sidecars (fineweb_val_bytes_*) are not token shards."""
-    paths = [p for p in sorted(cfg.shard_folder.glob(f"fineweb_{split}_*.bin")) if "_bytes_" not in p.name]
-    if not paths:
+    """Shards of a split in order: numbered from 0 without a gap, and no file beside them that is nearly one.
+
+    `split` may be "val_bytes": the byte sidecars, of which there may be none.
+    """
+    found = sorted(cfg.shard_folder.glob(f"fineweb_{split}_*"))
+    paths = [path for path in found if split == "val_bytes" or "_bytes_" not in path.name]
+    for number, path in enumerate(paths):
+        if path.name != f"fineweb_{split}_{number:06d}.bin":
+            raise UserError(f"DATA_PATH={cfg.shard_folder}: found {path.name} where fineweb_{split}_{number:06d}.bin should "
+                            "be; fetch what is missing, move away what is not a shard")  # fmt: skip
+    if not paths and split != "val_bytes":
         raise UserError(
             f"DATA_PATH={cfg.shard_folder}: no fineweb_{split}_*.bin there; get them with "
             f"`python3 data/cached_challenge_fineweb.py --variant sp{cfg.vocab_size}` or set DATA_PATH to your folder"
@@ -830,20 +1144,19 @@ class TokenStream:
     """All shards of a split as one endless stream of tokens."""
 
     def __init__(self, cfg: Config, split: str) -> None:
-        self.paths, self.vocab_size = shard_paths(cfg, split), cfg.vocab_size
-        self.shards = [read_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.shards, self.vocab_size = [open_shard(path) for path in shard_paths(cfg, split)], cfg.vocab_size
+        self.ends = np.cumsum([shard.count for shard in self.shards])
         self.total = int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start`, wrapping round at the end; int64."""
         pieces, position = [], start % self.total
         while count > 0:
-            shard = int(np.searchsorted(self.ends, position, side="right"))
-            offset = position - (int(self.ends[shard]) - len(self.shards[shard]))
-            piece = self.shards[shard][offset : offset + count]
+            index = int(np.searchsorted(self.ends, position, side="right"))
+            shard = self.shards[index]
+            piece = shard.read(shard.count - int(self.ends[index]) + position, min(count, int(self.ends[index]) - position))
             if int(piece.max()) >= self.vocab_size:
-                raise UserError(f"{self.paths[shard]}: token {piece.max()}, set VOCAB_SIZE={self.vocab_size} higher")
+                raise UserError(f"{shard.path}: token {piece.max()}, set VOCAB_SIZE={self.vocab_size} higher")
             pieces.append(piece)
             count -= len(piece)
             position = (position + len(piece)) % self.total
@@ -857,8 +1170,8 @@ class BatchShape(NamedTuple):
     sequences: int
 
 
-def batch_shape(cfg: Config, world: int) -> BatchShape:
-    """Fewest micro-steps that keep a rank's micro-batch within 98,304 tokens; UserError where nothing divides."""
+def batch_shape(cfg: Config, world: int, most: int = MICRO_BATCH_TOKENS) -> BatchShape:
+    """Fewest micro-steps that keep a rank's micro-batch within `most` tokens; UserError where nothing divides."""
     unit = world * cfg.train_seq_len * max(cfg.grad_accum_steps, 1)
     if cfg.train_batch_tokens % unit or cfg.train_batch_tokens < unit:
         below = cfg.train_batch_tokens // unit * unit
@@ -868,8 +1181,8 @@ def batch_shape(cfg: Config, world: int) -> BatchShape:
             f"{world} x {cfg.train_seq_len} x {cfg.grad_accum_steps or 'auto'}; nearest valid: {valid}"
         )
     per_rank = cfg.train_batch_tokens // (world * cfg.train_seq_len)
-    most = max(MICRO_BATCH_TOKENS // cfg.train_seq_len, 1)
-    auto = next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= most)
+    sequences = max(most // cfg.train_seq_len, 1)
+    auto = next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= sequences)
     accum = cfg.grad_accum_steps or auto
     return BatchShape(accum, per_rank // accum)
 
@@ -883,9 +1196,10 @@ class Loader:
     for any number of ranks (sequential: for equal ranks x micro-steps, as in the official script).
     """
 
-    def __init__(self, run: Runtime) -> None:
+    def __init__(self, run: Runtime, most: int = MICRO_BATCH_TOKENS) -> None:
+        """`most` tokens in a micro-batch."""
         cfg = run.cfg
-        self.cfg, self.ranks, self.shape = cfg, run.ranks, batch_shape(cfg, run.ranks.world)
+        self.cfg, self.ranks, self.shape = cfg, run.ranks, batch_shape(cfg, run.ranks.world, most)
         self.stream = TokenStream(cfg, "train")
         self.windows = (self.stream.total - cfg.train_seq_len) // cfg.train_seq_len
         if self.windows < 1:
@@ -920,11 +1234,23 @@ class Loader:
         pair = pair.pin_memory() if self.ranks.device.type == "cuda" else pair
         return pair[0], pair[1]
 
+    def request(self, number: int) -> Future:
+        """`batch(number)`, begun in the background."""
+        if number not in self.ahead:
+            self.ahead[number] = self.worker.submit(self.batch, number)
+        return self.ahead[number]
+
+    def fault(self, step: int) -> UserError | None:
+        """Why a step's micro-batches cannot be had, once they have been read; None where they can."""
+        numbers = range(step * self.shape.accum, (step + 1) * self.shape.accum)
+        problems = (future.exception() for future in [self.request(number) for number in numbers])
+        return next((problem for problem in problems if isinstance(problem, UserError)), None)
+
     def fetch(self, number: int) -> tuple[Tensor, Tensor]:
         """`batch(number)` on the device; the next one is read meanwhile."""
-        wanted = self.ahead.get(number) or self.worker.submit(self.batch, number)
-        self.ahead = {number + 1: self.worker.submit(self.batch, number + 1)}
-        inputs, targets = wanted.result()
+        inputs, targets = self.request(number).result()
+        self.ahead = {n: future for n, future in self.ahead.items() if n > number}
+        self.request(number + 1)
         device = self.ranks.device
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
@@ -940,20 +1266,21 @@ class ByteTable:
         """Load the tokenizer at `path`; UserError unless it fits VOCAB_SIZE and has a piece for a space."""
         try:
             sentencepiece = importlib.import_module("sentencepiece")
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            model = path.read_bytes()
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except ImportError:
             raise UserError("the tokenizer needs the package sentencepiece: pip install -r requirements.txt") from None
         except (OSError, RuntimeError) as error:
             raise UserError(f"TOKENIZER_PATH={path}: {str(error)[:200]}; the downloader in data/ fetches it") from None
         pieces = self.pieces
-        if pieces.vocab_size() > vocab_size:
+        if pieces.vocab_size() != vocab_size:
             raise UserError(f"TOKENIZER_PATH={path} has {pieces.vocab_size()} pieces but VOCAB_SIZE={vocab_size}")
         if pieces.piece_to_id("\u2581") == pieces.unk_id():
             raise UserError(f"TOKENIZER_PATH={path} has no piece for a single space: byte counts would be wrong by 20%")
-        self.path, self.bos_id = path, pieces.bos_id()
+        self.path, self.bos_id, self.sha256 = path, pieces.bos_id(), hashlib.sha256(model).hexdigest()
         self.base = np.zeros(vocab_size, np.int32)
         self.has_space, self.is_boundary = np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
-        for token in range(pieces.vocab_size()):
+        for token in range(vocab_size):
             if pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_unused(token):
                 continue
             text = pieces.id_to_piece(token)
@@ -968,18 +1295,56 @@ class ByteTable:
         counts[0] = 0
         return counts
 
-    def self_test(self, tokens: np.ndarray) -> int:
-        """Compare the counts of whole documents with their decoded text; returns the documents compared."""
-        starts = np.flatnonzero(tokens == self.bos_id)
-        documents = [tokens[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
-        whole = [d for d in documents if not np.any(d == self.pieces.unk_id())]
-        for number, document in enumerate(whole):
-            text = self.pieces.decode([t for t in document.tolist() if not self.is_boundary[t]])
-            counted, actual = int(self.count(document).sum()), len(text.encode())
-            if counted != actual:
-                where = f"{self.path}: validation document {number}"
-                raise UserError(f"{where} has {actual} bytes decoded, {counted} counted: not the shards' tokenizer")
-        return len(whole)
+    def passages(self, tokens: np.ndarray) -> list[slice]:
+        """Where the text of each document stands in `tokens`, up to the word before the first piece that is no text.
+
+        The last document may go on after `tokens`, and so also ends with a word.
+        """
+        found, starts = [], np.flatnonzero(tokens == self.bos_id)
+        for start, end in zip(starts + 1, [*starts[1:], len(tokens)], strict=True):
+            others = np.flatnonzero(self.is_boundary[tokens[start:end]])
+            if len(others) or end == len(tokens):
+                words = np.flatnonzero(self.has_space[tokens[start : start + others[0] if len(others) else end]])
+                end = start + (words[-1] if len(words) else 0)
+            found.append(slice(start, end))
+        return [place for place in found if place.stop > place.start]
+
+    def same_tokens(self, tokens: np.ndarray, text: str) -> int:
+        """How many of `tokens` come again when `text` is encoded: those before the first difference and after the last."""
+        again = np.array(self.pieces.encode(text), np.int64)
+        length = min(len(tokens), len(again))
+        head = np.flatnonzero(tokens[:length] != again[:length])
+        tail = np.flatnonzero(tokens[::-1][:length] != again[::-1][:length])
+        return min(sum(int(places[0]) if len(places) else length for places in (head, tail)), len(tokens))
+
+    def self_test(self, tokens: np.ndarray, sidecar: np.ndarray | None) -> str:
+        """UserError unless this is the tokenizer of `tokens`; says in words what was compared.
+
+        Text encoded again gives the same tokens. The table counts its bytes exactly; the counts of a sidecar (n,) are
+        those of the text without case marks (private-use characters), but for letters whose cases differ in length.
+        """
+        where, places = f"TOKENIZER_PATH={self.path}: not the tokenizer of these shards", self.passages(tokens)
+        same, plain = 0, 0
+        for number, place in enumerate(places):
+            text = self.pieces.decode(tokens[place].tolist())
+            same += self.same_tokens(tokens[place], text)
+            plain += len(re.sub("[\ue000-\uf8ff]", "", text).encode())
+            counted, actual = int(self.count(np.append(self.bos_id, tokens[place])).sum()), len(text.encode())
+            if counted != actual and sidecar is None:
+                raise UserError(f"{where}: validation document {number} has {actual} bytes decoded, {counted} counted")
+        total = sum(place.stop - place.start for place in places)
+        share = same / max(total, 1)
+        if share < SAME_TOKENS:
+            raise UserError(f"{where}: of {total} validation tokens {share:.1%} come again when their text is encoded")
+        if sidecar is None:
+            return f"bytes exact on {len(places)} documents, {share:.2%} of {total} tokens the same when encoded again"
+        noted = sum(int(sidecar[place].sum()) for place in places)
+        if abs(noted - plain) > 0.01 * plain:
+            raise UserError(f"the byte sidecar counts {noted} bytes where the text has {plain}; fetch it again")
+        return f"bytes by sidecar, {share:.2%} of {total} tokens the same when encoded again"
+
+
+SAME_TOKENS = 0.9  # least share; right tokenizers reach 1.0 on documents without unknown pieces, wrong ones 0.04
 
 
 @dataclass(frozen=True)
@@ -989,38 +1354,61 @@ class ValidationSet:
     tokens: Tensor
     token_bytes: Tensor
     bos_id: int
+    identity: dict[str, str]  # SHA-256, in hex, of the tokenizer's file and of tokens and bytes
 
     @property
     def targets(self) -> int:
         return len(self.tokens) - 1
 
 
+# The official validation splits, 50,000 documents each: tokens -> (variant, bytes of text); CaseOps' bytes to within 1.
+OFFICIAL_SETS = {
+    62_021_846: ("sp1024", 151_080_891),
+    40_540_803: ("sp8192", 151_080_891),
+    47_853_344: ("sp8192_lossless_caps_caseops_v1_reserved", 151_080_645),
+}
+
+
+def check_tokenizer(stream: TokenStream, table: ByteTable) -> None:
+    """UserError where a shard notes another tokenizer than the one in hand."""
+    for shard in stream.shards:
+        if shard.tokenizer not in ("", table.sha256):
+            raise UserError(f"TOKENIZER_PATH={table.path} (sha256 {table.sha256[:16]}): {shard.path} was built with another "
+                            f"tokenizer, sha256 {shard.tokenizer[:16]}; set that one or fetch the shards again")  # fmt: skip
+
+
 def load_validation(run: Runtime) -> ValidationSet:
     """Validation tokens and their byte counts (from the sidecar where there is one), checked and logged."""
     cfg, log = run.cfg, run.log
-    table = ByteTable(cfg.tokenizer_file, cfg.vocab_size)
-    stream = TokenStream(cfg, "val")
+    table, stream = ByteTable(cfg.tokenizer_file, cfg.vocab_size), TokenStream(cfg, "val")
+    check_tokenizer(stream, table)
     tokens = stream.read(0, stream.total)
     documents = int((tokens == table.bos_id).sum())
     if not documents:
         raise UserError(f"{cfg.shard_folder}: no BOS (id {table.bos_id}) in the validation set; build the shards again")
     if stream.total <= cfg.eval_len:
         raise UserError(f"{cfg.shard_folder}: {stream.total} validation tokens; lower EVAL_SEQ_LEN={cfg.eval_len}")
-    sidecars = sorted(cfg.shard_folder.glob("fineweb_val_bytes_*.bin"))
-    if sidecars:
-        counts = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int32)
-        source, tested = "sidecar", 0
-    else:
-        tested = table.self_test(tokens[:300_000])
-        counts, source = table.count(tokens), f"byte table (exact on {tested} decoded documents)"
-    if len(counts) != len(tokens):
-        raise UserError(f"{sidecars[0]}: {len(counts)} byte counts for {len(tokens)} tokens; fetch both again")
-    log.event("data", split="val", tokens=len(tokens), documents=documents, bytes=int(counts[1:].sum()))
+    sidecars = [open_shard(path) for path in shard_paths(cfg, "val_bytes")]
+    counts = np.concatenate([s.read(0, s.count) for s in sidecars]).astype(np.int32) if sidecars else None
+    if sidecars and len(counts) != len(tokens):
+        raise UserError(f"{sidecars[0].path}: {len(counts)} byte counts for {len(tokens)} tokens; fetch both again")
+    tested = table.self_test(tokens[:300_000], counts if counts is None else counts[:300_000])
+    counts = table.count(tokens) if counts is None else counts
+    total = int(counts[1:].sum())
+    official = OFFICIAL_SETS.get(len(tokens), ("", total))
+    if abs(total - official[1]) > 1:
+        raise UserError(f"{cfg.shard_folder}: {total} bytes in {len(tokens)} tokens; {official[0]} has {official[1]}: the "
+                        "shards, the sidecar or the tokenizer are not the official ones; fetch them again")  # fmt: skip
+    digest = hashlib.sha256(tokens.astype("<u2").tobytes() + counts.astype("<u2").tobytes()).hexdigest()
+    identity = {"tokenizer_sha256": table.sha256, "val_sha256": digest}
+    log.event("data", split="val", tokens=len(tokens), documents=documents, bytes=total, **identity)
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_file}")
     log(f"val_loader:shards pattern={cfg.shard_folder}/fineweb_val_*.bin tokens:{len(tokens)}")
-    log(f"val_tokens: {len(tokens)} val_documents: {documents} val_bytes: {int(counts[1:].sum())} by {source}")
+    log(f"val_tokens: {len(tokens)} val_documents: {documents} val_bytes: {total} ({official[0] or 'no official set'}; "
+        f"{tested})")  # fmt: skip
+    log(f"tokenizer_sha256:{table.sha256} val_sha256:{digest}")
     to_device = partial(torch.tensor, dtype=torch.int32, device=run.ranks.device)
-    return ValidationSet(to_device(tokens), to_device(counts), table.bos_id)
+    return ValidationSet(to_device(tokens), to_device(counts), table.bos_id, identity)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1680,6 +2068,7 @@ class GPT(nn.Module):
         self.cfg, self.bos_id, self.attend, self.parts = cfg, bos_id, attend, parts
         self.dtype, self.layers = compute_dtype(device), layer_specs(cfg)
         self.order = final_order(cfg)  # of the model as it is scored; training may still be on its way there
+        self.micro_batch = MICRO_BATCH_TOKENS  # tokens at most of a batch; `build_model` measures what the GPU holds
         generator_state = torch.random.get_rng_state()
         torch.manual_seed(cfg.seed)
         self.specs, self.rest_specs = bank_specs(cfg), rest_specs(cfg)
@@ -1851,6 +2240,41 @@ def compiled(cfg: Config, function: Callable) -> Callable:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
+def micro_batch_tokens(run: Runtime, model: GPT) -> int:
+    """Most tokens that a micro-batch may have on every rank's GPU: 98,304, or what the memory holds.
+
+    Two uncompiled micro-steps, of one and two sequences, tell what a token takes. It takes that twice: a phase is warmed
+    up while the CUDA graphs of those before it keep their memory. Evaluation, which has no gradients, takes less.
+    """
+    cfg, device, peaks = run.cfg, run.ranks.device, []
+    if device.type != "cuda":
+        return MICRO_BATCH_TOKENS
+    length, parameters = max(cfg.train_seq_len, cfg.eval_len), 4 * sum(p.numel() for p in model.parameters())
+    gpu = torch.cuda.get_device_properties(device).total_memory
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    limit = min(free, torch.cuda.memory.get_per_process_memory_fraction(device) * gpu) - torch.cuda.memory_allocated(device)
+    for rows in (1, 2):
+        ids = torch.arange(rows * length, device=device).view(rows, length) % cfg.vocab_size
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            model.nll(ids, ids, model.weights(False), final_order(cfg)).mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+        model.zero_grad()
+    each = max(peaks[1] - peaks[0], 1) / length
+    copies = 6 + cfg.lawa_k * cfg.lawa_enabled  # of the parameters: gradients, momentum, Adam's moments, averages, warm-up's copy
+    fixed = peaks[0] - each * length + copies * parameters + 2**30  # and a GiB for libraries
+    tokens = -int(run.ranks.agree(-(0.95 * limit - fixed) / (2 * each))[0])
+    if tokens < length / 2:
+        raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len}: a sequence takes {(fixed + each * length) / 2**30:.1f} GiB and the "
+                        f"GPU has {limit / 2**30:.1f} for it; lower TRAIN_SEQ_LEN, EVAL_SEQ_LEN, MODEL_DIM or NUM_LAYERS")
+    tokens = min(max(tokens, length), MICRO_BATCH_TOKENS)
+    run.log(f"micro_batch:{tokens} tokens at most, because a token takes {each / 2**10:.0f} KiB twice, the rest "
+            f"{fixed / 2**30:.1f} GiB, and {limit / 2**30:.1f} GiB are there")  # fmt: skip
+    return tokens
+
+
 def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
     """The model of `cfg` on this rank's device, with its parameter count in the log."""
     attend = choose_back_end(run, attention_back_ends(cfg), cfg.attn_backend)
@@ -1863,6 +2287,7 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
     run.log.event("model", parameters=count, mlp_hidden=cfg.hidden_dim)
     run.log(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} xsa_last_n:{cfg.xsa_last_n} "
             f"mlp_activation:{cfg.mlp_activation} hidden:{cfg.hidden_dim}")  # fmt: skip
+    model.micro_batch = micro_batch_tokens(run, model)
     return model
 
 
@@ -3196,7 +3621,7 @@ class Trainer:
 
     def __init__(self, run: Runtime, model: GPT) -> None:
         self.run, self.model = run, model
-        self.loader = Loader(run)
+        self.loader = Loader(run, model.micro_batch)
         self.graphs: dict[Phase, StepGraph] = {}
         self.optimizers = Optimizers(run.cfg, run.ranks, model)
         shape, cfg = self.loader.shape, run.cfg
@@ -3383,41 +3808,6 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
     return Trained(step, {name: value.detach().clone() for name, value in average.items()}, active)
 
 
-STUCK_SECONDS = 15  # for a step to end after SIGTERM; torchrun sends SIGKILL after 30
-
-
-@contextlib.contextmanager
-def sigterm_noted(run: Runtime) -> Iterator[list[int]]:
-    """Inside, SIGTERM (30 s before SIGKILL, as a rule) goes to the list instead of ending the process.
-
-    A rank that waits on its GPU for a lost peer runs no handler: `end_when_stuck` hears of signals through a pipe.
-    """
-    noted, ended, (readable, writable) = [], threading.Event(), os.pipe()
-    os.set_blocking(writable, False)
-    usual = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
-    usual_pipe = signal.set_wakeup_fd(writable)
-    threading.Thread(target=end_when_stuck, args=(run, readable, ended), daemon=True).start()
-    try:
-        yield noted
-    finally:
-        ended.set()
-        signal.set_wakeup_fd(usual_pipe)
-        os.close(writable)
-        signal.signal(signal.SIGTERM, usual)
-
-
-def end_when_stuck(run: Runtime, pipe: int, ended: threading.Event) -> None:
-    """End this process, with a message, where STUCK_SECONDS after SIGTERM the training loop has not `ended`."""
-    with open(pipe, "rb", buffering=0) as numbers:
-        while (number := numbers.read(1)) and number[0] != signal.SIGTERM:
-            pass
-    if number and not ended.wait(STUCK_SECONDS):
-        what = f"no step ended within {STUCK_SECONDS} s of SIGTERM"
-        problem = UserError(f"another rank has ended or does not answer: {what}; the launcher's report names it")
-        run.log(describe(problem), console=False)
-        run.ranks.close(problem)
-
-
 def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -3551,18 +3941,6 @@ def save_weights(run: Runtime, averager: Averager, steps: int) -> None:
         except UserError as problem:
             run.log(f"WARNING: weights of step {steps} not saved: {problem}")
     run.ranks.agree(0)
-
-
-def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
-    """Write a file through a temporary name: it is whole or the older one. UserError where that fails."""
-    partial_path = path.with_name(path.name + ".partial")
-    try:
-        partial_path.write_bytes(blob)
-        partial_path.replace(path)
-    except OSError as problem:
-        partial_path.unlink(missing_ok=True)
-        room = f"{len(blob)} bytes to write, {shutil.disk_usage(path.parent).free} free"
-        raise UserError(f"{variable}={path}: {problem.strerror}, {room}; make room or take another disk") from None
 
 
 def load_weights(run: Runtime, model: GPT) -> Trained:
@@ -4237,7 +4615,7 @@ def score_windows(
     score nothing.
     """
     length, device = run.cfg.eval_len, run.ranks.device
-    batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, MICRO_BATCH_TOKENS) // length)
+    batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, model.micro_batch) // length)
     filler = np.repeat([[0, 0, 0]], -len(windows) % batch, axis=0).reshape(-1, 3)
     plan = torch.from_numpy(np.concatenate([windows, filler])).to(device)
     offsets = torch.arange(length + 1, device=device)
