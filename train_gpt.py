@@ -38,12 +38,14 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -128,7 +130,7 @@ class Config:
     iterations: int = opt(20_000, "optimizer steps at most", group="Training length", low=1)
     max_wallclock_seconds: float = opt(600.0, "training, calibration and quantization, seconds (0: no limit)", low=0)
     train_batch_tokens: int = opt(786_432, "tokens per optimizer step over all ranks", low=1)
-    train_seq_len: int = opt(2048, "tokens per training sequence", low=2)
+    train_seq_len: int = opt(2048, "tokens per training sequence", low=2, high=2**20)
     short_seq_len: int = opt(1024, "tokens per sequence at first (0 or not below TRAIN_SEQ_LEN: never)", low=0)
     short_seq_frac: float = opt(0.6, "part of the run with SHORT_SEQ_LEN; loops end it earlier", low=0, high=1)
     grad_accum_steps: int = opt(0, "micro-steps per step (0: fewest with at most 98,304 tokens each)", low=0)
@@ -139,20 +141,20 @@ class Config:
     train_log_every: int = opt(200, "steps between training log lines (0: steps 1-10 only)", low=0)
     val_loss_every: int = opt(4000, "steps between validations (0: only after the last step)", low=0)
 
-    num_layers: int = opt(11, "transformer layers", group="Model", low=1)
-    model_dim: int = opt(512, "width of the residual stream", low=1)
+    num_layers: int = opt(11, "transformer layers", group="Model", low=1, high=1024)
+    model_dim: int = opt(512, "width of the residual stream", low=1, high=65_536)
     num_heads: int = opt(8, "query heads", low=1)
     num_kv_heads: int = opt(4, "key/value heads", low=1)
-    mlp_mult: float = opt(3.0, "MLP width over MODEL_DIM", low=0)
-    mlp_hidden: int = opt(0, "MLP width in units (0: MLP_MULT x MODEL_DIM)", low=0)
+    mlp_mult: float = opt(3.0, "MLP width over MODEL_DIM", low=0, high=1024)
+    mlp_hidden: int = opt(0, "MLP width in units (0: MLP_MULT x MODEL_DIM)", low=0, high=2**20)
     mlp_activation: str = opt("leaky_relu2", "MLP nonlinearity", choices="relu2 leaky_relu2 asqu")
     negative_slope: float = opt(0.5, "slope of leaky_relu2 below zero, before squaring")
     asqu_beta_init: float = opt(0.25, "initial negative-side factor of ASQU, per channel")
-    num_loops: int = opt(0, "extra passes over layers LOOP_START to LOOP_END (0: none)", low=0)
+    num_loops: int = opt(0, "extra passes over layers LOOP_START to LOOP_END (0: none)", low=0, high=64)
     loop_start: int = opt(3, "first looped layer, counted from 0", low=0)
     loop_end: int = opt(5, "last looped layer", low=0)
     enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0, high=1)
-    lora_rank: int = opt(0, "rank of each pass's own addition to looped matrices, from the start (0: none)", low=0)
+    lora_rank: int = opt(0, "rank of each pass's own addition to looped matrices, from the start (0: none)", low=0, high=65_536)
     logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
@@ -165,10 +167,10 @@ class Config:
     tied_embed_init_std: float = opt(0.005, "standard deviation of the initial token embedding", low=0)
     ortho_init: bool = opt(True, "orthogonal matrices at the start, else uniform +-1/sqrt(inputs)")
     smear_gate_enabled: bool = opt(True, "mix each token with the one before it, per channel; stops at BOS")
-    bigram_vocab_size: int = opt(2048, "buckets of the hashed bigram embedding (0: none)", low=0)
-    bigram_dim: int = opt(128, "width of the bigram embedding", low=1)
+    bigram_vocab_size: int = opt(2048, "buckets of the hashed bigram embedding (0: none)", low=0, high=2**24)
+    bigram_dim: int = opt(128, "width of the bigram embedding", low=1, high=65_536)
     ve_enabled: bool = opt(True, "shared value embedding added to the values of VE_LAYERS")
-    ve_dim: int = opt(128, "width of the value embedding", low=1)
+    ve_dim: int = opt(128, "width of the value embedding", low=1, high=65_536)
     ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
     value_residual: bool = opt(False, "mix each layer's values with those of the first layer")
     gated_attn_enabled: bool = opt(False, "sigmoid gate per head on the attention output")
@@ -330,7 +332,7 @@ class Config:
                 values[spec.name] = value
                 sources[spec.name] = source if spelled == name else f"{source} as {spelled}"
         cfg = cls(**values, sources=sources)
-        validate(cfg)
+        validate(cfg, model_rules, training_rules, evaluation_rules)
         return replace(cfg, run_id=cfg.run_id or str(uuid.uuid4()))
 
     def architecture(self) -> dict[str, Any]:
@@ -434,6 +436,7 @@ def check_names(mapping: Mapping[str, str], strict: bool) -> None:
     for name in sorted(set(mapping) - set(known)):
         if strict or (mapping[name] and is_meant_for_training(name, known)):
             near = difflib.get_close_matches(name, known, n=2, cutoff=0.84)
+            near = near or [longer for longer in known if longer.startswith(f"{name}_")][:2]
             found.append(f"{name}={mapping[name]}" + f" (did you mean {' or '.join(near)}?)" * bool(near))
     if found:
         raise UserError(f"no such variable{'s' * (len(found) > 1)}: {', '.join(found)}; python train_gpt.py --help lists "
@@ -532,7 +535,7 @@ def training_rules(cfg: Config) -> Rules:
         (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
-        (cfg.compressor_level <= CODECS.get(cfg.compressor, ("", "", -1))[2],
+        (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor][2],
          f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
     ]  # fmt: skip
 
@@ -564,9 +567,9 @@ def evaluation_rules(cfg: Config) -> Rules:
     ]  # fmt: skip
 
 
-def validate(cfg: Config) -> None:
+def validate(cfg: Config, *rule_sets: Callable[[Config], Rules]) -> None:
     """Check what involves several variables; messages name them with their values."""
-    for holds, message in itertools.chain(*(rules(cfg) for rules in (model_rules, training_rules, evaluation_rules))):
+    for holds, message in itertools.chain(*(rules(cfg) for rules in rule_sets)):
         if not holds:
             raise UserError(message)
 
@@ -860,6 +863,8 @@ class Log:
     def __init__(self, cfg: Config, enabled: bool) -> None:
         self.cfg, self.enabled, self.console = cfg, enabled, True
         self.paths = {kind: Path(f"logs/{cfg.log_name}.{kind}") for kind in ("txt", "jsonl")} if enabled else {}
+        if enabled:
+            Path("logs").mkdir(exist_ok=True)
         self.files = {kind: open(path, "ab" if cfg.resume else "wb", buffering=0) for kind, path in self.paths.items()}
         self.lines = {kind: bytearray(path.read_bytes()) for kind, path in self.paths.items()}
 
@@ -1249,7 +1254,7 @@ class Loader:
     def fetch(self, number: int) -> tuple[Tensor, Tensor]:
         """`batch(number)` on the device; the next one is read meanwhile."""
         inputs, targets = self.request(number).result()
-        self.ahead = {n: future for n, future in self.ahead.items() if n > number}
+        self.ahead = {n: future for n, future in self.ahead.items() if number < n <= number + self.shape.accum}
         self.request(number + 1)
         device = self.ranks.device
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
@@ -1273,10 +1278,10 @@ class ByteTable:
         except (OSError, RuntimeError) as error:
             raise UserError(f"TOKENIZER_PATH={path}: {str(error)[:200]}; the downloader in data/ fetches it") from None
         pieces = self.pieces
-        if pieces.vocab_size() != vocab_size:
-            raise UserError(f"TOKENIZER_PATH={path} has {pieces.vocab_size()} pieces but VOCAB_SIZE={vocab_size}")
         if pieces.piece_to_id("\u2581") == pieces.unk_id():
             raise UserError(f"TOKENIZER_PATH={path} has no piece for a single space: byte counts would be wrong by 20%")
+        if pieces.vocab_size() != vocab_size:
+            raise UserError(f"TOKENIZER_PATH={path} has {pieces.vocab_size()} pieces but VOCAB_SIZE={vocab_size}")
         self.path, self.bos_id, self.sha256 = path, pieces.bos_id(), hashlib.sha256(model).hexdigest()
         self.base = np.zeros(vocab_size, np.int32)
         self.has_space, self.is_boundary = np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
@@ -1354,7 +1359,7 @@ class ValidationSet:
     tokens: Tensor
     token_bytes: Tensor
     bos_id: int
-    identity: dict[str, str]  # SHA-256, in hex, of the tokenizer's file and of tokens and bytes
+    identity: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the tokenizer's file, of tokens and bytes
 
     @property
     def targets(self) -> int:
@@ -1369,9 +1374,9 @@ OFFICIAL_SETS = {
 }
 
 
-def check_tokenizer(stream: TokenStream, table: ByteTable) -> None:
+def check_tokenizer(shards: list[Shard], table: ByteTable) -> None:
     """UserError where a shard notes another tokenizer than the one in hand."""
-    for shard in stream.shards:
+    for shard in shards:
         if shard.tokenizer not in ("", table.sha256):
             raise UserError(f"TOKENIZER_PATH={table.path} (sha256 {table.sha256[:16]}): {shard.path} was built with another "
                             f"tokenizer, sha256 {shard.tokenizer[:16]}; set that one or fetch the shards again")  # fmt: skip
@@ -1381,7 +1386,8 @@ def load_validation(run: Runtime) -> ValidationSet:
     """Validation tokens and their byte counts (from the sidecar where there is one), checked and logged."""
     cfg, log = run.cfg, run.log
     table, stream = ByteTable(cfg.tokenizer_file, cfg.vocab_size), TokenStream(cfg, "val")
-    check_tokenizer(stream, table)
+    training = [] if cfg.eval_only else TokenStream(cfg, "train").shards
+    check_tokenizer([*stream.shards, *training], table)
     tokens = stream.read(0, stream.total)
     documents = int((tokens == table.bos_id).sum())
     if not documents:
@@ -3382,13 +3388,26 @@ class Optimizers:
         self.muon.finish(gathered, self.muon.as_tensor(self.cfg.matrix_lr * plan.lr_scale))
 
     def state_dict(self) -> dict[str, Any]:
-        """All optimizer state; a restore from it is bitwise."""
+        """All optimizer state of this rank; a restore from it is bitwise."""
         return {"muon": self.muon.state, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, buffer in self.muon.state.items():
-            buffer.copy_(state["muon"][name])
+        for mine, saved in zip(tensor_leaves(self.muon.state), tensor_leaves(state["muon"]), strict=True):
+            mine.copy_(saved)
         self.adam.load_state_dict(state["adam"])
+
+    def gathered_state(self) -> dict[str, Any]:
+        """`state_dict` with the momentum of all ranks' layers, for a checkpoint; every rank calls it."""
+        whole = [arrived(all_gather(self.ranks, shard))[: self.cfg.num_layers] for shard in tensor_leaves(self.muon.state)]
+        return {"muon": whole, "adam": self.adam.state_dict()}
+
+    def load_gathered_state(self, state: dict[str, Any]) -> None:
+        """Take this rank's part of a `gathered_state`."""
+        first = self.ranks.rank * self.muon.owned
+        own = [whole[first : first + self.muon.owned] for whole in state["muon"]]
+        padding = [self.muon.owned - len(part) for part in own]
+        own = [F.pad(part, (0, 0, 0, 0, 0, count)) for part, count in zip(own, padding, strict=True)]
+        self.load_state_dict({"muon": own, "adam": state["adam"]})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3559,6 +3578,16 @@ class Averager:
             best = [torch.stack(tensors).mean(0) for tensors in zip(*self.snapshots, strict=True)]
         return dict(zip(self.names, best, strict=True))
 
+    def state(self) -> dict[str, Any]:
+        """All that `update` changes."""
+        return {"ema": self.ema, "snapshots": self.snapshots, "count": self.count}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state`, from any device."""
+        device = self.live[0].device
+        move = [[tensor.to(device) for tensor in tensors] for tensors in [state["ema"] or [], *state["snapshots"]]]
+        self.ema, self.snapshots, self.count = move[0] or None, move[1:], state["count"]
+
     def active(self) -> set[str]:
         """Which of the configured averages have taken anything in."""
         snapshots = "swa" if self.cfg.swa_enabled else "lawa"
@@ -3624,8 +3653,8 @@ class Trainer:
         self.optimizers = Optimizers(run.cfg, run.ranks, model)
         shape, cfg = self.loader.shape, run.cfg
         stream = self.loader.stream
-        run.log.event("data", split="train", shards=len(stream.paths), tokens=stream.total)
-        run.log(f"train_loader:dataset:{cfg.shard_folder.name} train_shards:{len(stream.paths)} tokens:{stream.total}")
+        run.log.event("data", split="train", shards=len(stream.shards), tokens=stream.total)
+        run.log(f"train_loader:dataset:{cfg.shard_folder.name} train_shards:{len(stream.shards)} tokens:{stream.total}")
         run.log(f"world_size:{run.ranks.world} grad_accum_steps:{shape.accum}")
         run.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")  # fmt: skip
@@ -3751,8 +3780,127 @@ class Trained(NamedTuple):
     active: set[str]  # configured features that did something
 
 
-def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
-    """Train until ITERATIONS or the clock ends, whichever comes first."""
+class Training:
+    """The training loop, and where it stands. A checkpoint holds that, the weights, their averages, and the optimizers."""
+
+    def __init__(self, run: Runtime, trainer: Trainer, validation: ValidationSet, budget: float) -> None:
+        """`budget` seconds of the clock."""
+        cfg = run.cfg
+        self.run, self.cfg, self.trainer, self.model, self.validation = run, cfg, trainer, trainer.model, validation
+        self.budget, self.averager, self.clock = budget, Averager(cfg, trainer.model), Clock(run.ranks.device)
+        self.step, self.phase, self.ends_soon = 0, next(iter(phases(cfg))), False
+        self.graphs = 0  # compiled inside the clock
+        self.active: set[str] = set()  # configured features that did something
+        self.identity = run_identity(run, trainer.loader.stream, validation)
+
+    def loop(self, noted: list[str]) -> None:
+        """Steps until ITERATIONS or the clock ends. A signal in `noted`, or data that one rank cannot read, stops all."""
+        cfg, ranks = self.cfg, self.run.ranks
+        self.clock.start()
+        while True:
+            if self.ends_soon:  # the host runs ahead of the GPU: 0.2 s over the end were seen
+                synchronize(ranks.device)
+            fault = self.trainer.loader.fault(self.step) if self.step < cfg.iterations else None
+            reason = noted[0] if noted else str(fault or "")
+            seconds, stopped = ranks.agree(self.clock.seconds(), bool(reason))
+            self.ends_soon = seconds * (1 + 10 / max(self.step, 1)) >= self.budget
+            if self.step >= cfg.iterations or seconds * (1 + 1 / max(self.step, 1)) >= self.budget:
+                break  # the next one would end too late
+            if stopped:
+                self.stop(next(filter(None, ranks.gather(reason))))
+            self.advance(seconds)
+        self.run.ledger.append(("train", "steps", self.clock.stop()))
+
+    def advance(self, seconds: float) -> None:
+        """One step as the schedule wants it after `seconds`, and what is due after it."""
+        run, cfg = self.run, self.cfg
+        plan = plan_step(cfg, self.step, seconds, self.budget)
+        if plan.phase != self.phase:
+            self.phase = enter_phase(run, self.model, plan, self.step, seconds)
+        if run.claim:
+            run.claim.beat()
+        before = graphs_compiled()
+        loss = self.trainer.step(self.step, plan)
+        self.step += 1
+        if made := graphs_compiled() - before:
+            self.graphs += made
+            run.log(f"WARNING: step {self.step} compiled {made} graphs inside the clock; warm-up should have made them")
+        self.averager.update(self.step, plan.lr_scale, self.phase == "late_qat")
+        self.active |= {self.phase, "warmdown" if plan.lr_scale < 1 else self.phase}
+        report_step(run, self.step, loss, plan, self.clock)
+        if is_due(cfg.val_loss_every, self.step) or is_due(cfg.checkpoint_every, self.step):
+            self.clock.stop()
+            self.pause()
+            self.clock.start()
+
+    def pause(self) -> None:
+        """What is due after a step, with the clock stopped: validation, checkpoint."""
+        if is_due(self.cfg.val_loss_every, self.step):
+            validate_step(self.run, self.model, self.validation, self.step, self.clock.total)
+        if is_due(self.cfg.checkpoint_every, self.step) and self.step < self.cfg.iterations:
+            with self.run.timed("checkpoint", "untimed"):
+                self.save("running")
+
+    def stop(self, reason: str) -> None:
+        """Save and end the run."""
+        self.run.signals.answered.set()
+        self.clock.stop()
+        saved = f"RESUME=1 goes on from {self.cfg.weights_file}, EXPORT_ONLY=1 makes an artifact of it"
+        raise UserError(f"{reason}: stopped after step {self.step}; {saved if self.save('stopped') else 'not saved'}")
+
+    def save(self, state: str) -> bool:
+        """Write the checkpoint to WEIGHTS_PATH; all ranks return together with whether that went well.
+
+        `state` is running, stopped (no step came after) or ended. A full disk is a warning: the run may still end well.
+        Weights that are not finite never replace good ones.
+        """
+        run, order, is_saved = self.run, list(self.model.order), 0.0
+        optimizers = self.trainer.optimizers.gathered_state()
+        if run.ranks.is_main:
+            raw = self.model.state_dict()
+            if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
+                raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], self.step)
+            about = {"architecture": self.cfg.architecture(), "steps": self.step, "order": order, "state": state}
+            standing = {"seconds": self.clock.total, "phase": self.phase, "graphs": self.graphs, "saved_at": time.time(),
+                        "active": sorted(self.active), "ledger": [list(row) for row in run.ledger],
+                        "clip_sigmas": self.model.clip_sigmas.item()}  # fmt: skip
+            weights = {"raw": raw, "average": self.averager.weights()}
+            parts = {"optimizers": optimizers, "averager": self.averager.state()}
+            buffer = io.BytesIO()
+            torch.save({**about, **weights, **parts, "identity": self.identity, "standing": standing}, buffer)
+            try:
+                path = write_output(run, self.cfg.weights_file, buffer.getbuffer(), "WEIGHTS_PATH")
+                run.log(f"weights: {path} (raw, average) {path.stat().st_size} bytes")
+                is_saved = 1.0
+            except UserError as problem:
+                run.log(f"WARNING: weights of step {self.step} not saved: {problem}")
+        return bool(run.ranks.agree(is_saved)[0])
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. What a killed run spent after it is counted, and at once noted in the file."""
+        run, standing = self.run, saved["standing"]
+        self.model.load(saved["raw"])
+        self.trainer.optimizers.load_gathered_state(saved["optimizers"])
+        self.averager.load(saved["averager"])
+        self.step, self.phase, self.graphs = saved["steps"], standing["phase"], standing["graphs"]
+        self.active, self.model.order = set(standing["active"]), tuple(saved["order"])
+        self.model.clip_sigmas.fill_(standing["clip_sigmas"])
+        run.ledger[:0] = [tuple(row) for row in standing["ledger"] if row[1] != "steps"]  # the clock holds those
+        lost = 0.0
+        if saved["state"] == "running" and run.claim:
+            if run.claim.last_beat is None:
+                run.log("WARNING: the time that the killed run spent after its checkpoint is not known, nor counted")
+            beat = (run.claim.last_beat or 0.0) - standing["saved_at"]
+            lost = max(beat, 0.0) + standing["seconds"] / max(self.step, 1)  # and the step that had begun
+        (lost,) = run.ranks.agree(lost)
+        self.clock.total = standing["seconds"] + lost
+        run.log(f"resumed: step:{self.step} train_time:{1000 * self.clock.total:.0f}ms of which lost:{1000 * lost:.0f}ms")
+        run.log.event("resume", step=self.step, train_time_ms=round(1000 * self.clock.total), lost_ms=round(1000 * lost))
+        self.save("running")
+
+
+def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapping[str, Any] | None = None) -> Trained:
+    """Train until ITERATIONS or the clock ends, whichever comes first; from a checkpoint where there is one."""
     cfg, model = run.cfg, trainer.model
     with run.timed("warmup", "untimed"):
         warm_up(run, trainer)
@@ -3763,61 +3911,39 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ and QAT take {kept:.1f}s")
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
     model.order = phases(cfg)["train"].order
-    averager, active, phase, graphs = Averager(cfg, model), set(), next(iter(phases(cfg))), 0
-    clock, step, ends_soon = Clock(run.ranks.device), 0, False
-    clock.start()
-    with sigterm_noted(run) as noted:
-        while True:
-            if ends_soon:  # the host runs ahead of the GPU: 0.2 s over the end were seen
-                synchronize(run.ranks.device)
-            seconds, terminated = run.ranks.agree(clock.seconds(), len(noted))
-            ends_soon = seconds * (1 + 10 / max(step, 1)) >= budget
-            if terminated:
-                save_weights(run, averager, step)
-                remedy = f"EXPORT_ONLY=1 WEIGHTS_PATH={cfg.weights_file} makes an artifact of it"
-                raise UserError(f"SIGTERM: stopped after step {step}; {remedy}")
-            if step >= cfg.iterations or seconds * (1 + 1 / max(step, 1)) >= budget:  # the next would end too late
-                break
-            plan = plan_step(cfg, step, seconds, budget)
-            if plan.phase != phase:
-                phase = enter_phase(run, model, plan, step, seconds)
-            before = graphs_compiled()
-            loss = trainer.step(step, plan)
-            step += 1
-            if made := graphs_compiled() - before:
-                graphs += made
-                run.log(f"WARNING: step {step} compiled {made} graphs inside the clock; warm-up should have made them")
-            averager.update(step, plan.lr_scale, phase == "late_qat")
-            active |= {phase, "warmdown" if plan.lr_scale < 1 else phase}
-            report_step(run, step, loss, plan, clock)
-            if is_due(cfg.val_loss_every, step) or is_due(cfg.checkpoint_every, step):
-                clock.stop()
-                pause(run, averager, validation, step, clock.total)
-                clock.start()
-    run.ledger.append(("train", "steps", clock.stop()))
-    run.log(f"graphs compiled inside the clock: {graphs}")
-    run.log.event("clock", graphs_compiled=graphs, reserve_s=reserve)
-    finish_log(run, averager, validation, step, clock)
-    average, active = averager.weights(), active | averager.active()
+    training = Training(run, trainer, validation, budget)
+    with run.signals.deferred() as noted:
+        if saved:
+            training.restore(saved)
+        training.loop(noted)
+        run.log(f"graphs compiled inside the clock: {training.graphs}")
+        run.log.event("clock", graphs_compiled=training.graphs, reserve_s=reserve)
+        training.save("stopped" if cfg.post_qat_seconds else "ended")  # before anything else can fail
+    finish_log(run, training)
+    average, active, step = training.averager.weights(), training.active | training.averager.active(), training.step
     if cfg.post_qat_seconds:
         model.load(average)
-        step += post_qat(run, trainer, validation, step)
-        average, active = dict(model.named_parameters()), active | {"post_qat"}
-        save_weights(run, Averager(replace(cfg, ema_enabled=False), model), step)
+        training.step += post_qat(run, trainer, validation, step)
+        training.averager = Averager(replace(cfg, ema_enabled=False, swa_enabled=False, lawa_enabled=False), model)
+        average, active, step = dict(model.named_parameters()), active | {"post_qat"}, training.step
+        training.active = active
+        training.save("ended")
     return Trained(step, {name: value.detach().clone() for name, value in average.items()}, active)
+
+
+def run_identity(run: Runtime, stream: TokenStream, validation: ValidationSet) -> dict[str, Any]:
+    """What must be the same for a run to go on: script, data, ranks, and every variable but names and places."""
+    free = ("recipe", "run_id", "resume", "overwrite", "data_dir", "data_path", "tokenizer_path", "artifact_path",
+            "weights_path", "checkpoint_every", "device")  # fmt: skip
+    values = {name.lower(): vars(run.cfg)[name.lower()] for name in Config.variables() if name.lower() not in free}
+    shards = [[shard.path.name, shard.count] for shard in stream.shards]
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    facts = {"script": script, "world_size": run.ranks.world, "device": run.ranks.device.type, "train_shards": shards}
+    return {**facts, **validation.identity, **json.loads(json.dumps(values))}
 
 
 def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def pause(run: Runtime, averager: Averager, validation: ValidationSet, step: int, seconds: float) -> None:
-    """What is due after a step, with the clock stopped at `seconds`: validation, checkpoint."""
-    if is_due(run.cfg.val_loss_every, step):
-        validate_step(run, averager.model, validation, step, seconds)
-    if is_due(run.cfg.checkpoint_every, step) and step < run.cfg.iterations:
-        with run.timed("checkpoint", "untimed"):
-            save_weights(run, averager, step)
 
 
 def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: int) -> int:
@@ -3908,10 +4034,9 @@ def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int
     run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(1000 * seconds))
 
 
-def finish_log(run: Runtime, averager: Averager, validation: ValidationSet, step: int, clock: Clock) -> None:
-    """Closing lines of training. The weights are on disk before anything else can fail."""
-    cfg = run.cfg
-    save_weights(run, averager, step)
+def finish_log(run: Runtime, training: Training) -> None:
+    """Closing lines of training."""
+    cfg, step, clock = run.cfg, training.step, training.clock
     if step < cfg.iterations:
         run.log(f"stopping_early: wallclock_cap train_time:{1000 * clock.total:.0f}ms step:{step}/{cfg.iterations}")
     if run.ranks.device.type == "cuda":
@@ -3919,46 +4044,65 @@ def finish_log(run: Runtime, averager: Averager, validation: ValidationSet, step
         run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
         run.log.event("memory", allocated_mib=allocated, reserved_mib=reserved)
     if not is_due(cfg.val_loss_every, step):
-        validate_step(run, averager.model, validation, step, clock.total)
+        validate_step(run, training.model, training.validation, step, clock.total)
 
 
-def save_weights(run: Runtime, averager: Averager, steps: int) -> None:
-    """Write the weights, fp32, and their average to WEIGHTS_PATH; all ranks return together.
-
-    A full disk is a warning: the run may still end well. Weights that are not finite never replace good ones.
-    """
-    path, buffer = run.cfg.weights_file, io.BytesIO()
-    if run.ranks.is_main:
-        raw, average = averager.model.state_dict(), averager.weights()
-        if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
-            raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], steps)
-        about = {"architecture": run.cfg.architecture(), "steps": steps, "order": list(averager.model.order)}
-        torch.save({**about, "raw": raw, "average": average}, buffer)
+def write_output(run: Runtime, path: Path, blob: bytes | memoryview, variable: str) -> Path:
+    """Write a file to its path, or with a warning to another folder where that fails; returns where it is."""
+    folders = [path.parent, Path("logs"), run.cfg.weights_file.parent, Path(tempfile.gettempdir())]
+    for folder in folders:
         try:
-            write_whole(path, buffer.getbuffer(), "WEIGHTS_PATH")
-            run.log(f"weights: {path} (raw, average) {path.stat().st_size} bytes")
-        except UserError as problem:
-            run.log(f"WARNING: weights of step {steps} not saved: {problem}")
-    run.ranks.agree(0)
+            write_whole(folder / path.name, blob, variable)
+            return folder / path.name
+        except UserError as error:
+            problem = error
+            run.log(f"WARNING: {problem}")
+    raise problem
 
 
-def load_weights(run: Runtime, model: GPT) -> Trained:
-    """The weights of an earlier run (EXPORT_ONLY=1), the average where it got that far."""
+def read_weights(run: Runtime, model: GPT, validation: ValidationSet) -> dict[str, Any]:
+    """The checkpoint at WEIGHTS_PATH, for RESUME=1 and EXPORT_ONLY=1; UserError where it is not one of this model's."""
     path = run.cfg.weights_file
+    where = f"WEIGHTS_PATH={path}"
     if not path.is_file():
-        raise UserError(f"WEIGHTS_PATH={path}: no such file; a training run writes logs/<RUN_ID>.weights.pt")
-    saved = torch.load(path, map_location=run.ranks.device, weights_only=True)
-    refuse_other_version(run.cfg, saved["architecture"], f"WEIGHTS_PATH={path}")
-    refuse_other_architecture(run.cfg, saved["architecture"], f"WEIGHTS_PATH={path}")
-    model.order = tuple(saved["order"])
-    return Trained(saved["steps"], saved.get("average", saved["raw"]), set())
+        raise UserError(f"{where}: no such file; a training run writes it every CHECKPOINT_EVERY steps and at its end")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (*BACK_END_FAULTS, LookupError, EOFError, pickle.UnpicklingError) as problem:
+        raise UserError(f"{where}: no weights of a run, or damaged ({str(problem).strip()[:100]!r})") from None
+    if not isinstance(saved, dict) or not {"architecture", "raw", "average", "identity", "standing"} <= saved.keys():
+        raise UserError(f"{where}: not a checkpoint of this version of train_gpt.py; take logs/<RUN_ID>.py of its run")
+    refuse_other_version(saved["architecture"], where)
+    refuse_other_architecture(run.cfg, saved["architecture"], where)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if any({name: tensor.shape for name, tensor in saved[key].items()} != shapes for key in ("raw", "average")):
+        raise UserError(f"{where}: its tensors are not those of its architecture; it is damaged")
+    refuse_other_data(saved["identity"], validation, where)
+    return saved
 
 
-def refuse_other_version(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
+def refuse_other_data(saved: Mapping[str, Any], validation: ValidationSet, where: str, *keys: str) -> None:
+    """UserError where a saved model belongs to another tokenizer than that in hand, or to another set (`keys`)."""
+    for key in ("tokenizer_sha256", *keys):
+        if saved.get(key) != validation.identity[key]:
+            what = "tokenizer: set its TOKENIZER_PATH" if key == "tokenizer_sha256" else "validation set: set its DATA_PATH"
+            raise UserError(f"{where} belongs to another {what} ({key} {str(saved.get(key))[:16]}, here "
+                            f"{validation.identity[key][:16]})")  # fmt: skip
+
+
+def refuse_other_run(run: Runtime, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """UserError where a run is to be resumed with another script, data, ranks or variables."""
+    if changed := [name for name in ours if saved.get(name) != ours[name]]:
+        pairs = ", ".join(f"{n.upper()} was {str(saved.get(n))[:60]}, is {str(ours[n])[:60]}" for n in changed[:8])
+        raise UserError(f"RESUME=1: {run.cfg.weights_file} is from another run: {pairs}; a run goes on as it began")
+
+
+def refuse_other_version(saved: Any, where: str) -> None:
     """UserError when a saved model knows other variables than this script: a default need not be what it had."""
-    if names := saved.keys() ^ cfg.architecture().keys():
-        raise UserError(f"{where} was made by another version of train_gpt.py (one of them lacks "
-                        f"{' '.join(sorted(names)).upper()}); take logs/<RUN_ID>.py of its run")  # fmt: skip
+    if not isinstance(saved, dict) or (names := saved.keys() ^ Config().architecture().keys()):
+        lacking = " ".join(sorted(map(str, names))).upper()[:200] if isinstance(saved, dict) else "all variables"
+        raise UserError(f"{where} was made by another version of train_gpt.py (one of them lacks {lacking}); "
+                        "take logs/<RUN_ID>.py of its run")  # fmt: skip
 
 
 def refuse_other_architecture(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
@@ -4203,12 +4347,24 @@ def join_bytes(raw: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(2, -1).T.copy().view(np.float16).reshape(-1))
 
 
-CODECS = {  # name -> module, the name of its level argument, its strongest level
-    "zlib": ("zlib", "level", 9),
-    "lzma": ("lzma", "preset", 9),
-    "zstd": ("zstandard", "level", 22),
-    "brotli": ("brotli", "quality", 11),
-}
+MOST_WINDOW = 2**27  # bytes of memory that a stream may ask its decoder for
+CODECS = {  # name -> module, the name of its level argument, its strongest level, the reader of at most so many bytes
+    "zlib": ("zlib", "level", 9, lambda m, data, size: m.decompressobj().decompress(data, size)),
+    "lzma": ("lzma", "preset", 9, lambda m, data, size: m.LZMADecompressor(memlimit=MOST_WINDOW).decompress(data, size)),
+    "zstd": ("zstandard", "level", 22,
+             lambda m, data, size: m.ZstdDecompressor(max_window_size=MOST_WINDOW).stream_reader(data).read(size)),
+    "brotli": ("brotli", "quality", 11, lambda m, data, size: read_brotli(m.Decompressor(), data, size)),
+}  # fmt: skip
+
+
+def read_brotli(decoder: Any, data: bytes, size: int) -> bytes:
+    """At most about `size` bytes: a decoder without a limit is fed in small pieces."""
+    raw = bytearray()
+    for begin in range(0, len(data), 64):
+        if len(raw) > size:
+            break
+        raw += decoder.process(data[begin : begin + 64])
+    return bytes(raw)
 
 
 def codec(name: str) -> Any:
@@ -4221,13 +4377,28 @@ def codec(name: str) -> Any:
 
 def encode_stream(cfg: Config, raw: bytes) -> tuple[str, bytes]:
     """(coder, bytes) of a stream by COMPRESSOR; auto and ans take the smallest of the coders that are installed."""
-    installed = [name for name, (module, _, _) in CODECS.items() if importlib.util.find_spec(module)]
+    installed = [name for name, (module, *_) in CODECS.items() if importlib.util.find_spec(module)]
     options = []
     for name in [cfg.compressor] if cfg.compressor in CODECS else installed:
-        _, argument, strongest = CODECS[name]
+        _, argument, strongest, _ = CODECS[name]
         level = cfg.compressor_level if cfg.compressor in CODECS and cfg.compressor_level >= 0 else strongest
         options.append((name, codec(name).compress(raw, **{argument: level})))
     return min(options, key=lambda option: len(option[1]))
+
+
+def codec_errors() -> tuple[type[Exception], ...]:
+    """What the installed coders raise on a damaged stream."""
+    found = {"lzma": "LZMAError", "zstandard": "ZstdError", "brotli": "error"}
+    return tuple(getattr(importlib.import_module(module), name) for module, name in found.items()
+                 if importlib.util.find_spec(module))  # fmt: skip
+
+
+def decode_stream(coder: str, data: bytes, size: int) -> bytes:
+    """The `size` bytes of a stream; ValueError where it has others, before it can fill the memory."""
+    raw = CODECS[coder][3](codec(coder), data, size + 1)
+    if len(raw) != size:
+        raise ValueError(f"a stream holds {len(raw)} bytes or more, not {size}")
+    return raw
 
 
 ANS_BITS, ANS_LANES = 15, 1024  # probability resolution; coder states that run side by side in numpy
@@ -4274,10 +4445,13 @@ def ans_encode(symbols: np.ndarray, sizes: list[int]) -> bytes:
 
 
 def ans_decode(blob: bytes, sizes: list[int]) -> np.ndarray:
-    """Inverse of `ans_encode`: int8 symbols."""
+    """Inverse of `ans_encode`: int8 symbols. ValueError where the stream does not end as it must."""
     length = struct.unpack_from("<I", blob)[0]
-    tables = np.frombuffer(zlib.decompress(blob[4 : 4 + length]), "<u2").reshape(256, -1).T.astype(np.int64)
-    tables[tables.sum(1) == 0, 0] = 1 << ANS_BITS  # a segment of one single symbol: 2^15 fits, 0 cannot occur
+    raw = decode_stream("zlib", blob[4 : 4 + length], 512 * len(sizes))
+    tables = np.frombuffer(raw, "<u2").reshape(256, -1).T.astype(np.int64)
+    tables[tables.sum(1) == 0, 0] = 1 << ANS_BITS  # an empty segment
+    if (tables.sum(1) != 1 << ANS_BITS).any():
+        raise ValueError("frequencies of the entropy coder do not add up")
     starts = np.cumsum(tables, axis=1) - tables
     lookup = np.stack([np.repeat(np.arange(256), row) for row in tables]).astype(np.int16)
     begin = 4 + length
@@ -4294,6 +4468,8 @@ def ans_decode(blob: bytes, sizes: list[int]) -> np.ndarray:
         low = np.flatnonzero(lanes < 1 << 16)
         lanes[low] = lanes[low] << np.uint64(16) | words[position : position + len(low)]
         position += len(low)
+    if position != len(words) or (state != 1 << 16).any():
+        raise ValueError("the entropy coder does not end where it began")
     return symbols
 
 
@@ -4321,48 +4497,97 @@ def encode_artifact(cfg: Config, coded: Mapping[str, Coded], kept: Mapping[str, 
     return body + hashlib.sha256(body).digest()[:8]
 
 
-def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], int]:
-    """Header of an artifact and the offset of its first stream, after checks of magic, length and checksum."""
+DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, EOFError, MemoryError, RecursionError,
+          struct.error, zlib.error)  # fmt: skip
+MOST_HEADER_BYTES = 2**20
+
+
+def tensor_table(cfg: Config) -> tuple[list[list], list[list]]:
+    """[name, shape] of the coded tensors and of the kept ones, as an architecture has them and an artifact lists them."""
+    banks = [[spec.name, [cfg.num_layers, spec.rows, spec.cols]] for spec in bank_specs(cfg)]
+    rest = rest_specs(cfg)
+    kept = [[spec.name, list(spec.shape)] for spec in rest if not spec.coded]
+    return [*banks, *([spec.name, [1, *spec.shape]] for spec in rest if spec.coded)], kept
+
+
+def saved_config(saved: Any, where: str) -> Config:
+    """The configuration with the architecture of a saved model; UserError unless a user could have set it."""
+    refuse_other_version(saved, where)
+    values = {}
+    for name, value in saved.items():
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(int(value) if value in (0, 1) else value)
+        values[name] = parse_value(name.upper(), text, Config.variables()[name.upper()])
+    cfg = replace(Config(), **values)
+    validate(cfg, model_rules)
+    return cfg
+
+
+def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
+    """Header of an artifact, its architecture, and the offset of its first stream.
+
+    UserError for anything that this script does not write: nothing is allocated by what a header says before it has been
+    compared with what its architecture implies, and a model of more than 16 weights a byte is none.
+    """
     if not blob.startswith(MAGIC) or len(blob) < len(MAGIC) + 12:
         raise UserError(f"{path}: not an artifact of this script (it starts with {blob[:6]!r}, not {MAGIC!r})")
     if hashlib.sha256(blob[:-8]).digest()[:8] != blob[-8:]:
         raise UserError(f"{path}: damaged or truncated ({len(blob)} bytes); export it again with EXPORT_ONLY=1")
     begin = len(MAGIC) + 4
-    length = struct.unpack_from("<I", blob, len(MAGIC))[0]
-    return json.loads(zlib.decompress(blob[begin : begin + length])), begin + length
+    end = begin + struct.unpack_from("<I", blob, len(MAGIC))[0]
+    try:
+        unpacker = zlib.decompressobj()
+        header = json.loads(unpacker.decompress(blob[begin:end], MOST_HEADER_BYTES))
+        cfg = saved_config(header["architecture"], str(path))
+        coded, kept = tensor_table(cfg)
+        names, coders, sizes = zip(*header["streams"], strict=True)
+        sound = [
+            header["coded"] == coded and header["kept"] == kept and names == ("codes", "scales", "kept"),
+            sum(math.prod(shape) for _, shape in [*coded, *kept]) <= 16 * len(blob),
+            {*coders[1:]} <= CODECS.keys() and coders[0] in ("ans", *CODECS),
+            all(type(size) is int and size >= 0 for size in sizes) and end + sum(sizes) + 8 == len(blob),
+            header["order"] in ([*range(cfg.num_layers)], [*final_order(cfg)]),
+            header["matrix_bits"] in range(2, 9) and {*map(type, header["identity"].values())} == {str},
+        ]
+    except DAMAGE as problem:
+        raise UserError(f"{path}: its header is none of this script ({str(problem)[:200]})") from None
+    if not all(sound):
+        raise UserError(f"{path}: its header contradicts itself; export it again with EXPORT_ONLY=1")
+    return header, cfg, end
 
 
 def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header, and the parameters by name in fp32 as the model has them."""
-    header, offset = read_header(blob, path)
-    streams = {}
-    for name, coder, size in header["streams"]:
-        streams[name] = (coder, blob[offset : offset + size])
-        offset += size
-    raw = {name: codec(coder).decompress(data) for name, (coder, data) in streams.items() if coder != "ans"}
+    """Header, and the parameters by name in fp32 as the model has them; UserError where the streams are damaged."""
+    header, cfg, offset = read_header(blob, path)
+    ends = list(itertools.accumulate((size for _, _, size in header["streams"]), initial=offset))
+    coders = [coder for _, coder, _ in header["streams"]]
+    code_data, scale_data, kept_data = (blob[a:b] for a, b in itertools.pairwise(ends))
     sizes = [rows * cols for _, (n, rows, cols) in header["coded"] for _ in range(n)]
-    is_ans = streams["codes"][0] == "ans"
-    codes = ans_decode(streams["codes"][1], sizes) if is_ans else np.frombuffer(raw["codes"], np.int8)
-    scales, kept = join_bytes(raw["scales"]), join_bytes(raw["kept"])
-    parameters, code_at, scale_at, kept_at = {}, 0, 0, 0
-    for name, (n, rows, cols) in header["coded"]:
-        values = torch.from_numpy(codes[code_at : code_at + n * rows * cols].copy()).view(n, rows, cols)
-        tensor = Coded(values, scales[scale_at : scale_at + n * rows].view(n, rows)).dequantize()
-        is_bank = name in {spec.name for spec in bank_specs(Config())}
-        parameters[f"banks.{name}" if is_bank else f"rest.{name}"] = tensor if is_bank else tensor[0]
-        code_at, scale_at = code_at + n * rows * cols, scale_at + n * rows
-    for name, shape in header["kept"]:
-        count = math.prod(shape)
-        parameters[f"rest.{name}"] = kept[kept_at : kept_at + count].view(shape).float()
-        kept_at += count
+    try:
+        codes = ans_decode(code_data, sizes) if coders[0] == "ans" else decode_stream(coders[0], code_data, sum(sizes))
+        codes = torch.from_numpy(np.frombuffer(codes, np.int8).copy())
+        scales = join_bytes(decode_stream(coders[1], scale_data, 2 * sum(n * rows for _, (n, rows, _) in header["coded"])))
+        kept = join_bytes(decode_stream(coders[2], kept_data, 2 * sum(math.prod(shape) for _, shape in header["kept"])))
+    except (*DAMAGE, *codec_errors()) as problem:
+        raise UserError(f"{path}: its streams are damaged ({str(problem)[:200]})") from None
+    if not (scales.isfinite().all() and kept.isfinite().all()):
+        raise UserError(f"{path}: it holds scales that are not finite; export it again with EXPORT_ONLY=1")
+    parameters, banks = {}, {spec.name for spec in bank_specs(cfg)}
+    shapes = [shape for _, shape in header["coded"]]
+    pieces = zip(codes.split([math.prod(s) for s in shapes]), scales.split([s[0] * s[1] for s in shapes]), strict=True)
+    for (name, shape), (code, scale) in zip(header["coded"], pieces, strict=True):
+        tensor = Coded(code.view(shape), scale.view(shape[:2])).dequantize()
+        parameters[f"banks.{name}" if name in banks else f"rest.{name}"] = tensor if name in banks else tensor[0]
+    pieces = kept.split([math.prod(shape) for _, shape in header["kept"]])
+    parameters |= {f"rest.{n}": piece.view(s).float() for (n, s), piece in zip(header["kept"], pieces, strict=True)}
     return header, parameters
 
 
 class Exporter:
     """Quantizes and encodes the model's weights so that code and artifact fit TARGET_BYTES."""
 
-    def __init__(self, run: Runtime, model: GPT, hessians: dict[str, Tensor]) -> None:
-        self.run, self.cfg, self.model, self.hessians = run, run.cfg, model, hessians
+    def __init__(self, run: Runtime, model: GPT, hessians: dict[str, Tensor], identity: Mapping[str, str]) -> None:
+        """`identity` of tokenizer and validation set, which the artifact carries."""
+        self.run, self.cfg, self.model, self.hessians, self.identity = run, run.cfg, model, hessians, identity
         self.kept, self.limit = kept_tensors(model), run.cfg.target_bytes - code_bytes()
         self.sigmas, self.layer_bits = run.cfg.matrix_clip_sigmas, {}
         self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
@@ -4380,6 +4605,7 @@ class Exporter:
                 "clip_sigmas": round(self.sigmas, 4),
                 "layer_bits": self.layer_bits,
                 "order": list(self.model.order),
+                "identity": dict(self.identity),
             }
             is_main = self.run.ranks.is_main
             self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes) if is_main else b""
@@ -4472,8 +4698,8 @@ class Exporter:
         return self.blob
 
 
-def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: ValidationSet) -> "Score":
-    """Average, calibrate, quantize and write ARTIFACT_PATH; returns the score of the averaged weights."""
+def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: ValidationSet) -> "Produced":
+    """Average, calibrate, quantize and write ARTIFACT_PATH; scores the averaged weights."""
     cfg, model = run.cfg, trainer.model
     model.load(trained.average)
     total = sum(parameter.sum() for parameter in model.parameters()).item()
@@ -4488,23 +4714,23 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
             hessians = collect_hessians(run, trainer, trained.steps * trainer.loader.shape.accum, batches)
         seconds, count = run.ledger[-1][2], cfg.gptq_calibration_batches
         run.log(f"GPTQ:collected {len(hessians)} Hessians over {count} batches in {seconds:.1f}s")
-    blob = Exporter(run, model, hessians).export()
+    blob, path = Exporter(run, model, hessians, validation.identity).export(), cfg.artifact_file
     if run.ranks.is_main:
-        write_whole(cfg.artifact_file, blob, "ARTIFACT_PATH")
-        log_sizes(run, read_header(blob, cfg.artifact_file)[0])
+        path = write_output(run, path, blob, "ARTIFACT_PATH")
+        log_sizes(run, path, read_header(blob, path)[0])
     with run.timed("averaged weights", "untimed"):
         score = evaluate(run, model, validation, cfg.eval_len)
     last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
     log_score(run, f"DIAGNOSTIC {last}", score)
-    return score
+    return Produced(model, score, trained.active, path, blob[-8:])
 
 
-def log_sizes(run: Runtime, header: dict[str, Any]) -> None:
+def log_sizes(run: Runtime, path: Path, header: dict[str, Any]) -> None:
     """Sizes of the two files that count, from disk, and what each stream takes."""
-    cfg, artifact = run.cfg, run.cfg.artifact_file.stat().st_size
+    cfg, artifact = run.cfg, path.stat().st_size
     kind = f"int{cfg.matrix_bits}+{header['streams'][0][1]}"
     streams = " ".join(f"{name}:{coder}:{size}" for name, coder, size in header["streams"])
-    run.log(f"artifact: {cfg.artifact_file} streams {streams}")
+    run.log(f"artifact: {path} streams {streams}")
     run.log(f"Serialized model {kind}: {artifact} bytes")
     run.log(f"Code size: {code_bytes()} bytes")
     run.log(f"Total submission size {kind}: {artifact + code_bytes()} bytes (limit {cfg.target_bytes})")
@@ -4855,6 +5081,8 @@ class Produced(NamedTuple):
     model: GPT | None = None  # lends its compiled graphs
     before: Score | None = None  # of the weights that were quantized
     active: set[str] = frozenset()
+    path: Path | None = None  # of the artifact
+    digest: bytes = b""  # with which it ends, on rank 0
 
 
 DEGRADATION_LIMIT = 0.01  # bpb that quantization may cost; the published systems lose 0.002 to 0.008
@@ -4872,10 +5100,13 @@ def log_degradation(run: Runtime, before: Score, after: Score) -> None:
 
 def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produced) -> None:
     """Read ARTIFACT_PATH back from disk and score it, last by the sliding window."""
-    cfg = run.cfg
+    cfg, path = run.cfg, produced.path or run.cfg.artifact_file
     with run.timed("read artifact", "eval"):
-        blob = run.ranks.broadcast_bytes(cfg.artifact_file.read_bytes() if run.ranks.is_main else b"")
-        header, parameters = decode_artifact(blob, cfg.artifact_file)
+        blob = run.ranks.broadcast_bytes(path.read_bytes() if run.ranks.is_main else b"")
+        if not blob.endswith(produced.digest):
+            raise UserError(f"ARTIFACT_PATH={path}: another process has replaced it since it was written")
+        header, parameters = decode_artifact(blob, path)
+        refuse_other_data(header["identity"], validation, f"ARTIFACT_PATH={path}", "val_sha256")
         model = produced.model or build_model(run, cfg, validation.bos_id)
         model.load(parameters)
         model.order = tuple(header["order"])
@@ -4925,24 +5156,29 @@ def adopt_architecture(cfg: Config) -> Config:
         return cfg
     if not cfg.artifact_file.is_file():
         raise UserError(f"ARTIFACT_PATH={cfg.artifact_file}: no such file; a run writes logs/<RUN_ID>.pgolf")
-    header, _ = read_header(cfg.artifact_file.read_bytes(), cfg.artifact_file)
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in header["architecture"].items()}
-    refuse_other_version(cfg, saved, f"ARTIFACT_PATH={cfg.artifact_file}")
-    asked = {k: v for k, v in saved.items() if cfg.sources[k] != "default"}
+    _, made, _ = read_header(cfg.artifact_file.read_bytes(), cfg.artifact_file)
+    asked = {k: v for k, v in made.architecture().items() if cfg.sources[k] != "default"}
     refuse_other_architecture(cfg, asked, f"ARTIFACT_PATH={cfg.artifact_file}")
-    return replace(cfg, **saved)
+    return replace(cfg, **made.architecture())
 
 
 def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
-    """Train (or load weights) and export."""
+    """Train, or go on training, or load weights; then export."""
     cfg = run.cfg
     if cfg.eval_only:
         return Produced()
     model = build_model(run, cfg, validation.bos_id)
     trainer = Trainer(run, model)
-    trained = load_weights(run, model) if cfg.export_only else train(run, trainer, validation)
-    before = export_model(run, trainer, trained, validation)
-    return Produced(model, before, trained.active)
+    saved = read_weights(run, model, validation) if cfg.export_only or cfg.resume else None
+    if cfg.resume:
+        refuse_other_run(run, saved["identity"], run_identity(run, trainer.loader.stream, validation))
+    if saved and (cfg.export_only or saved["state"] == "ended"):
+        run.ledger.extend(tuple(row) for row in saved["standing"]["ledger"] if cfg.resume)
+        model.order = tuple(saved["order"])
+        trained = Trained(saved["steps"], saved["average"], set(saved["standing"]["active"]))
+    else:
+        trained = train(run, trainer, validation, saved)
+    return export_model(run, trainer, trained, validation)
 
 
 def report_inactive(run: Runtime, active: set[str]) -> None:
@@ -4966,6 +5202,8 @@ def report_inactive(run: Runtime, active: set[str]) -> None:
 
 
 def main() -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a console without Unicode shows a path in escapes
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(Config.describe_variables())
         return
@@ -4981,5 +5219,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as problem:
+    except (UserError, Interrupted) as problem:
         sys.exit(f"error: {problem}" if is_first_to_fail(os.environ) else 1)

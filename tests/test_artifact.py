@@ -15,6 +15,8 @@ from conftest import tiny_config, tiny_model
 import train_gpt as t
 
 SOMEWHERE = Path("folder/some.pgolf")
+IDENTITY = {"tokenizer_sha256": "a" * 64, "val_sha256": "b" * 64}
+NOTES = {"identity": IDENTITY}
 
 
 # The entropy coder
@@ -103,7 +105,7 @@ CODERS = [("auto", -1), ("ans", -1)] + [
 def test_artifact_reads_back_bitwise(compressor: str, level: int) -> None:
     """Every parameter of the model, by name and shape, equal to the in-memory dequantized one; coders as asked."""
     cfg, coded, kept = quantized(COMPRESSOR=compressor, COMPRESSOR_LEVEL=level)
-    header, parameters = t.decode_artifact(t.encode_artifact(cfg, coded, kept, {"note": 5}), SOMEWHERE)
+    header, parameters = t.decode_artifact(t.encode_artifact(cfg, coded, kept, {**NOTES, "note": 5}), SOMEWHERE)
     expected = {n: c.dequantize() if n in ("qkv", "out", "up", "down") else c.dequantize()[0] for n, c in coded.items()}
     expected |= {name: value.float() for name, value in kept.items()}
     model = tiny_model()
@@ -124,7 +126,7 @@ def test_artifact_reads_back_bitwise(compressor: str, level: int) -> None:
 ])  # fmt: skip
 def test_artifact_carries_every_feature(changes: dict[str, Any]) -> None:
     cfg, coded, kept = quantized(**changes)
-    _, parameters = t.decode_artifact(t.encode_artifact(cfg, coded, kept, {}), SOMEWHERE)
+    _, parameters = t.decode_artifact(t.encode_artifact(cfg, coded, kept, NOTES), SOMEWHERE)
     model = tiny_model(**changes)
     model.load(parameters)
     assert torch.equal(model.banks["up"], coded["up"].dequantize())
@@ -135,7 +137,7 @@ def test_a_stronger_level_is_smaller() -> None:
     sizes = {}
     for level in (1, 9, -1):
         cfg, coded, kept = quantized(COMPRESSOR="zlib", COMPRESSOR_LEVEL=level)
-        sizes[level] = len(t.encode_artifact(cfg, coded, kept, {}))
+        sizes[level] = len(t.encode_artifact(cfg, coded, kept, NOTES))
     assert sizes[9] < sizes[1] and sizes[-1] == sizes[9]
 
 
@@ -147,7 +149,7 @@ def test_a_level_that_the_coder_does_not_have_is_refused(compressor: str) -> Non
 
 
 def artifact() -> bytes:
-    return t.encode_artifact(*quantized(), {})
+    return t.encode_artifact(*quantized(), NOTES)
 
 
 def test_any_damaged_byte_is_refused_naming_the_file() -> None:
@@ -181,12 +183,12 @@ def test_a_missing_package_is_named_as_coder_and_remedy(
 ) -> None:
     """Writing with it, and reading a file written where it was installed; auto does without."""
     cfg, coded, kept = quantized(COMPRESSOR=coder)
-    blob = t.encode_artifact(cfg, coded, kept, {})
+    blob = t.encode_artifact(cfg, coded, kept, NOTES)
     monkeypatch.setitem(sys.modules, package, None)  # importing it fails, and it is not found
-    for attempt in (lambda: t.encode_artifact(cfg, coded, kept, {}), lambda: t.decode_artifact(blob, SOMEWHERE)):
+    for attempt in (lambda: t.encode_artifact(cfg, coded, kept, NOTES), lambda: t.decode_artifact(blob, SOMEWHERE)):
         with pytest.raises(t.UserError, match=f"{coder}.*pip install"):
             attempt()
-    header, _ = t.decode_artifact(t.encode_artifact(replace(cfg, compressor="auto"), coded, kept, {}), SOMEWHERE)
+    header, _ = t.decode_artifact(t.encode_artifact(replace(cfg, compressor="auto"), coded, kept, NOTES), SOMEWHERE)
     assert coder not in {name for _, name, _ in header["streams"]}
 
 
@@ -207,7 +209,7 @@ def exporter(run: t.Runtime, limit: int, **changes: Any) -> t.Exporter:
     model = tiny_model(TARGET_BYTES=t.code_bytes() + limit, **settings)
     run = replace(run, cfg=replace(model.cfg, data_path=run.cfg.data_path, tokenizer_path=run.cfg.tokenizer_path))
     hessians = t.collect_hessians(run, t.Trainer(run, model), 0, 2) if model.cfg.gptq_enabled else {}
-    return t.Exporter(run, model, hessians)
+    return t.Exporter(run, model, hessians, IDENTITY)
 
 
 def free_size(run: t.Runtime, **changes: Any) -> tuple[int, dict[str, t.Coded]]:
@@ -283,7 +285,7 @@ def test_a_slow_coder_runs_only_near_the_limit(
 
 def exporter_without(run: t.Runtime, done: t.Exporter, layer: int) -> bytes:
     """The artifact with one layer fewer at five bits."""
-    again = t.Exporter(done.run, done.model, done.hessians)
+    again = t.Exporter(done.run, done.model, done.hessians, IDENTITY)
     again.layer_bits = {k: v for k, v in done.layer_bits.items() if k != layer}
     again.quantize()
     again.encode()
@@ -345,7 +347,7 @@ def test_logged_sizes_are_those_on_disk(run: t.Runtime, capsys: pytest.CaptureFi
     blob = artifact()
     run.cfg.artifact_file.write_bytes(blob + b"12345")
     capsys.readouterr()
-    t.log_sizes(run, t.read_header(blob, SOMEWHERE)[0])
+    t.log_sizes(run, run.cfg.artifact_file, t.read_header(blob, SOMEWHERE)[0])
     text = capsys.readouterr().out
     size, code = len(blob) + 5, Path(t.__file__).stat().st_size
     assert re.search(rf"^Serialized model int6\+\w+: {size} bytes", text, re.M)

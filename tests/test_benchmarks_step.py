@@ -219,8 +219,8 @@ def test_coders_are_compared_on_an_artifact(run: t.Runtime, capsys: pytest.Captu
     model = t.build_model(run, run.cfg, bos_id=1)
     jobs, kept = t.quant_jobs(model), t.kept_tensors(model)
     coded = t.quantize_jobs(run.cfg, jobs, {}, 6.0)
-    Path("a.pgolf").write_bytes(t.encode_artifact(run.cfg, coded, kept, {}))
-    Path("b.pgolf").write_bytes(t.encode_artifact(t.replace(run.cfg, compressor="zlib"), coded, kept, {}))
+    Path("a.pgolf").write_bytes(t.encode_artifact(run.cfg, coded, kept, {"identity": {"tokenizer_sha256": "a"}}))
+    Path("b.pgolf").write_bytes(t.encode_artifact(t.replace(run.cfg, compressor="zlib"), coded, kept, {"identity": {"tokenizer_sha256": "a"}}))
     capsys.readouterr()
     coding_size.main(["a.pgolf"])
     output = capsys.readouterr().out

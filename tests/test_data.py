@@ -80,7 +80,7 @@ def test_broken_shards_are_refused_by_name(tmp_path: Path, content: bytes) -> No
 def test_a_good_shard_is_read_exactly(tmp_path: Path) -> None:
     tokens = np.array([0, 1, 65_535, 7])
     write_shard(tmp_path / "x.bin", tokens)
-    assert t.read_shard(tmp_path / "x.bin").tolist() == tokens.tolist()
+    assert t.open_shard(tmp_path / "x.bin").read(0, len(tokens)).tolist() == tokens.tolist()
 
 
 def test_a_token_outside_the_vocabulary_names_its_shard(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_byte_sidecars_are_not_taken_for_tokens(tmp_path: Path) -> None:
     """fineweb_val_bytes_* match the pattern of validation shards and sort after some of them."""
     tokens = stream_folder(tmp_path, 30, 20, split="val")
     write_shard(tmp_path / "fineweb_val_bytes_000000.bin", np.full(50, 3))
-    assert [p.name for p in stream(tmp_path, "val").paths] == ["fineweb_val_000000.bin", "fineweb_val_000001.bin"]
+    assert [s.path.name for s in stream(tmp_path, "val").shards] == ["fineweb_val_000000.bin", "fineweb_val_000001.bin"]
     assert stream(tmp_path, "val").read(0, 50).tolist() == tokens.tolist()
 
 
@@ -243,7 +243,7 @@ def test_micro_steps_do_not_change_what_a_step_covers(tmp_path: Path, monkeypatc
     """A smaller micro-batch means more micro-steps over the same sequences."""
     stream_folder(tmp_path, 3500)
     whole = step_rows(tmp_path, 2, 1)
-    monkeypatch.setattr(t, "MICRO_BATCH_TOKENS", 4 * LENGTH)
+    monkeypatch.setattr(t.Loader.__init__, "__defaults__", (4 * LENGTH,))
     assert loader(tmp_path, 0, 2, TRAIN_BATCH_TOKENS=24 * LENGTH).shape == (3, 4)
     assert step_rows(tmp_path, 2, 1) == whole
 
@@ -303,7 +303,7 @@ def test_counts_equal_the_text_on_the_corpus(corpus: dict[str, str]) -> None:
     table = table_of(corpus)
     lengths = [len(pieces.decode(document[1:].tolist()).encode()) for document in documents]
     assert len(documents) > 5 and [int(table.count(document).sum()) for document in documents] == lengths
-    assert table.self_test(np.concatenate([*documents, [1]])) == len(documents)
+    assert f"on {len(documents)} documents" in table.self_test(np.concatenate([*documents, [1]]), None)
 
 
 TEXTS = [
@@ -338,7 +338,7 @@ def test_both_kinds_of_space_prefix_count_exactly(tmp_path: Path, dummy_prefix: 
     path = train_tokenizer(tmp_path / "tok", add_dummy_prefix=dummy_prefix)
     table = t.ByteTable(path, 320)
     tokens = np.array([token for line in [*LINES, "ünïcode 🎉"] for token in [1, *table.pieces.encode(line)]] + [1])
-    assert table.self_test(tokens) == len(LINES) + 1
+    assert f"on {len(LINES) + 1} documents" in table.self_test(tokens, None)
 
 
 def test_self_test_refuses_a_wrong_table(corpus: dict[str, str]) -> None:
@@ -350,8 +350,8 @@ def test_self_test_refuses_a_wrong_table(corpus: dict[str, str]) -> None:
     one_off.base[tokens[3]] += 1
     for table in (spaces, names, one_off):
         with pytest.raises(t.UserError, match=r"tokenizer\.model"):
-            table.self_test(tokens)
-    assert table_of(corpus).self_test(tokens) == len(TEXTS)
+            table.self_test(tokens, None)
+    assert f"on {len(TEXTS)} documents" in table_of(corpus).self_test(tokens, None)
 
 
 def test_self_test_refuses_another_tokenizer(corpus: dict[str, str], tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_self_test_refuses_another_tokenizer(corpus: dict[str, str], tmp_path: P
     other = train_tokenizer(tmp_path / "tok", bos_id=1, pad_id=-1, unk_id=0, eos_id=2)
     tokens = np.array([token for text in TEXTS for token in [1, *table_of(corpus).pieces.encode(text)]] + [1])
     with pytest.raises(t.UserError, match=r"tok\.model"):
-        t.ByteTable(other, VOCAB).self_test(tokens)
+        t.ByteTable(other, VOCAB).self_test(tokens, None)
 
 
 def test_a_tokenizer_without_a_space_piece_is_refused(tmp_path: Path) -> None:
@@ -411,9 +411,19 @@ def corpus_tokens(corpus: dict[str, str], count: int) -> np.ndarray:
 
 def test_a_sidecar_gives_the_byte_counts(run: t.Runtime, corpus: dict[str, str], tmp_path: Path) -> None:
     """Where shards bring their byte counts, those count, not the table's."""
-    counts = np.arange(100) % 7
-    validation = t.load_validation(validation_run(run, tmp_path / "v", corpus_tokens(corpus, 100), counts))
+    tokens = corpus_tokens(corpus, 100)
+    counts = t.ByteTable(Path(corpus["TOKENIZER_PATH"]), VOCAB).count(tokens)
+    counts[50:52] = counts[50:52][::-1] + [1, -1]  # the same sum, other bytes
+    validation = t.load_validation(validation_run(run, tmp_path / "v", tokens, counts))
     assert validation.token_bytes.tolist() == counts.tolist() and len(validation.tokens) == 100
+
+
+def test_a_sidecar_that_counts_other_text_is_refused(run: t.Runtime, corpus: dict[str, str], tmp_path: Path) -> None:
+    """Twice the bytes would halve the score."""
+    tokens = corpus_tokens(corpus, 1000)
+    counts = 2 * t.ByteTable(Path(corpus["TOKENIZER_PATH"]), VOCAB).count(tokens)
+    with pytest.raises(t.UserError, match=r"sidecar counts \d+ bytes where the text has \d+"):
+        t.load_validation(validation_run(run, tmp_path / "v", tokens, counts))
 
 
 def test_a_sidecar_of_another_length_is_refused(run: t.Runtime, corpus: dict[str, str], tmp_path: Path) -> None:

@@ -189,31 +189,26 @@ def test_a_bug_keeps_its_traceback() -> None:
     assert text.startswith("Traceback") and text.endswith("KeyError: 'a bug'") and "test_ranks.py" in text
 
 
-def test_a_log_on_a_full_disk_goes_on_at_the_console(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One warning for a file that cannot be written; the other files and the console get every line."""
-    log = t.Log(tiny_config(RUN_ID="full"), enabled=True)
-    log.files.append(open("/dev/full", "wb", buffering=0))
-    for line in ("first", "second"):
-        log(line)
-    log.close()
-    warning = "WARNING: /dev/full: No space left on device; its lines are on the console only"
-    assert capsys.readouterr().out.splitlines() == ["first", warning, "second"]
-    assert (in_tmp / "logs/full.txt").read_text() == "first\nsecond\n"
+def training_of(run: t.Runtime) -> t.Training:
+    """Before the first step."""
+    return t.Training(run, t.Trainer(run, t.build_model(run, run.cfg, 1)), t.load_validation(run), math.inf)
 
 
 def test_weights_that_cannot_be_saved_are_a_warning(
     run: t.Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run may still end well; the file is the older one, and no half of a new one takes room on the disk."""
-    averager, path, write_bytes = t.Averager(run.cfg, tiny_model()), run.cfg.weights_file, Path.write_bytes
-    t.save_weights(run, averager, 1)
+    training, path, write_bytes = training_of(run), run.cfg.weights_file, Path.write_bytes
+    training.step = 1
+    assert training.save("running")
 
     def full(path: Path, blob: bytes) -> int:
         write_bytes(path, blob[:100])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    t.save_weights(run, averager, 2)
+    training.step = 2
+    assert not training.save("running")
     assert re.search(r"(?m)^WARNING: weights of step 2 not saved: WEIGHTS_PATH=\S+: No space left on device, \d+ bytes",
                      capsys.readouterr().out)  # fmt: skip
     assert torch.load(path, weights_only=True)["steps"] == 1 and not list(path.parent.glob("*.partial"))
@@ -222,12 +217,12 @@ def test_weights_that_cannot_be_saved_are_a_warning(
 @pytest.mark.parametrize("last", [0, 500])
 def test_spoilt_weights_never_replace_good_ones(run: t.Runtime, last: int) -> None:
     """The error names the parameter, and the step of the weights that are kept where there are any."""
-    model = tiny_model()
-    averager, step = t.Averager(run.cfg, model), last + 7
-    t.save_weights(run, averager, last)
-    model.rest["q_gain"].data[0, 0] = math.inf
+    training, step = training_of(run), last + 7
+    training.step = last
+    training.save("running")
+    training.step, training.model.rest["q_gain"].data[0, 0] = step, math.inf
     with pytest.raises(t.UserError, match=f"step {step}: not finite any more: rest.q_gain") as caught:
-        t.save_weights(run, averager, step)
+        training.save("running")
     assert ("has the weights of step 500" in str(caught.value)) == bool(last)
     assert torch.load(run.cfg.weights_file, weights_only=True)["steps"] == last
 
