@@ -1242,31 +1242,6 @@ class Rows(NamedTuple):
 Twinned = tuple[Tensor, Tensor]  # values and the tensor that takes their gradient: in plain parts the same
 
 
-class LayerParts(NamedTuple):
-    """Interchangeable functions that a layer is made of, in running order, and the loss; see `plain_*`."""
-
-    enter: Callable[[Tensor, Twinned | None, Twinned, Tensor, float], tuple[Rows, Tensor, Twinned]]
-    heads: Callable[[Rows, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, ...]]
-    exclusive: Callable[[Tensor, Tensor, Tensor], Tensor]
-    leave: Callable[[Rows, Tensor, Tensor, float], Rows]
-    feed_forward: Callable[[Rows, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    normalized: Callable[[Rows], Tensor]
-    nll: Callable[[Tensor, Tensor, float], Tensor]
-
-
-def plain_enter(
-    x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
-) -> tuple[Rows, Tensor, Twinned]:
-    """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the twin of x, and x0 for the next layer.
-
-    `scale` is the factor on the normalized rows. What comes back lets kernels chain the gradients of a tensor with
-    several uses: whoever uses x once more (a skip) or x0 hands its gradient to the twin.
-    """
-    new = mix[0] * x + mix[2] * x0[1]
-    new = new if skip is None else new + mix[1] * skip[1]
-    return Rows(new, rms_norm(new) * scale), x, x0
-
-
 class Adapted(NamedTuple):
     """A matrix (rows, cols) with an addition of low rank for each of D equal parts of its input (LoRA, 2106.09685)."""
 
@@ -1284,7 +1259,7 @@ def product(x: Tensor, weight: Tensor | Adapted) -> Tensor:
 
 
 def head_sizes(x: Tensor, rows: int, gain: Tensor) -> tuple[int, int, int]:
-    """Query heads, key/value heads and head size that x, the product's rows and the gain of `plain_heads` imply."""
+    """Query heads, key/value heads and head size that x, the product's rows and the gain of `heads` imply."""
     count, size = len(gain), x.shape[1] // len(gain)
     return count, (rows // size - count) // 2, size
 
@@ -1298,42 +1273,6 @@ def offset_keys(k: Tensor, follows: Tensor) -> Tensor:
     return torch.cat([own, torch.where(follows.view(-1, 1, 1), shifted.roll(1, dims=0), shifted)], dim=-1)
 
 
-def plain_heads(
-    rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q (N, H, D), k and v (N, KV, D) for weight ((H + 2 KV) D, C) and gain (H,), and the twin of v (N, KV, D).
-
-    q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `follows` offsets keys; `extra`
-    (N, KV, D) is added to v. The kernels return k and v (N, H, D), a copy for every query head.
-    """
-    qkv = product(rows.twin, weight)
-    count, kv, size = head_sizes(rows.x, qkv.shape[1], gain)
-    q, k, v = qkv.view(-1, rotary.shape[1], count + 2 * kv, size).split([count, kv, kv], dim=2)
-    # One gain per head, expanded to one per token: its gradient becomes a sum over the head, which fuses with the
-    # backward pass of the norm, and then one over tokens. Summed in one go it reads q and dq again (1.1 ms a step).
-    q = apply_rotary(rms_norm(q), *rotary) * gain[:, None].expand(*q.shape[:3], 1)
-    q, k, v = (t.flatten(0, 1) for t in (q, apply_rotary(rms_norm(k), *rotary), v))
-    v = v if extra is None else v + extra
-    return q, k if follows is None else offset_keys(k, follows), v, v
-
-
-def plain_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
-    """Exclusive self-attention (PR #265): remove from y (N, H, D) what points along the token's own value.
-
-    v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin`. The result is orthogonal to v, head
-    by head. The kernel takes v (N, H, D) as `heads` copied it, and reads the first copy.
-    """
-    grouped, own = y.unflatten(1, (v.shape[1], -1)).float(), twin.unsqueeze(2).float()
-    share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
-    return (grouped - share * own).flatten(1, 2).to(y.dtype)
-
-
-def plain_leave(rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
-    """Rows of x plus the attention's output, z (N, C) times weight (C, C) transposed."""
-    x = rows.x + product(z, weight)
-    return Rows(x, rms_norm(x) * scale)
-
-
 def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
     """h^2 above zero, beta h^2 below; beta (hidden,) per channel.
 
@@ -1342,31 +1281,78 @@ def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
     return h.square() * torch.where(h > 0, 1.0, beta)
 
 
-def plain_feed_forward(rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """x plus squared_unit(normalized up^T) down^T for up (hidden, C), down (C, hidden); also the activations."""
-    act = squared_unit(product(rows.twin, up), beta)
-    return rows.x + product(act, down), act
-
-
-def plain_normalized(rows: Rows) -> Tensor:
-    """The normalized x of Rows, (N, C)."""
-    return rows.twin
-
-
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
     """Logits squeezed into +-cap, in float32."""
     return cap * torch.tanh(logits.float() / cap)
 
 
-def plain_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
-    return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")
+class PlainLayer:
+    """The parts of a layer, in running order, and the loss, in plain operations: the definition of each.
+
+    `TritonLayer` computes the same functions by kernels, from fewer bytes.
+    """
+
+    def enter(
+        self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
+    ) -> tuple[Rows, Tensor, Twinned]:
+        """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the twin of x, and x0 for the next layer.
+
+        `scale` is the factor on the normalized rows. What comes back lets kernels chain the gradients of a tensor with
+        several uses: whoever uses x once more (a skip) or x0 hands its gradient to the twin.
+        """
+        new = mix[0] * x + mix[2] * x0[1]
+        new = new if skip is None else new + mix[1] * skip[1]
+        return Rows(new, rms_norm(new) * scale), x, x0
+
+    def heads(
+        self, rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """q (N, H, D), k and v (N, KV, D) for weight ((H + 2 KV) D, C) and gain (H,), and the twin of v (N, KV, D).
+
+        q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `follows` offsets keys; `extra`
+        (N, KV, D) is added to v. The kernels return k and v (N, H, D), a copy for every query head.
+        """
+        qkv = product(rows.twin, weight)
+        count, kv, size = head_sizes(rows.x, qkv.shape[1], gain)
+        q, k, v = qkv.view(-1, rotary.shape[1], count + 2 * kv, size).split([count, kv, kv], dim=2)
+        # One gain per head, expanded to one per token: its gradient becomes a sum over the head, which fuses with the
+        # backward pass of the norm, and then one over tokens. Summed in one go it reads q and dq again (1.1 ms a step).
+        q = apply_rotary(rms_norm(q), *rotary) * gain[:, None].expand(*q.shape[:3], 1)
+        q, k, v = (t.flatten(0, 1) for t in (q, apply_rotary(rms_norm(k), *rotary), v))
+        v = v if extra is None else v + extra
+        return q, k if follows is None else offset_keys(k, follows), v, v
+
+    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+        """Exclusive self-attention (PR #265): remove from y (N, H, D) what points along the token's own value.
+
+        v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin`. The result is orthogonal to v,
+        head by head. The kernel takes v (N, H, D) as `heads` copied it, and reads the first copy.
+        """
+        grouped, own = y.unflatten(1, (v.shape[1], -1)).float(), twin.unsqueeze(2).float()
+        share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
+        return (grouped - share * own).flatten(1, 2).to(y.dtype)
+
+    def leave(self, rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
+        """Rows of x plus the attention's output, z (N, C) times weight (C, C) transposed."""
+        x = rows.x + product(z, weight)
+        return Rows(x, rms_norm(x) * scale)
+
+    def feed_forward(self, rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """x plus squared_unit(normalized up^T) down^T for up (hidden, C), down (C, hidden); also the activations."""
+        act = squared_unit(product(rows.twin, up), beta)
+        return rows.x + product(act, down), act
+
+    def normalized(self, rows: Rows) -> Tensor:
+        """The normalized x of Rows, (N, C)."""
+        return rows.twin
+
+    def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+        """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
+        return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")
 
 
-PLAIN_LAYER = LayerParts(
-    plain_enter, plain_heads, plain_exclusive, plain_leave, plain_feed_forward, plain_normalized, plain_nll
-)
-LAYER: dict[str, Callable[[], LayerParts]] = {"triton": lambda: fused_layer(), "plain": lambda: PLAIN_LAYER}
+PLAIN_LAYER = PlainLayer()
+LAYER: dict[str, Callable[[], PlainLayer]] = {"triton": lambda: TritonLayer(), "plain": lambda: PLAIN_LAYER}
 
 
 def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
@@ -1404,13 +1390,13 @@ def probe_document_attention(attention: DocumentAttention, cfg: Config, device: 
     return probe(*ends, shapes, device)
 
 
-def probe_layer(parts: LayerParts, cfg: Config, device: torch.device) -> float:
+def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> float:
     """`probe` of a layer, every input's gradient included, of its output as the next layer's skip, and of the loss."""
     dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
     matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
     vectors = [(3, dim), (cfg.num_heads,), (hidden,)]
 
-    def layer(parts: LayerParts, x: Tensor, x0: Tensor, extra: Tensor, *rest: Tensor) -> Tensor:
+    def layer(parts: PlainLayer, x: Tensor, x0: Tensor, extra: Tensor, *rest: Tensor) -> Tensor:
         qkv, out, up, down = (w * w.shape[1] ** -0.5 for w in rest[:4])
         (mix, gain, beta), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
         rows, kept, first = parts.enter(x, (x0, x0), (x0, x0), mix, 0.5)
@@ -1673,7 +1659,7 @@ class GPT(nn.Module):
     """The language model. `weights()` prepares the matrices once per step; `nll` is the forward pass."""
 
     def __init__(
-        self, cfg: Config, bos_id: int, attend: Attend, device: torch.device, parts: LayerParts = PLAIN_LAYER
+        self, cfg: Config, bos_id: int, attend: Attend, device: torch.device, parts: PlainLayer = PLAIN_LAYER
     ) -> None:
         """Allocate and initialize from SEED, whatever the state of the global generator."""
         super().__init__()
@@ -1988,17 +1974,24 @@ def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnex
         tl.store(line + WIDTH, tl.sum(dother, 0), mask=inside)
 
 
+def enter_outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """Memory for what `enter` returns, given its inputs."""
+    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
+    return new, twin, x.new_empty(len(x), dtype=torch.float32), kept, following
+
+
 @torch.library.custom_op(f"{OPERATORS}::enter", mutates_args=())
 def enter(
     x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`plain_enter` with its parts of Rows and the twins of x and x0."""
-    (n, width), r = x.shape, x.new_empty(len(x), dtype=torch.float32)
-    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
+    """The parts of Rows, and the twins of x and x0; 5 activations are written and read where inductor's kernels take 6,
+    backward 10 of 14."""
+    (n, width), outputs = x.shape, enter_outputs(x)
+    new, _, r, *_ = outputs
     enter_tiles[(triton.cdiv(n, 4),)](x, x if skip is None else skip, x0, mix, new, r, n, scale, NORM_EPS, width,
                                       triton.next_power_of_2(width), 4, skip is not None, num_warps=2,
                                       num_stages=2)  # fmt: skip
-    return new, twin, r, kept, following
+    return outputs
 
 
 @torch.library.custom_op(f"{OPERATORS}::rows_backward", mutates_args=())
@@ -2020,11 +2013,7 @@ def rows_backward(upstream: list[Tensor], saved: list[Tensor], present: list[boo
     return [dx, dskip, dx0, sums.sum(0).to(new.dtype)]
 
 
-@enter.register_fake
-def _(x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor,
-      scale: float) -> tuple[Tensor, ...]:  # fmt: skip
-    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
-    return new, twin, x.new_empty(len(x), dtype=torch.float32), kept, following
+enter.register_fake(enter_outputs)
 
 
 @rows_backward.register_fake
@@ -2054,12 +2043,6 @@ def enter_gradients(
 
 
 enter.register_autograd(enter_gradients, setup_context=save_enter)
-
-
-def fused_enter(x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> tuple:
-    """`plain_enter`: 5 activations are written and read where inductor's kernels take 6, backward 10 of 14."""
-    x_new, twin, r, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
-    return Rows(x_new, twin, r), kept, (x0[0], following)
 
 
 # Queries, keys and values
@@ -2257,8 +2240,8 @@ def heads(
     x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
     follows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k, v of `plain_heads`, v's twin, the factors of the norms (N, H + KV), and with `follows` the second halves of
-    the keys as they were (N, KV, D / 2).
+    """q, k, v, v's twin, the factors of the norms (N, H + KV), and with `follows` the second halves of the keys as they
+    were (N, KV, D / 2).
 
     Attention adds up the gradients of shared keys and values in float32, in memory: filling it, adding and rounding
     cost more than writing copies here and adding up their gradients in the backward pass.
@@ -2273,6 +2256,15 @@ def heads(
     return outputs
 
 
+def heads_gradients(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what `heads_backward` returns, given its inputs."""
+    dq, factors, gain = upstream[0], saved[0], saved[2]
+    n, count, size = dq.shape
+    kv = factors.shape[1] - count
+    du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
+    return du, torch.empty_like(gain), dextra
+
+
 @torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
 def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the product, of the gain, and of `extra` (written only where it is wanted).
@@ -2283,7 +2275,7 @@ def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool)
     dq, dk, dv, dtwin = [d.contiguous() for d in (*upstream, upstream[2])[:4]]
     (n, count, size), (factors, r, gain, rotary, q, k, own, follows) = dq.shape, (*saved, saved[5], saved[1])[:8]
     kv, grid = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
-    du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
+    du, _, dextra = heads_gradients(upstream, saved, has_extra)
     sums = dq.new_empty((grid[0], count), dtype=torch.float32)
     heads_backward_tiles[grid](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, n,
                                rotary.shape[1], 4, count, kv, size, rotary.shape[-1], len(upstream) == 4, has_extra,
@@ -2294,12 +2286,7 @@ def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool)
 heads.register_fake(heads_outputs)
 
 
-@heads_backward.register_fake
-def _(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
-    (n, count, size), dq = upstream[0].shape, upstream[0]
-    kv = saved[0].shape[1] - count
-    width = (count + 2 * kv) * size
-    return dq.new_empty((n, width)), torch.empty_like(saved[2]), dq.new_empty((n, kv, size) if has_extra else 0)
+heads_backward.register_fake(heads_gradients)
 
 
 def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -2309,7 +2296,7 @@ def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def heads_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, *_: None) -> tuple:
+def differentiate_heads(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, *_: None) -> tuple:
     """Gradients of the twin, the weight, the gain and `extra`."""
     x, weight, *saved = ctx.saved_tensors
     upstream = [dq, dk, dv] + ([] if dtwin is None else [dtwin])
@@ -2317,16 +2304,7 @@ def heads_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor 
     return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None, None
 
 
-heads.register_autograd(heads_gradients, setup_context=save_heads)
-
-
-def fused_heads(
-    rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
-) -> tuple[Tensor, ...]:
-    """`plain_heads` in the ending of the product; in plain steps for heads that do not fill its tiles."""
-    if heads_fit(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
-        return heads(*rows, weight, gain, rotary, extra, follows)[:4]
-    return plain_heads(Rows(rows.x, fused_normalized(rows)), weight, gain, rotary, extra, follows)
+heads.register_autograd(differentiate_heads, setup_context=save_heads)
 
 
 # Exclusive self-attention
@@ -2368,8 +2346,8 @@ def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None, kv: int) -> tuple[Ten
 
 
 @torch.library.custom_op(f"{OPERATORS}::exclusive", mutates_args=())
-def fused_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
-    """`plain_exclusive`, whose gradient of v goes to `twin` and so is added to the attention's by `heads_backward`."""
+def exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+    """`PlainLayer.exclusive`; the gradient of v goes to `twin`, so that `heads_backward` adds it to the attention's."""
     return run_exclusive(y, v, None, twin.shape[1])[0]
 
 
@@ -2379,14 +2357,8 @@ def exclusive_backward(y: Tensor, v: Tensor, dz: Tensor, kv: int) -> tuple[Tenso
     return run_exclusive(y, v, dz, kv)
 
 
-@fused_exclusive.register_fake
-def _(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
-    return y.new_empty(y.shape)
-
-
-@exclusive_backward.register_fake
-def _(y: Tensor, v: Tensor, dz: Tensor, kv: int) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), v.new_empty((len(v), kv, v.shape[2]))
+exclusive.register_fake(lambda y, v, twin: y.new_empty(y.shape))
+exclusive_backward.register_fake(lambda y, v, dz, kv: (y.new_empty(y.shape), v.new_empty((len(v), kv, v.shape[2]))))
 
 
 def save_exclusive(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -2395,12 +2367,12 @@ def save_exclusive(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
     ctx.kv = twin.shape[1]
 
 
-def exclusive_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+def differentiate_exclusive(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
     dy, dv = exclusive_backward(*ctx.saved_tensors, dz, ctx.kv)
     return dy, None, dv
 
 
-fused_exclusive.register_autograd(exclusive_gradients, setup_context=save_exclusive)
+exclusive.register_autograd(differentiate_exclusive, setup_context=save_exclusive)
 
 
 # The output product of the attention
@@ -2441,14 +2413,12 @@ def sum_product(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(f"{OPERATORS}::leave", mutates_args=())
 def leave(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts of `plain_leave`'s Rows: the product is never written by itself."""
+    """The parts of Rows: the product is never written by itself."""
     new, squares = sum_product(x, z.contiguous(), weight)
     return new, torch.empty_like(x), scale * torch.rsqrt(squares.sum(0) / x.shape[1] + NORM_EPS)
 
 
-@leave.register_fake
-def _(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+leave.register_fake(lambda x, *_: enter_outputs(x)[:3])
 
 
 def save_leave(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -2466,11 +2436,6 @@ def leave_gradients(ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None
 
 
 leave.register_autograd(leave_gradients, setup_context=save_leave)
-
-
-def fused_leave(rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
-    """`plain_leave`."""
-    return Rows(*leave(rows.x, z, weight, scale))
 
 
 # Feed-forward
@@ -2575,7 +2540,7 @@ def run_unit(a: Tensor, b: Tensor, r: Tensor, pre: Tensor, beta: Tensor, backwar
 def feed_forward(
     x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`plain_feed_forward`'s new x and activations, and the pre-activations."""
+    """The new x, the activations and what they were before: activation and sum inside the products (as PR #1530)."""
     pre = x.new_empty((len(x), len(up)))
     act = run_unit(x, up, r, pre, beta, (False, False))[0]
     return sum_product(x, act, down)[0], act, pre
@@ -2589,16 +2554,12 @@ def feed_forward_backward(
     return run_unit(dy.contiguous(), down.T.contiguous(), r, pre, beta, (True, beta_grad))
 
 
-@feed_forward.register_fake
-def _(
-    x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty((len(x), len(up))), x.new_empty((len(x), len(up)))
-
-
-@feed_forward_backward.register_fake
-def _(dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool) -> list[Tensor]:
-    return [torch.empty_like(pre), pre.new_empty((pre.shape[1],), dtype=torch.float32)]
+feed_forward.register_fake(
+    lambda x, twin, r, up, *_: (torch.empty_like(x), *(x.new_empty((len(x), len(up))) for _ in range(2)))
+)
+feed_forward_backward.register_fake(
+    lambda dy, down, r, pre, *_: [torch.empty_like(pre), pre.new_empty(pre.shape[1], dtype=torch.float32)]
+)
 
 
 def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -2618,11 +2579,6 @@ def feed_forward_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | N
 feed_forward.register_autograd(feed_forward_gradients, setup_context=save_feed_forward)
 
 
-def fused_feed_forward(rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """`plain_feed_forward` with activation and sum inside the matrix products (the idea of PR #1530)."""
-    return feed_forward(*rows, up, down, beta)[:2]
-
-
 class Normalized(torch.autograd.Function):
     """The normalized row that is otherwise never written, for gates and observers; its gradient goes to the twin."""
 
@@ -2635,11 +2591,6 @@ class Normalized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
         return None, (dy * ctx.saved_tensors[0].unsqueeze(-1)).to(dy.dtype), None
-
-
-def fused_normalized(rows: Rows) -> Tensor:
-    """`plain_normalized`."""
-    return Normalized.apply(*rows)
 
 
 # The loss
@@ -2695,11 +2646,18 @@ def nll_blocks(logits: Tensor) -> tuple[int, int]:
     return 4096 // cols, cols
 
 
+def nll_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Memory for what `nll` returns, given its inputs."""
+    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+
+
 @torch.library.custom_op(f"{OPERATORS}::nll", mutates_args=())
 def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """`plain_nll`, and the binary logarithm of each row's sum of exponentials, (N,)."""
-    n, width = logits.shape
-    (rows, cols), (loss, logs) = nll_blocks(logits), (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
+    """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,).
+
+    The logits are read once, and once more to write their gradient; nothing else of that size is kept.
+    """
+    (n, width), (rows, cols), (loss, logs) = logits.shape, nll_blocks(logits), nll_outputs(logits)
     nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
     return loss, logs
 
@@ -2713,14 +2671,8 @@ def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, ca
     return dlogits
 
 
-@nll.register_fake
-def _(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
-
-
-@nll_backward.register_fake
-def _(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
-    return torch.empty_like(logits)
+nll.register_fake(nll_outputs)
+nll_backward.register_fake(lambda logits, *_: torch.empty_like(logits))
 
 
 def save_nll(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -2733,18 +2685,41 @@ nll.register_autograd(
 )
 
 
-def fused_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """`plain_nll`: reads the logits once, and once more to write their gradient; keeps nothing else of that size."""
-    return nll(logits.contiguous(), targets.contiguous(), cap)[0]
+class TritonLayer(PlainLayer):
+    """The parts of a layer as kernels."""
 
+    def __init__(self) -> None:
+        if triton is None:
+            raise ImportError("Triton with tensor descriptors (3.4 or later) is not installed")
 
-def fused_layer() -> LayerParts:
-    """The kernels as the parts of a layer."""
-    if triton is None:
-        raise ImportError("Triton with tensor descriptors (3.4 or later) is not installed")
-    return LayerParts(
-        fused_enter, fused_heads, fused_exclusive, fused_leave, fused_feed_forward, fused_normalized, fused_nll
-    )
+    def enter(
+        self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
+    ) -> tuple[Rows, Tensor, Twinned]:
+        x_new, twin, r, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
+        return Rows(x_new, twin, r), kept, (x0[0], following)
+
+    def heads(
+        self, rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """In the ending of the product; in plain steps for heads that do not fill its tiles."""
+        if heads_fit(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
+            return heads(*rows, weight, gain, rotary, extra, follows)[:4]
+        return super().heads(Rows(rows.x, self.normalized(rows)), weight, gain, rotary, extra, follows)
+
+    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+        return exclusive(y, v, twin)
+
+    def leave(self, rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
+        return Rows(*leave(rows.x, z, weight, scale))
+
+    def feed_forward(self, rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        return feed_forward(*rows, up, down, beta)[:2]
+
+    def normalized(self, rows: Rows) -> Tensor:
+        return Normalized.apply(*rows)
+
+    def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+        return nll(logits.contiguous(), targets.contiguous(), cap)[0]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -144,16 +144,16 @@ def random_heads(*heads: int, length: int = 16, size: int = 8) -> list[Tensor]:
 def test_exclusive_attention_is_orthogonal_to_its_own_value(kv_heads: int) -> None:
     """Head by head, each against the value head that serves it; only the part along v is taken away."""
     y, v = (x.flatten(0, 1) for x in random_heads(4, kv_heads))
-    out, own = t.plain_exclusive(y, v, v), v.repeat_interleave(4 // kv_heads, dim=1)
+    out, own = t.PLAIN_LAYER.exclusive(y, v, v), v.repeat_interleave(4 // kv_heads, dim=1)
     assert (out * own).sum(-1).abs().max() < 1e-5
     removed = y - out
     assert (F.cosine_similarity(removed, own, dim=-1).abs() - 1).abs().max() < 1e-4
-    torch.testing.assert_close(t.plain_exclusive(out, v, v), out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(t.PLAIN_LAYER.exclusive(out, v, v), out, rtol=1e-5, atol=1e-5)
 
 
 def test_exclusive_attention_survives_a_zero_value() -> None:
     y, v = (x.flatten(0, 1) for x in random_heads(4, 2))
-    assert torch.equal(t.plain_exclusive(y, torch.zeros_like(v), torch.zeros_like(v)), y)
+    assert torch.equal(t.PLAIN_LAYER.exclusive(y, torch.zeros_like(v), torch.zeros_like(v)), y)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
