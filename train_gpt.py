@@ -1906,7 +1906,7 @@ def tile_halves(a, b, row, column, inputs, ROWS: tl.constexpr, COLS: tl.constexp
 
 @jit
 def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr, WIDTH: tl.constexpr,
-                COLS: tl.constexpr, ROWS: tl.constexpr, SKIP: tl.constexpr):  # fmt: skip
+                COLS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The new x and r of ROWS rows; COLS is WIDTH rounded up to a power of two."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
     at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
@@ -1915,7 +1915,7 @@ def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr
     value *= tl.load(every, mask=live, other=0.0).to(tl.float32)
     first = tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
     value += first * tl.load(every + 2 * WIDTH, mask=live, other=0.0).to(tl.float32)
-    if SKIP:
+    if skip is not None:
         other = tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
         value += other * tl.load(every + WIDTH, mask=live, other=0.0).to(tl.float32)
     rounded = value.to(new.dtype.element_ty)
@@ -1926,21 +1926,20 @@ def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr
 
 @jit
 def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnext, dx, dskip, dx0, sums, tokens, scale,
-                        WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-                        MIX: tl.constexpr, SKIP: tl.constexpr, KEPT: tl.constexpr,
-                        NEXT: tl.constexpr):  # fmt: skip
+                        WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+                        STAGES: tl.constexpr):  # fmt: skip
     """Gradients of x, skip and x0, walking over blocks of rows; sums (programs, 3, WIDTH) of mix's.
 
     The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
     """
     column = tl.arange(0, COLS)[None, :]
-    every = mix + column + 0 * tl.arange(0, ROWS)[:, None]
-    within = column + 0 * tl.arange(0, ROWS)[:, None] < WIDTH
-    if MIX:
+    if mix is not None:
+        every = mix + column + 0 * tl.arange(0, ROWS)[:, None]
+        within = column + 0 * tl.arange(0, ROWS)[:, None] < WIDTH
         keep = tl.load(every, mask=within, other=0.0).to(tl.float32)
         first = tl.load(every + 2 * WIDTH, mask=within, other=0.0).to(tl.float32)
         dkeep, dfirst = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
-    if SKIP:
+    if skip is not None:
         other = tl.load(every + WIDTH, mask=within, other=0.0).to(tl.float32)
         dother = tl.zeros((ROWS, COLS), tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
@@ -1952,25 +1951,25 @@ def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnex
         r = tl.load(factors + row, mask=row < tokens, other=0.0)
         shrink = r * r / (WIDTH * scale * scale) * tl.sum(g * value, 1)
         d = upstream + g - value * shrink[:, None]
-        if MIX:
+        if mix is not None:
             dkeep += d * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
             dfirst += d * tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
             begun = d * first
-            if NEXT:
+            if dnext is not None:
                 begun += tl.load(dnext + at, mask=live, other=0.0).to(tl.float32)
             tl.store(dx0 + at, begun.to(dx0.dtype.element_ty), mask=live)
-            if SKIP:
+            if skip is not None:
                 dother += d * tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
                 tl.store(dskip + at, (d * other).to(dskip.dtype.element_ty), mask=live)
             d *= keep
-        if KEPT:
+        if dkept is not None:
             d += tl.load(dkept + at, mask=live, other=0.0).to(tl.float32)
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=live)
     line, inside = sums + tl.program_id(0) * 3 * WIDTH + tl.arange(0, COLS), tl.arange(0, COLS) < WIDTH
-    if MIX:
+    if mix is not None:
         tl.store(line, tl.sum(dkeep, 0), mask=inside)
         tl.store(line + 2 * WIDTH, tl.sum(dfirst, 0), mask=inside)
-    if SKIP:
+    if skip is not None:
         tl.store(line + WIDTH, tl.sum(dother, 0), mask=inside)
 
 
@@ -1988,61 +1987,56 @@ def enter(
     backward 10 of 14."""
     (n, width), outputs = x.shape, enter_outputs(x)
     new, _, r, *_ = outputs
-    enter_tiles[(triton.cdiv(n, 4),)](x, x if skip is None else skip, x0, mix, new, r, n, scale, NORM_EPS, width,
-                                      triton.next_power_of_2(width), 4, skip is not None, num_warps=2,
-                                      num_stages=2)  # fmt: skip
+    enter_tiles[(triton.cdiv(n, 4),)](x, skip, x0, mix, new, r, n, scale, NORM_EPS, width,
+                                      triton.next_power_of_2(width), 4, num_warps=2, num_stages=2)  # fmt: skip
     return outputs
 
 
+def rows_gradients(dnew: Tensor, *rest: Any) -> list[Tensor]:
+    """Memory for what `rows_backward` returns, given its inputs."""
+    has_mix, has_skip = (tensor is not None for tensor in (rest[5], rest[8]))
+    shapes = (dnew.shape, dnew.shape if has_skip else (0,), dnew.shape if has_mix else (0,), (3, dnew.shape[1]))
+    return [dnew.new_empty(shape) for shape in shapes]
+
+
 @torch.library.custom_op(f"{OPERATORS}::rows_backward", mutates_args=())
-def rows_backward(upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float) -> list[Tensor]:
-    """Gradients of x, skip, x0 and mix (empty where absent) from those of Rows.
-
-    `upstream`: of the new x, its twin, and those present of the twins of x and x0; `saved`: new x, r and, with mix,
-    mix, x, x0 and, where present, skip; `present`: mix, skip, the two upstream.
-    """
-    (new, r, *rest), (has_mix, has_skip, *more) = saved, present
-    (n, width), others = new.shape, iter(upstream[2:])
-    mix, x, x0, skip = (*rest, *[new] * 4)[:4]
-    others = [next(others) if here else new for here in more]
-    dx, dskip, dx0 = (torch.empty_like(new) if here else new.new_empty(0) for here in (True, has_skip, has_mix))
+def rows_backward(
+    dnew: Tensor, dtwin: Tensor, dkept: Tensor | None, dnext: Tensor | None, new: Tensor, r: Tensor,
+    mix: Tensor | None, x: Tensor | None, x0: Tensor | None, skip: Tensor | None, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, skip, x0 and mix (empty where absent), given those of the new x, of its twin and, where these
+    found a use, of the twins of x and x0."""
+    n, width = new.shape
+    dx, dskip, dx0, dmix = rows_gradients(dnew, dtwin, dkept, dnext, new, r, mix, x, x0, skip)
     grid = programs(new.device, triton.cdiv(n, 2), 8)
-    sums = new.new_zeros((grid[0] if has_mix else 0, 3, width), dtype=torch.float32)
-    rows_backward_tiles[grid](x, skip, x0, mix, new, r, *upstream[:2], *others, dx, dskip, dx0, sums, n, scale, width,
-                              triton.next_power_of_2(width), 2, 2, *present, num_warps=2)  # fmt: skip
-    return [dx, dskip, dx0, sums.sum(0).to(new.dtype)]
+    sums = new.new_zeros((0 if mix is None else grid[0], 3, width), dtype=torch.float32)
+    rows_backward_tiles[grid](x, skip, x0, mix, new, r, dnew, dtwin, dkept, dnext, dx, dskip, dx0, sums, n, scale,
+                              width, triton.next_power_of_2(width), 2, 2, num_warps=2)  # fmt: skip
+    return [dx, dskip, dx0, dmix.copy_(sums.sum(0))]
 
 
+rows_backward.register_fake(rows_gradients)
 enter.register_fake(enter_outputs)
-
-
-@rows_backward.register_fake
-def _(upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float) -> list[Tensor]:
-    new, (has_mix, has_skip) = saved[0], present[:2]
-    shapes = (new.shape, new.shape if has_skip else (0,), new.shape if has_mix else (0,), (3, new.shape[1]))
-    return [new.new_empty(shape) for shape in shapes]
 
 
 def save_enter(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, skip, _, x0, _, mix, ctx.scale = inputs
-    ctx.has_skip = skip is not None
-    ctx.save_for_backward(output[0], output[2], mix, x, x0, *([skip] if ctx.has_skip else []))
+    ctx.save_for_backward(output[0], output[2], mix, x, x0, skip)
     ctx.set_materialize_grads(False)
 
 
-def enter_gradients(
+def differentiate_enter(
     ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, dkept: Tensor | None, dnext: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, the twins of skip and x0, and mix."""
-    saved = list(ctx.saved_tensors)
-    upstream = [torch.zeros_like(saved[0]) if d is None else d for d in (dnew, dtwin)]
-    upstream = [d.contiguous() for d in (*upstream, dkept, dnext) if d is not None]
-    present = [True, ctx.has_skip, dkept is not None, dnext is not None]
-    dx, dskip, dx0, dmix = rows_backward(upstream, saved, present, ctx.scale)
-    return dx, None, dskip if ctx.has_skip else None, None, dx0, dmix, None
+    new, _, _, _, _, skip = saved = ctx.saved_tensors
+    given = [torch.zeros_like(new) if d is None else d.contiguous() for d in (dnew, dtwin)]
+    given += [d if d is None else d.contiguous() for d in (dkept, dnext)]
+    dx, dskip, dx0, dmix = rows_backward(*given, *saved, ctx.scale)
+    return dx, None, None if skip is None else dskip, None, dx0, dmix, None
 
 
-enter.register_autograd(enter_gradients, setup_context=save_enter)
+enter.register_autograd(differentiate_enter, setup_context=save_enter)
 
 
 # Queries, keys and values
@@ -2069,12 +2063,12 @@ def per_head(tile):
 
 @jit
 def end_heads(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length,
-              EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-              EXTRA: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+              EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
+              HALF: tl.constexpr):  # fmt: skip
     """Ending of a tile (ROWS, whole heads of one kind) of the product: normalize, rotate, gain or `extra`, store.
 
-    A norm per head cancels r but for eps, which becomes eps / r^2. With OFFSET the second half of a key goes to the
-    next row, if that `follows`, and stays where it begins a document; the backward pass finds them all in `own`.
+    A norm per head cancels r but for eps, which becomes eps / r^2. With `follows` the second half of a key goes to the
+    next row, if that follows, and stays where it begins a document; the backward pass finds them all in `own`.
     """
     ROWS: tl.constexpr = value.shape[0]
     GROUP: tl.constexpr = value.shape[1] // SIZE
@@ -2093,7 +2087,7 @@ def end_heads(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row
     a, b = a * factor, b * factor
     both = tl.permute(tl.join(a * cos + b * sin, b * cos - a * sin), (0, 1, 2, 4, 3))
     value = tl.reshape(both, (ROWS, GROUP * SIZE))
-    if EXTRA:
+    if extra is not None:
         at = place[:, None] * (KV * SIZE) + column - (HEADS + KV) * SIZE + tl.arange(0, GROUP * SIZE)[None, :]
         value += tl.load(extra + at, mask=is_value & (place[:, None] < tokens), other=0.0).to(tl.float32)
     # Selected, not branched: Triton 3.6 cannot flatten a loop with a branch in it.
@@ -2103,34 +2097,35 @@ def end_heads(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row
     channel = column + tl.arange(0, GROUP * SIZE)[None, :]
     apart = tl.where(is_query, 1, HEADS // KV) * SIZE
     at = place[:, None] * (HEADS * SIZE) + channel // SIZE * apart + channel % SIZE
-    rounded, is_key = value.to(out.dtype.element_ty), OFFSET & ~is_query & ~is_value
-    begins = tl.load(follows + place, mask=(place < tokens) & is_key, other=1) == 0
-    moves = tl.load(follows + place + 1, mask=(place + 1 < tokens) & is_key, other=0) != 0
-    late = (channel % SIZE >= SIZE // 2) & is_key
-    stays = (place[:, None] < tokens) & (begins[:, None] | ~late)
+    rounded, stays = value.to(out.dtype.element_ty), place[:, None] < tokens
+    if follows is not None:
+        is_key = ~is_query & ~is_value
+        begins = tl.load(follows + place, mask=(place < tokens) & is_key, other=1) == 0
+        moves = tl.load(follows + place + 1, mask=(place + 1 < tokens) & is_key, other=0) != 0
+        late = (channel % SIZE >= SIZE // 2) & is_key
+        kept = place[:, None] * (KV * SIZE // 2) + channel // SIZE * (SIZE // 2) + channel % (SIZE // 2)
+        tl.store(own + kept, rounded, mask=late & (place[:, None] < tokens))
+        for copy in tl.static_range(HEADS // KV):
+            tl.store(out + at + (HEADS + copy) * SIZE, rounded, mask=late & moves[:, None])
+        stays &= begins[:, None] | ~late
     tl.store(out + at, rounded, mask=stays)
     for copy in tl.static_range(1, HEADS // KV):
         tl.store(out + at + copy * SIZE, rounded, mask=stays & ~is_query)
-    for copy in tl.static_range(HEADS // KV):
-        tl.store(out + at + (HEADS + copy) * SIZE, rounded, mask=late & moves[:, None])
-    at = place[:, None] * (KV * SIZE // 2) + channel // SIZE * (SIZE // 2) + channel % (SIZE // 2)
-    tl.store(own + at, rounded, mask=late & (place[:, None] < tokens))
 
 
 @jit
 def heads_tiles(x, weight, r, gain, rotary, extra, follows, q, k, v, own, factors, tokens, length, width,
                 EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, HEADS: tl.constexpr,
-                KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, EXTRA: tl.constexpr,
-                OFFSET: tl.constexpr):  # fmt: skip
+                KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """The product x weight^T, each tile ended by `end_heads` in two halves; x is (tokens, width)."""
     across: tl.constexpr = (HEADS + 2 * KV) * SIZE // COLS
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
         left, right = tile_halves(x, weight, row, column, width, ROWS, COLS, INNER)
         end_heads(left, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length, EPS, HEADS,
-                  KV, SIZE, HALF, EXTRA, OFFSET)
+                  KV, SIZE, HALF)
         end_heads(right, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column + COLS // 2, tokens,
-                  length, EPS, HEADS, KV, SIZE, HALF, EXTRA, OFFSET)  # fmt: skip
+                  length, EPS, HEADS, KV, SIZE, HALF)  # fmt: skip
 
 
 @jit
@@ -2144,21 +2139,24 @@ def sum_copies(dout, at, live, COPIES: tl.constexpr, SIZE: tl.constexpr):
 
 @jit
 def undo_offset(final, own, follows, dout, at, kept, late, row, tokens, COPIES: tl.constexpr, STRIDE: tl.constexpr,
-                SIZE: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+                SIZE: tl.constexpr):  # fmt: skip
     """Values before, and gradients of all copies: of the next row where `late`, if that `follows`."""
     live = row < tokens
-    begins = tl.load(follows + row, mask=live & OFFSET, other=1) == 0
-    moves = tl.load(follows + row + 1, mask=(row + 1 < tokens) & OFFSET, other=0) != 0
-    gradient = sum_copies(dout, at, live & (begins | ~late), COPIES, SIZE)
-    gradient += sum_copies(dout, at + STRIDE, late & moves, COPIES, SIZE)
-    value = tl.load(final + at, mask=live & ~late, other=0.0) + tl.load(own + kept, mask=live & late, other=0.0)
+    if follows is None:
+        value, gradient = tl.load(final + at, mask=live, other=0.0), sum_copies(dout, at, live, COPIES, SIZE)
+    else:
+        begins = tl.load(follows + row, mask=live, other=1) == 0
+        moves = tl.load(follows + row + 1, mask=row + 1 < tokens, other=0) != 0
+        gradient = sum_copies(dout, at, live & (begins | ~late), COPIES, SIZE)
+        gradient += sum_copies(dout, at + STRIDE, late & moves, COPIES, SIZE)
+        value = tl.load(final + at, mask=live & ~late, other=0.0) + tl.load(own + kept, mask=live & late, other=0.0)
     return value.to(tl.float32), gradient
 
 
 @jit
 def undo_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.constexpr,
                HEADS: tl.constexpr, COPIES: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
-               HALF: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+               HALF: tl.constexpr):  # fmt: skip
     """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head.
 
     The normalized heads are made from what became of them: turned back, over the gain (whose own gradient is lost where
@@ -2171,10 +2169,10 @@ def undo_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, toke
     STRIDE: tl.constexpr = HEADS * COPIES * SIZE
     source, target = row * WIDTH + (FIRST + head) * SIZE + channel, row * STRIDE + head * (COPIES * SIZE) + channel
     kept = (row * HEADS + head - 1) * (SIZE // 2) + channel
-    a, da = undo_offset(final, own, follows, dout, target, kept, OFFSET & (channel >= SIZE // 2), row, tokens, COPIES,
-                        STRIDE, SIZE, OFFSET)
-    b, db = undo_offset(final, own, follows, dout, target + HALF, kept + HALF, OFFSET & (channel + HALF >= SIZE // 2),
-                        row, tokens, COPIES, STRIDE, SIZE, OFFSET)  # fmt: skip
+    a, da = undo_offset(final, own, follows, dout, target, kept, channel >= SIZE // 2, row, tokens, COPIES, STRIDE,
+                        SIZE)
+    b, db = undo_offset(final, own, follows, dout, target + HALF, kept + HALF, channel + HALF >= SIZE // 2, row, tokens,
+                        COPIES, STRIDE, SIZE)  # fmt: skip
     factor = tl.load(factors + row * NORMED + FIRST + head, mask=live, other=0.0)
     turned = cos * cos + sin * sin  # 1 but for the table's rounding
     if GAIN:
@@ -2192,8 +2190,7 @@ def undo_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, toke
 @jit
 def heads_backward_tiles(q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, tokens,
                          length, ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
-                         HALF: tl.constexpr, TWIN: tl.constexpr, EXTRA: tl.constexpr,
-                         OFFSET: tl.constexpr):  # fmt: skip
+                         HALF: tl.constexpr):  # fmt: skip
     """The whole gradient of the product, walking over blocks of ROWS rows; sums (programs, HEADS) of the gain's."""
     NORMED: tl.constexpr = HEADS + KV
     WIDTH: tl.constexpr = (HEADS + 2 * KV) * SIZE
@@ -2203,17 +2200,17 @@ def heads_backward_tiles(q, k, own, follows, factors, r, gain, rotary, dq, dk, d
         place = block * ROWS + tl.arange(0, ROWS)
         row, flat = place[:, None, None, None], place[:, None]
         cos, sin = angles(rotary, place, tokens, length, SIZE, HALF)
-        gains += undo_heads(q, own, follows, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, 1, NORMED, WIDTH,
-                            SIZE, HALF, False)
+        gains += undo_heads(q, None, None, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, 1, NORMED, WIDTH,
+                            SIZE, HALF)
         undo_heads(k, own, follows, factors, dk, du, gain, cos, sin, row, tokens, HEADS, KV, COPIES, NORMED, WIDTH,
-                   SIZE, HALF, OFFSET)  # fmt: skip
+                   SIZE, HALF)  # fmt: skip
         channel = tl.arange(0, KV * SIZE)[None, :]
         live = (flat < tokens) & (channel < KV * SIZE)
         first = flat * (HEADS * SIZE) + channel // SIZE * (COPIES * SIZE) + channel % SIZE
         value = sum_copies(dv, first, live, COPIES, SIZE)
-        if TWIN:
+        if dtwin is not None:
             value += tl.load(dtwin + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
-        if EXTRA:
+        if dextra is not None:
             tl.store(dextra + flat * (KV * SIZE) + channel, value.to(dextra.dtype.element_ty), mask=live)
         value *= tl.load(r + flat, mask=flat < tokens, other=1.0)
         tl.store(du + flat * WIDTH + NORMED * SIZE + channel, value.to(du.dtype.element_ty), mask=live)
@@ -2249,38 +2246,38 @@ def heads(
     (n, width), (rows, cols, inner), (count, kv, size) = x.shape, TILE, head_sizes(x, len(weight), gain)
     q, k, v, v_twin, factors, own = outputs = heads_outputs(x, twin, r, weight, gain, follows)
     heads_tiles[programs(x.device, triton.cdiv(n, rows) * (len(weight) // cols))](
-        tiled(x, rows, inner), tiled(weight, cols, inner), r, gain, rotary, x if extra is None else extra,
-        r if follows is None else follows, q, k, v, own, factors, n, rotary.shape[1], width, NORM_EPS, *TILE, count, kv,
-        size, rotary.shape[-1], extra is not None, follows is not None, num_warps=8, num_stages=3,
+        tiled(x, rows, inner), tiled(weight, cols, inner), r, gain, rotary, extra, follows, q, k, v, own, factors, n,
+        rotary.shape[1], width, NORM_EPS, *TILE, count, kv, size, rotary.shape[-1], num_warps=8, num_stages=3,
     )  # fmt: skip
     return outputs
 
 
-def heads_gradients(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
+def heads_gradients(dq: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for what `heads_backward` returns, given its inputs."""
-    dq, factors, gain = upstream[0], saved[0], saved[2]
-    n, count, size = dq.shape
+    (n, count, size), (_, _, _, factors, _, gain, *_, has_extra) = dq.shape, rest
     kv = factors.shape[1] - count
     du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
     return du, torch.empty_like(gain), dextra
 
 
 @torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
-def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the product, of the gain, and of `extra` (written only where it is wanted).
+def heads_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, factors: Tensor, r: Tensor, gain: Tensor, rotary: Tensor,
+    q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None, has_extra: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the product, of the gain, and of `extra` (empty where there is none).
 
-    `upstream` are the gradients of q, k, v and, where something used it, of v's twin; `saved` the factors of the norms,
-    r, gain, rotary, q and k, and where keys are offset their own second halves and `follows`.
+    Given are the gradients of q, k, v and, where something used it, of v's twin; the factors of the norms; and where
+    keys are offset, their own second halves.
     """
-    dq, dk, dv, dtwin = [d.contiguous() for d in (*upstream, upstream[2])[:4]]
-    (n, count, size), (factors, r, gain, rotary, q, k, own, follows) = dq.shape, (*saved, saved[5], saved[1])[:8]
+    n, count, size = dq.shape
     kv, grid = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
-    du, _, dextra = heads_gradients(upstream, saved, has_extra)
+    du, dgain, dextra = heads_gradients(dq, dk, dv, dtwin, factors, r, gain, has_extra)
     sums = dq.new_empty((grid[0], count), dtype=torch.float32)
-    heads_backward_tiles[grid](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, n,
-                               rotary.shape[1], 4, count, kv, size, rotary.shape[-1], len(upstream) == 4, has_extra,
-                               len(saved) == 8, num_warps=4, num_stages=2)  # fmt: skip
-    return du, sums.sum(0).to(gain.dtype), dextra
+    heads_backward_tiles[grid](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du,
+                               dextra if has_extra else None, sums, n, rotary.shape[1], 4, count, kv, size,
+                               rotary.shape[-1], num_warps=4, num_stages=2)  # fmt: skip
+    return du, dgain.copy_(sums.sum(0)), dextra
 
 
 heads.register_fake(heads_outputs)
@@ -2291,16 +2288,17 @@ heads_backward.register_fake(heads_gradients)
 
 def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, _, r, weight, gain, rotary, extra, follows = inputs
-    ctx.has_extra, offset = extra is not None, () if follows is None else (output[5], follows)
-    ctx.save_for_backward(x, weight, output[4], r, gain, rotary, *output[:2], *offset)
+    q, k, _, _, factors, own = output
+    ctx.has_extra, own = extra is not None, None if follows is None else own
+    ctx.save_for_backward(x, weight, factors, r, gain, rotary, q, k, own, follows)
     ctx.set_materialize_grads(False)
 
 
-def differentiate_heads(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, *_: None) -> tuple:
+def differentiate_heads(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the twin, the weight, the gain and `extra`."""
     x, weight, *saved = ctx.saved_tensors
-    upstream = [dq, dk, dv] + ([] if dtwin is None else [dtwin])
-    du, dgain, dextra = heads_backward(upstream, saved, ctx.has_extra)
+    given = [d if d is None else d.contiguous() for d in upstream[:4]]
+    du, dgain, dextra = heads_backward(*given, *saved, ctx.has_extra)
     return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None, None
 
 
@@ -2427,15 +2425,15 @@ def save_leave(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def leave_gradients(ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def differentiate_leave(ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     """Gradients of x, z and weight."""
     z, weight, *saved = ctx.saved_tensors
-    upstream = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
-    dx = rows_backward(upstream, saved, [False] * 4, ctx.scale)[0]
+    given = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
+    dx = rows_backward(*given, None, None, *saved, None, None, None, None, ctx.scale)[0]
     return dx, dx @ weight, dx.T @ z, None
 
 
-leave.register_autograd(leave_gradients, setup_context=save_leave)
+leave.register_autograd(differentiate_leave, setup_context=save_leave)
 
 
 # Feed-forward
@@ -2568,7 +2566,7 @@ def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> No
     ctx.set_materialize_grads(False)
 
 
-def feed_forward_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def differentiate_feed_forward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x (of its sum), the twin, up, down and beta."""
     x, r, up, down, beta, act, pre = ctx.saved_tensors
     beta_grad = ctx.needs_input_grad[5]
@@ -2576,7 +2574,7 @@ def feed_forward_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | N
     return dy, dpre @ up, None, dpre.T @ x, dy.T @ act, dbeta.to(beta.dtype) if beta_grad else None
 
 
-feed_forward.register_autograd(feed_forward_gradients, setup_context=save_feed_forward)
+feed_forward.register_autograd(differentiate_feed_forward, setup_context=save_feed_forward)
 
 
 class Normalized(torch.autograd.Function):
