@@ -2787,6 +2787,7 @@ class ParallelMuon:
             s.name: torch.zeros(self.owned, s.rows, s.cols, device=ranks.device) for s in self.specs
         }  # momentum of the owned layers
         self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
+        self.as_tensor = partial(torch.full, (), dtype=torch.float32, device=ranks.device)  # numbers would recompile
 
     def direction(
         self, spec: BankSpec, buffer: Tensor, grad: Tensor, momentum: Tensor, clip: Tensor, share: float = 1.0
@@ -2823,15 +2824,13 @@ class ParallelMuon:
             launched[spec.name] = reduce_scatter(self.ranks, padded)
         return launched
 
-    def gather(
-        self, gradients: dict[str, Tensor], momentum: Tensor, clip: Tensor, share: float
-    ) -> dict[str, tuple[Tensor, Any]]:
+    def gather(self, gradients: dict[str, Tensor], plan: "StepPlan", clip: Tensor) -> dict[str, tuple[Tensor, Any]]:
         """Updates of the owned layers from their gradients; bank -> (all ranks' updates, handle to wait for).
 
-        A `share` below 1 changes shapes as training goes on, so it runs uncompiled.
+        A share of directions below 1 changes shapes as training goes on, so it runs uncompiled.
         """
+        share, momentum, gathered = plan.muon_share, self.as_tensor(plan.momentum), {}
         direction = self.fast_direction if share == 1 else partial(self.direction, share=share)
-        gathered = {}
         for spec in self.specs:
             update = direction(spec, self.state[spec.name], gradients[spec.name], momentum, clip)
             gathered[spec.name] = all_gather(self.ranks, update)
@@ -2910,7 +2909,7 @@ class Optimizers:
         return (self.cfg.grad_clip_norm / (total.sqrt() + 1e-6)).clamp_max(1.0)
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float, share: float = 1.0) -> None:
+    def step(self, plan: "StepPlan") -> None:
         """One step of everything. The host waits for nothing; on the device, communication runs beside this:
 
         the reduction of a bank beside the casts of the next ones and the packing of the small gradients (no earlier:
@@ -2921,15 +2920,14 @@ class Optimizers:
         launched, small = self.muon.launch(), self.launch_small()
         gradients, bucket = {name: arrived(pair) for name, pair in launched.items()}, arrived(small)
         clip = self.clip_factor(bucket, list(gradients.values()))
-        as_tensor = partial(torch.full, (), dtype=torch.float32, device=self.ranks.device)  # numbers would recompile
-        gathered = self.muon.gather(gradients, as_tensor(momentum), clip, share)
+        gathered = self.muon.gather(gradients, plan, clip)
         pieces = (bucket * clip).split([p.numel() for p in self.small])
         for parameter, piece in zip(self.small, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
         for group in self.adam.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale
+            group["lr"] = group["base_lr"] * plan.lr_scale
         self.adam.step()
-        self.muon.finish(gathered, as_tensor(self.cfg.matrix_lr * lr_scale))
+        self.muon.finish(gathered, self.muon.as_tensor(self.cfg.matrix_lr * plan.lr_scale))
 
     def state_dict(self) -> dict[str, Any]:
         """All optimizer state; a restore from it is bitwise."""
@@ -3021,7 +3019,7 @@ class StepPlan(NamedTuple):
     lr_scale: float
     momentum: float
     phase: str
-    muon_share: float
+    muon_share: float = 1.0
 
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
@@ -3220,15 +3218,16 @@ class Trainer:
         else:
             self.run.log(f"WARNING: a step cannot be recorded as a CUDA graph ({reason}); launching one by one")
 
-    def step(self, number: int, phase: Phase, lr_scale: float, momentum: float, muon_share: float = 1.0) -> Tensor:
+    def step(self, number: int, plan: StepPlan) -> Tensor:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
+        phase = phases(self.run.cfg)[plan.phase]
         accum, graph, total = self.loader.shape.accum, self.graphs.get(phase), 0.0
         for parameter in self.model.parameters():
             parameter.grad = None
         for micro in range(accum):
             batch = self.batch(number * accum + micro, phase)
             total = total + (graph.replay(batch) if graph else self.gradients(phase, *batch))
-        self.optimizers.step(lr_scale, momentum, muon_share)
+        self.optimizers.step(plan)
         return total
 
     def state(self) -> dict[str, Any]:
@@ -3257,7 +3256,7 @@ def warm_up(run: Runtime, trainer: Trainer) -> None:
     steps = max(cfg.warmup_steps, 2 * cfg.compile)  # compilation never falls into the clock
     for name, phase in phases(cfg).items():
         for step in range(steps):
-            trainer.step(step, phase, 1.0, momentum_at(cfg, 0))
+            trainer.step(step, StepPlan(1.0, momentum_at(cfg, 0), name))
             if step == 0:
                 trainer.record(phase)
         run.log(f"warmup:{name} steps:{steps} cuda_graph:{phase in trainer.graphs:d}")
@@ -3331,7 +3330,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
             if plan.phase != phase:
                 phase = enter_phase(run, model, plan, step, seconds)
             before = graphs_compiled()
-            loss = trainer.step(step, phases(cfg)[phase], plan.lr_scale, plan.momentum, plan.muon_share)
+            loss = trainer.step(step, plan)
             step += 1
             if made := graphs_compiled() - before:
                 graphs += made
@@ -3418,7 +3417,7 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
         (seconds,) = run.ranks.agree(clock.seconds())
         if steps and seconds * (1 + 1 / steps) >= cfg.post_qat_seconds:
             break
-        loss = trainer.step(first + steps, phases(cfg)[plan.phase], plan.lr_scale, plan.momentum, plan.muon_share)
+        loss = trainer.step(first + steps, plan)
         steps += 1
         report_step(run, first + steps, loss, plan, clock, first)
     run.ledger.append(("train", "post_qat", clock.stop()))

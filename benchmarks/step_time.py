@@ -110,7 +110,7 @@ def one_step(trainer: t.Trainer, averager: t.Averager, number: int, lr_scale: fl
     cfg = trainer.run.cfg
     phase = t.phases(cfg)["train"]
     trainer.model.order = phase.order
-    loss = trainer.step(number, phase, lr_scale, t.momentum_at(cfg, number))
+    loss = trainer.step(number, t.StepPlan(lr_scale, t.momentum_at(cfg, number), "train"))
     if not number and phase not in trainer.graphs:
         trainer.record(phase)
     with torch.profiler.record_function("optimizer"):

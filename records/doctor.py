@@ -178,15 +178,15 @@ class Measured(NamedTuple):
 def measure(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT, steps: int) -> Measured:
     """Steps of the phase `train` after three untimed ones, recorded as in a run; then what that would reserve."""
     trainer = t.Trainer(run, model)
-    phase = t.phases(run.cfg)["train"]
+    phase, plan = t.phases(run.cfg)["train"], t.StepPlan(1.0, t.momentum_at(run.cfg, 0), "train")
     for step in range(3):
-        trainer.step(step, phase, 1.0, t.momentum_at(run.cfg, 0))
+        trainer.step(step, plan)
         if not step:
             trainer.record(phase)
     t.synchronize(run.ranks.device)
     start = time.perf_counter()
     for step in range(3, 3 + steps):
-        trainer.step(step, phase, 1.0, t.momentum_at(run.cfg, 0))
+        trainer.step(step, plan)
     t.synchronize(run.ranks.device)
     rate = 1000 * (time.perf_counter() - start) / steps
     return Measured(rate, t.measure_reserve(run, trainer))

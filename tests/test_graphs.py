@@ -59,14 +59,14 @@ def losses_and_weights(run: t.Runtime, accum: int) -> list[torch.Tensor]:
     """Four steps through two phases, each of which is recorded after a first step as in warm-up."""
     model = tiny_model(DEVICE=run.ranks.device.type)
     trainer = t.Trainer(replace(run, cfg=replace(run.cfg, grad_accum_steps=accum)), model)
-    phases = [*t.phases(run.cfg).values()]
+    phases = t.phases(run.cfg)
     before = trainer.state()
-    for phase in phases:
-        trainer.step(0, phase, 1.0, 0.9)
+    for name, phase in phases.items():
+        trainer.step(0, t.StepPlan(1.0, 0.9, name))
         trainer.record(phase)
     trainer.restore(before)
     assert len(trainer.graphs) == trainer.replays * len(phases)
-    losses = [trainer.step(number, phases[number // 2], 0.5, 0.9) for number in range(4)]
+    losses = [trainer.step(number, t.StepPlan(0.5, 0.9, [*phases][number // 2])) for number in range(4)]
     return [*losses, *(p.detach() for p in model.parameters())]
 
 
@@ -131,7 +131,7 @@ def test_a_step_that_cannot_be_recorded_is_launched_or_refused(
     assert not trainer.graphs
     log = Path("logs/tiny.txt").read_text()
     assert re.search(rf"WARNING: a step .*CUDA graph \({reason}\); launching one by one", log)
-    assert trainer.step(0, phase, 1.0, 0.9) > 0
+    assert trainer.step(0, t.StepPlan(1.0, 0.9, "train")) > 0
 
 
 @GPU

@@ -18,6 +18,7 @@ import train_gpt as t
 
 ONE = t.Ranks(0, 1, torch.device("cpu"))
 STEPS = 50
+PLAN = t.StepPlan(1.0, 0.9, "train")
 # No world of 2 or 3 ranks divides them. Without LN_SCALE, or with KEY_OFFSET, rounding of 50 steps grows until one weight
 # crosses a border of QAT's grid.
 FIVE_LAYERS = {"NUM_LAYERS": 5, "XSA_LAST_N": 5, "LN_SCALE": 1, "KEY_OFFSET": 0}
@@ -88,7 +89,7 @@ def test_muon_updates_have_the_rank_of_the_schedule() -> None:
     model = tiny_model(MUON_WD=0)
     optimizers, start = t.Optimizers(model.cfg, ONE, model), snapshot(model)
     random_gradients(model, 0)
-    optimizers.step(1.0, 0.9, 0.25)
+    optimizers.step(t.StepPlan(1.0, 0.9, "train", 0.25))
     step = model.banks["up"].detach() - start["banks.up"]
     values = torch.linalg.svdvals(step)
     assert (values[:, 7] > 20 * values[:, 8]).all() and model.cfg.model_dim == 32
@@ -133,7 +134,7 @@ def test_muon_updates_every_matrix_as_the_reference_does(changes: dict[str, Any]
     grads = []
     for seed in range(3):
         grads.append(random_gradients(model, seed))
-        optimizers.step(lr_scale=0.5, momentum=0.9)
+        optimizers.step(t.StepPlan(0.5, 0.9, "train"))
     for spec in t.bank_specs(cfg):
         name = f"banks.{spec.name}"
         for layer in range(cfg.num_layers):
@@ -153,7 +154,7 @@ def test_row_normalization_leaves_the_momentum_buffer_alone() -> None:
         optimizers = t.Optimizers(model.cfg, ONE, model)
         for seed in range(2):
             random_gradients(model, seed)
-            optimizers.step(1.0, 0.9)
+            optimizers.step(PLAN)
         states.append((optimizers.muon.state, snapshot(model)))
     (plain, plain_weights), (normalized, weights) = states
     assert all(torch.equal(plain[name], normalized[name]) for name in plain)
@@ -199,7 +200,7 @@ def test_adam_steps_equal_the_formula_on_clipped_gradients(changes: dict[str, An
     for step, scale in enumerate((1.0, 0.25), 1):
         grads = random_gradients(model, step)
         norm = torch.cat([g.flatten() for g in grads.values()]).norm()
-        optimizers.step(scale, 0.9)
+        optimizers.step(PLAN._replace(lr_scale=scale))
         for name in rates:
             key, (lr, decay) = f"rest.{name}", rates[name]
             grad = grads[key] * (cfg.grad_clip_norm / norm)
@@ -256,7 +257,7 @@ def test_state_dict_restores_bitwise() -> None:
 
     def step(seed: int) -> None:
         random_gradients(model, seed)
-        optimizers.step(0.7, 0.95)
+        optimizers.step(t.StepPlan(0.7, 0.95, "train"))
 
     step(0)
     saved = state()
@@ -275,15 +276,14 @@ def test_state_dict_restores_bitwise() -> None:
 def test_warm_up_leaves_no_trace(run: t.Runtime) -> None:
     """From a state with momentum in it: warm-up runs every phase, then all tensors are bitwise what they were."""
     trainer = t.Trainer(run, tiny_model())
-    order = t.phases(run.cfg)["train"]
-    trainer.step(0, order, 1.0, 0.9)
+    trainer.step(0, PLAN)
     before = trainer.state()
     assert any(tensor.abs().sum() > 0 for tensor in before["optimizers"]["muon"].values())
     seen = []
     plain_step = trainer.step
-    trainer.step = lambda number, phase, *rest: seen.append(phase) or plain_step(number, phase, *rest)
+    trainer.step = lambda number, plan: seen.append(plan.phase) or plain_step(number, plan)
     t.warm_up(run, trainer)
-    assert set(seen) == set(t.phases(run.cfg).values())
+    assert set(seen) == set(t.phases(run.cfg))
     pairs = zip(t.tensor_leaves(trainer.state()), t.tensor_leaves(before), strict=True)
     assert all(torch.equal(now, then) for now, then in pairs)
 
@@ -292,7 +292,7 @@ def test_restore_notices_state_that_it_does_not_cover(run: t.Runtime) -> None:
     """Parallel Muon's momentum outlived the restore in a published script; the assertion sees such a leak."""
     trainer = t.Trainer(run, tiny_model())
     before = trainer.state()
-    trainer.step(0, t.phases(run.cfg)["train"], 1.0, 0.9)
+    trainer.step(0, PLAN)
     trainer.optimizers.load_state_dict = lambda state: None
     with pytest.raises(AssertionError, match="warm-up"):
         trainer.restore(before)
@@ -316,11 +316,12 @@ def train_and_score(run: t.Runtime) -> dict[str, Any]:
     model = tiny_model(**FIVE_LAYERS)
     trainer = t.Trainer(run, model)
     model.clip_sigmas.fill_(6.0)
-    plain, late = t.phases(run.cfg).values()
+    plain, late = t.phases(run.cfg)
     t.warm_up(run, trainer)
     losses = []
     for step in range(STEPS):
-        loss = trainer.step(step, late if step >= STEPS - 2 else plain, 1 - step / (2 * STEPS), 0.9)
+        plan = t.StepPlan(1 - step / (2 * STEPS), 0.9, late if step >= STEPS - 2 else plain)
+        loss = trainer.step(step, plan)
         losses.append((run.ranks.sum_(loss.clone()) / run.ranks.world).item())
     parameters = snapshot(model)
     accum = trainer.loader.shape.accum
@@ -329,7 +330,7 @@ def train_and_score(run: t.Runtime) -> dict[str, Any]:
     scores = [t.evaluate(run, model, validation, stride)[:3] for stride in (32, 12)]
     return {"losses": losses, "parameters": parameters, "hessians": hessians, "scores": scores,
             "ttt": adapted_score(run, model, validation), "codes": shared_codes(run),
-            "exported": export_hessians(run), "restored": restores_bitwise(trainer, plain),
+            "exported": export_hessians(run), "restored": restores_bitwise(trainer),
             "clip": clip_of_rank_gradients(run, trainer)}  # fmt: skip
 
 
@@ -359,14 +360,14 @@ def export_hessians(run: t.Runtime) -> dict[str, Tensor]:
     return t.collect_hessians(run, trainer, STEPS * trainer.loader.shape.accum, batches)
 
 
-def restores_bitwise(trainer: t.Trainer, phase: t.Phase) -> bool:
+def restores_bitwise(trainer: t.Trainer) -> bool:
     """The same step from the same restored state, momentum shards included, has the same bits."""
     saved = trainer.state()
-    trainer.step(0, phase, 1.0, 0.9)
+    trainer.step(0, PLAN)
     first = trainer.state()
-    trainer.step(1, phase, 1.0, 0.9)
+    trainer.step(1, PLAN)
     trainer.restore(saved)
-    trainer.step(0, phase, 1.0, 0.9)
+    trainer.step(0, PLAN)
     pairs = zip(t.tensor_leaves(trainer.state()), t.tensor_leaves(first), strict=True)
     return all(torch.equal(now, then) for now, then in pairs)
 

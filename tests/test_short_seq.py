@@ -91,7 +91,7 @@ def watched(trainer: t.Trainer) -> list[Tensor]:
 def test_a_short_step_is_one_over_the_pieces(features: dict[str, Any], accum: int, run: t.Runtime) -> None:
     """The same tokens as the step of whole windows, in order, cut in two: loss and parameters to the last bit."""
     cfg = replace(run.cfg, short_seq_len=16, grad_accum_steps=accum, doc_attention="DOC_ATTENTION" in features)
-    run, phases = replace(run, cfg=cfg), t.phases(cfg)
+    run = replace(run, cfg=cfg)
     short, by_hand, whole = (t.Trainer(run, tiny_model(SHORT_SEQ_LEN=16)) for _ in range(3))
     if features:
         for trainer in (short, by_hand, whole):
@@ -102,8 +102,8 @@ def test_a_short_step_is_one_over_the_pieces(features: dict[str, Any], accum: in
         return tuple(torch.stack([row[a : a + 16] for row in rows for a in (0, 16)]) for rows in fetch(number))
 
     by_hand.loader.fetch = fetch_pieces
-    losses = [trainer.step(3, phases["short_seq"], 0.5, 0.9) for trainer in (short, by_hand)]
-    whole.step(3, phases["train"], 0.5, 0.9)
+    losses = [trainer.step(3, t.StepPlan(0.5, 0.9, "short_seq")) for trainer in (short, by_hand)]
+    whole.step(3, t.StepPlan(0.5, 0.9, "train"))
     assert [ids.shape for ids in seen] == [(16 // accum, 16)] * accum
     assert torch.equal(torch.cat(seen).flatten(), torch.cat(at_once).flatten()) and at_once[0].shape[1] == 32
     assert torch.equal(*losses)
