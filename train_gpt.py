@@ -174,6 +174,7 @@ class Config:
     muon_momentum: float = opt(0.99, "Muon momentum after warm-up", low=0, high=1)
     muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
+    muon_rails_at: float = opt(1.0, "part of the run after which momentum has two rails (1: never)", low=0, high=1)
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
     muon_row_normalize: bool = opt(True, "normalize update rows before orthogonalizing (MuonEq-R)")
     muon_rank_frac: float = opt(1.0, "part of Muon's directions left at the end, by cosine (NuMuon)", low=0.01, high=1)
@@ -486,6 +487,7 @@ def training_rules(cfg: Config) -> Rules:
         (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
          f"LOWBIT_BITS={cfg.lowbit_bits} and LOWBIT_NAME_PATTERNS={','.join(cfg.lowbit_name_patterns)}: set both"),
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
+        (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, f"MUON_RAILS_AT={cfg.muon_rails_at}: MUON_MOMENTUM below 1"),
         ("short_seq" not in phases(cfg) or cfg.train_seq_len % cfg.short_seq_len == 0,
          f"SHORT_SEQ_LEN={cfg.short_seq_len} does not divide TRAIN_SEQ_LEN={cfg.train_seq_len}; 0 for none"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
@@ -2783,24 +2785,25 @@ class ParallelMuon:
         self.banks = dict(model.banks.items())
         self.coefficients, self.dtype = newton_schulz_coefficients(cfg), model.dtype
         self.owned = -(-cfg.num_layers // ranks.world)  # layers per rank; the last ranks may hold padding
-        self.state = {
-            s.name: torch.zeros(self.owned, s.rows, s.cols, device=ranks.device) for s in self.specs
-        }  # momentum of the owned layers
+        zeros = partial(torch.zeros, device=ranks.device)  # the rails of the owned layers' momentum
+        self.state = {s.name: [zeros(self.owned, s.rows, s.cols) for _ in RAILS[: 1 + (cfg.muon_rails_at < 1)]]
+                      for s in self.specs}  # fmt: skip
         self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
         self.as_tensor = partial(torch.full, (), dtype=torch.float32, device=ranks.device)  # numbers would recompile
 
     def direction(
-        self, spec: BankSpec, buffer: Tensor, grad: Tensor, momentum: Tensor, clip: Tensor, share: float = 1.0
+        self, spec: BankSpec, rails: list[Tensor], grad: Tensor, momentum: list, clip: Tensor, share: float = 1.0
     ) -> Tensor:
-        """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the momentum `buffer`.
+        """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the momentum's `rails`.
 
-        Nesterov momentum, optional row normalization (of the update, never of the buffer: PR #1418), then every
-        matrix of the bank orthogonalized by itself (the leading `share` of its singular directions) and scaled by
-        sqrt(max(1, rows/cols)).
+        Nesterov momentum as `momentum_rails` says, optional row normalization (of the update, never of a rail:
+        PR #1418), then every matrix of the bank orthogonalized by itself (the leading `share` of its singular
+        directions) and scaled by sqrt(max(1, rows/cols)).
         """
-        grad = grad.float() * clip
-        buffer.mul_(momentum).add_(grad)
-        update = grad + momentum * buffer
+        update = grad = grad.float() * clip
+        for rail, (decay, gain, weight) in zip(rails, momentum, strict=True):
+            rail.mul_(decay).add_(gain * grad)
+            update = update + weight * rail
         if self.cfg.muon_row_normalize:
             update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
         update = update.to(self.dtype)
@@ -2829,7 +2832,8 @@ class ParallelMuon:
 
         A share of directions below 1 changes shapes as training goes on, so it runs uncompiled.
         """
-        share, momentum, gathered = plan.muon_share, self.as_tensor(plan.momentum), {}
+        share, gathered = plan.muon_share, {}
+        momentum = [tuple(map(self.as_tensor, rail)) for rail in momentum_rails(self.cfg, plan)]
         direction = self.fast_direction if share == 1 else partial(self.direction, share=share)
         for spec in self.specs:
             update = direction(spec, self.state[spec.name], gradients[spec.name], momentum, clip)
@@ -2934,8 +2938,8 @@ class Optimizers:
         return {"muon": self.muon.state, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, buffer in self.muon.state.items():
-            buffer.copy_(state["muon"][name])
+        for name, rails in self.muon.state.items():
+            torch._foreach_copy_(rails, state["muon"][name])
         self.adam.load_state_dict(state["adam"])
 
 
@@ -3014,12 +3018,31 @@ def muon_share_at(cfg: Config, progress: float) -> float:
 
 
 class StepPlan(NamedTuple):
-    """Learning-rate scale, Muon momentum, phase, and part of Muon's directions of one step."""
+    """Learning-rate scale, Muon momentum, phase, part of Muon's directions, and whether momentum has two rails."""
 
     lr_scale: float
     momentum: float
     phase: str
     muon_share: float = 1.0
+    two_rails: bool = False
+
+
+RAILS = ((0.85, 0.4385), (0.98, 0.5615))  # decay and share of the fast and the slow one: mean age 30 steps
+
+
+def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, float]]:
+    """Decay, gain and weight of each rail of Muon's momentum: a rail becomes decay x rail + gain x gradient, and the
+    update is the gradient + the sum of weight x rail.
+
+    Two rails (modded-nanogpt PR #340) f, s are averages of decays .85 and .98, and the update is
+    (1 - mu) gradient + mu (.4385 f + .5615 s), all over 1 - mu here, since what follows makes its own length. Until
+    MUON_RAILS_AT both are the plain momentum sum of decay mu, in the same units: so both start from it.
+    """
+    mu = plan.momentum
+    if not plan.two_rails:
+        count = 1 + (cfg.muon_rails_at < 1)
+        return [(mu, 1.0, mu / count)] * count
+    return [(decay, (1 - decay) / (1 - mu), mu * share) for decay, share in RAILS]
 
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
@@ -3033,7 +3056,8 @@ def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan
         "post_qat": False,
     }
     phase = [name for name in phases(cfg) if begun[name]][-1]
-    return StepPlan(scale, momentum_at(cfg, step), phase, muon_share_at(cfg, progress))
+    two_rails = progress >= cfg.muon_rails_at < 1
+    return StepPlan(scale, momentum_at(cfg, step), phase, muon_share_at(cfg, progress), two_rails)
 
 
 class Grid(NamedTuple):
@@ -3409,7 +3433,8 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
     What it is good for is logged: the score of the weights rounded to that grid, before and after.
     """
     cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
-    plan = StepPlan(cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac)
+    scale, two_rails = cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_rails_at < 1
+    plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, two_rails)
     enter_phase(run, trainer.model, plan, first, run.spent("train"))
     score_rounded(run, trainer.model, validation, "before")
     clock.start()
