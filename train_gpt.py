@@ -176,6 +176,7 @@ class Config:
     muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
     muon_rails_at: float = opt(1.0, "part of the run after which momentum has two rails (1: never)", low=0, high=1)
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
+    muon_head_group: int = opt(0, "heads whose rows of Q, or of K, Muon orthogonalizes together (0: all)", low=0)
     muon_row_normalize: bool = opt(True, "normalize update rows before orthogonalizing (MuonEq-R)")
     muon_rank_frac: float = opt(1.0, "part of Muon's directions left at the end, by cosine (NuMuon)", low=0.01, high=1)
     polar_express: bool = opt(True, "Polar Express coefficients instead of the fixed quintic")
@@ -487,6 +488,8 @@ def training_rules(cfg: Config) -> Rules:
         (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
          f"LOWBIT_BITS={cfg.lowbit_bits} and LOWBIT_NAME_PATTERNS={','.join(cfg.lowbit_name_patterns)}: set both"),
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
+        (not cfg.muon_head_group or cfg.num_kv_heads % cfg.muon_head_group == 0,
+         f"MUON_HEAD_GROUP={cfg.muon_head_group} does not divide NUM_KV_HEADS={cfg.num_kv_heads}; 0 for all heads"),
         (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, f"MUON_RAILS_AT={cfg.muon_rails_at}: MUON_MOMENTUM below 1"),
         ("short_seq" not in phases(cfg) or cfg.train_seq_len % cfg.short_seq_len == 0,
          f"SHORT_SEQ_LEN={cfg.short_seq_len} does not divide TRAIN_SEQ_LEN={cfg.train_seq_len}; 0 for none"),
@@ -2798,7 +2801,7 @@ class ParallelMuon:
 
         Nesterov momentum as `momentum_rails` says, optional row normalization (of the update, never of a rail:
         PR #1418), then every matrix of the bank orthogonalized by itself (the leading `share` of its singular
-        directions) and scaled by sqrt(max(1, rows/cols)).
+        directions) and scaled by sqrt(max(1, rows/cols)); Q and K in groups of heads (modded-nanogpt PR #253).
         """
         update = grad = grad.float() * clip
         for rail, (decay, gain, weight) in zip(rails, momentum, strict=True):
@@ -2807,8 +2810,12 @@ class ParallelMuon:
         if self.cfg.muon_row_normalize:
             update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
         update = update.to(self.dtype)
-        parts = [(update[:, a:b], max(1.0, (b - a) / spec.cols) ** 0.5) for _, a, b in spec.spans()]
-        return torch.cat([leading_directions(p, share, self.coefficients) * scale for p, scale in parts], dim=1)
+        group, parts = self.cfg.muon_head_group * self.cfg.head_dim, []
+        for name, a, b in spec.spans():
+            rows = group if group and name in ("attn.c_q", "attn.c_k") else b - a
+            part = leading_directions(update[:, a:b].reshape(-1, rows, spec.cols), share, self.coefficients)
+            parts.append(part.view(len(update), b - a, spec.cols) * max(1.0, rows / spec.cols) ** 0.5)
+        return torch.cat(parts, dim=1)
 
     def apply(self, bank: Tensor, update: Tensor, lr: Tensor) -> None:
         """Decoupled weight decay, then the step, in place on all layers."""

@@ -126,9 +126,11 @@ def reference_muon(w: Tensor, grads: list[Tensor], lr: float, momentum: float, c
 @pytest.mark.parametrize("changes", [
     {}, PLAIN_MUON, {**PLAIN_MUON, "POLAR_EXPRESS": 1}, {**PLAIN_MUON, "MUON_ROW_NORMALIZE": 1}, {"MUON_WD": 0.5},
     {"MUON_BACKEND_STEPS": 3}, {**PLAIN_MUON, "MUON_BACKEND_STEPS": 3}, {"NUM_KV_HEADS": 4, "MLP_MULT": 0.5},
+    {"MUON_HEAD_GROUP": 2}, {"MUON_HEAD_GROUP": 1},
 ])  # fmt: skip
 def test_muon_updates_every_matrix_as_the_reference_does(changes: dict[str, Any]) -> None:
-    """Each of q, k, v, out, up and down of every layer, after three steps at half the learning rate."""
+    """Each of q, k, v, out, up and down of every layer, after three steps at half the learning rate; of q and k with
+    MUON_HEAD_GROUP each group of heads by itself."""
     model = tiny_model(GRAD_CLIP_NORM=0, **changes)
     cfg, optimizers, start = model.cfg, t.Optimizers(model.cfg, ONE, model), snapshot(model)
     grads = []
@@ -138,7 +140,10 @@ def test_muon_updates_every_matrix_as_the_reference_does(changes: dict[str, Any]
     for spec in t.bank_specs(cfg):
         name = f"banks.{spec.name}"
         for layer in range(cfg.num_layers):
-            for _, a, b in spec.spans():
+            grouped = cfg.muon_head_group * cfg.head_dim
+            spans = [(a, b, grouped if grouped and role in ("attn.c_q", "attn.c_k") else b - a)
+                     for role, a, b in spec.spans()]  # fmt: skip
+            for a, b in ((first, first + rows) for a, b, rows in spans for first in range(a, b, rows)):
                 expected = reference_muon(
                     start[name][layer, a:b], [g[name][layer, a:b] for g in grads], 0.5 * cfg.matrix_lr, 0.9, cfg
                 )
