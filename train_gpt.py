@@ -197,6 +197,7 @@ class Config:
     lawa_enabled: bool = opt(False, "export the mean of the latest LAWA_K snapshots")
     lawa_k: int = opt(10, "snapshots in the LAWA window", low=1)
     lawa_freq: int = opt(100, "steps between LAWA snapshots", low=1)
+    average_blend: float = opt(1.0, "part of the average in the export; the rest: the last weights", low=0, high=1)
     qat_enabled: bool = opt(False, "train on the export grid (straight-through) during the whole run")
     late_qat_threshold: float = opt(0.15, "the same once the rate's scale is below this (0: never)", low=0, high=1)
 
@@ -3144,6 +3145,11 @@ class Averager:
         return {name for name, taken in {"ema": self.ema, snapshots: self.count}.items() if taken}
 
 
+def blend(cfg: Config, last: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """AVERAGE_BLEND x the average + the rest x the last weights (modded-nanogpt PR #325), by parameter name."""
+    return {name: last[name].lerp(tensor, cfg.average_blend) for name, tensor in average.items()}
+
+
 # ----------------------------------------------------------------------------------------------
 # 9. Training
 # ----------------------------------------------------------------------------------------------
@@ -3377,7 +3383,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
     run.log(f"graphs compiled inside the clock: {graphs}")
     run.log.event("clock", graphs_compiled=graphs, reserve_s=reserve)
     finish_log(run, averager, validation, step, clock)
-    average, active = averager.weights(), active | averager.active()
+    average, active = blend(cfg, model.state_dict(), averager.weights()), active | averager.active()
     if cfg.post_qat_seconds:
         model.load(average)
         step += post_qat(run, trainer, validation, step)
@@ -3570,7 +3576,7 @@ def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
 
 
 def load_weights(run: Runtime, model: GPT) -> Trained:
-    """The weights of an earlier run (EXPORT_ONLY=1), the average where it got that far."""
+    """The averaged weights of an earlier run (EXPORT_ONLY=1), blended as this one says."""
     path = run.cfg.weights_file
     if not path.is_file():
         raise UserError(f"WEIGHTS_PATH={path}: no such file; a training run writes logs/<RUN_ID>.weights.pt")
@@ -3578,7 +3584,7 @@ def load_weights(run: Runtime, model: GPT) -> Trained:
     refuse_other_version(run.cfg, saved["architecture"], f"WEIGHTS_PATH={path}")
     refuse_other_architecture(run.cfg, saved["architecture"], f"WEIGHTS_PATH={path}")
     model.order = tuple(saved["order"])
-    return Trained(saved["steps"], saved.get("average", saved["raw"]), set())
+    return Trained(saved["steps"], blend(run.cfg, saved["raw"], saved["average"]), set())
 
 
 def refuse_other_version(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
@@ -4122,7 +4128,7 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
     with run.timed("averaged weights", "untimed"):
         score = evaluate(run, model, validation, cfg.eval_len)
     last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
-    log_score(run, f"DIAGNOSTIC {last}", score)
+    log_score(run, f"DIAGNOSTIC {last}", score, f" blend:{cfg.average_blend:g}" if cfg.average_blend < 1 else "")
     return score
 
 
