@@ -162,6 +162,7 @@ class Config:
     ve_dim: int = opt(128, "width of the value embedding", low=1)
     ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
     value_residual: bool = opt(False, "mix each layer's values with those of the first layer")
+    skip_gates_enabled: bool = opt(False, "a skip takes the place of part of x, by a sigmoid gate per channel")
     gated_attn_enabled: bool = opt(False, "sigmoid gate per head on the attention output")
 
     matrix_lr: float = opt(0.025, "Muon learning rate", group="Optimizer", low=0)
@@ -1594,6 +1595,7 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
         (cfg.ve_enabled, RestSpec("ve_scale", (len(cfg.ve_layers),), 0.1, "scalar")),
         (cfg.smear_gate_enabled, RestSpec("smear_gate", (dim,), 0.0, "scalar")),
         (skips, RestSpec("skip_weights", (skips, dim), 1.0, "scalar")),
+        (skips and cfg.skip_gates_enabled, RestSpec("skip_gates", (skips, dim), 0.0, "scalar")),
         (True, RestSpec("resid_mix", (layers, 2, dim), mix, "scalar", per_layer=True)),
         (True, RestSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
         (True, RestSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
@@ -1745,13 +1747,18 @@ class GPT(nn.Module):
 
     def mixes(self, order: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Factors (3, C) of x, skip and x0 at the entrance of each position: the skip's weight is multiplied in here,
-        on vectors, and once for all positions."""
+        on vectors, and once for all positions. With gates s, x and skip become s x + (1 - s) weight skip (PR #1218)."""
         resid = torch.stack([self.rest["resid_mix"][layer] for layer in order])
-        half, skips = len(order) // 2, torch.zeros_like(resid[:, 0])
+        half, shut, skips = len(order) // 2, 0.0, torch.zeros_like(resid[:, 0])
         if half:
             weights = self.rest["skip_weights"][:half]
-            skips = F.pad(weights, (0, 0, half, len(order) - half - len(weights)))
-        return torch.stack([resid[:, 0], resid[:, 0] * skips, resid[:, 1]], 1).to(self.dtype).unbind()
+            place = (0, 0, half, len(order) - half - len(weights))
+            if "skip_gates" in self.rest:
+                shut = 1 - torch.sigmoid(self.rest["skip_gates"][:half])
+                weights, shut = weights * shut, F.pad(shut, place)
+            skips = F.pad(weights, place)
+        mixes = resid[:, 0] * (1 - shut), resid[:, 0] * skips, resid[:, 1]
+        return torch.stack(mixes, 1).to(self.dtype).unbind()
 
     def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Rows, Tensor]:
         """Attention part of a layer, its output added; also returns this layer's own values (N, KV, D)."""

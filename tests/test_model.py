@@ -18,7 +18,7 @@ from conftest import VOCAB, plain_attention, tiny_config, tiny_model, unscaled
 
 CPU = torch.device("cpu")
 BOS, LENGTH, FLIPPED = 1, 24, 13
-ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "LN_SCALE": 1}
+ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "LN_SCALE": 1, "SKIP_GATES_ENABLED": 1}
 FEATURES: dict[str, dict[str, Any]] = {
     "default": {}, "all on": ALL_ON, "value residual": {"VALUE_RESIDUAL": 1}, "gated": {"GATED_ATTN_ENABLED": 1},
     "no xsa": {"XSA_LAST_N": 0}, "xsa on two": {"XSA_LAST_N": 2}, "no smear": {"SMEAR_GATE_ENABLED": 0},
@@ -378,10 +378,11 @@ def test_an_order_longer_than_the_layers_runs(order: tuple[int, ...]) -> None:
     assert torch.isfinite(logits_of(model, random_ids(), order=order)).all()
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
-def test_unet_skips_pair_first_with_last(layers: int) -> None:
+def test_unet_skips_pair_first_with_last(layers: int, gated: bool) -> None:
     """With attention and MLP silenced the residual stream is arithmetic: check mixing and pairing against it."""
-    model = tiny_model(NUM_LAYERS=layers, XSA_LAST_N=0, VE_ENABLED=0)
+    model = tiny_model(NUM_LAYERS=layers, XSA_LAST_N=0, VE_ENABLED=0, SKIP_GATES_ENABLED=int(gated))
     with torch.no_grad():
         model.rest["attn_scale"].zero_()
         model.rest["mlp_scale"].zero_()
@@ -390,7 +391,8 @@ def test_unet_skips_pair_first_with_last(layers: int) -> None:
         for layer in range(layers):
             partner = layers // 2 * 2 - 1 - layer  # of an even number of layers i and n - 1 - i; the odd one is alone
             if layer >= layers // 2 and partner >= 0:
-                x = x + model.rest["skip_weights"][layer - layers // 2] * outputs[partner]
+                skip = model.rest["skip_weights"][layer - layers // 2] * outputs[partner]
+                x = skip.lerp(x, model.rest["skip_gates"][layer - layers // 2].sigmoid()) if gated else x + skip
             x = mix[layer, 0] * x + mix[layer, 1] * x0
             outputs.append(x)
     torch.testing.assert_close(got, x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt(), rtol=1e-4, atol=1e-5)
@@ -402,6 +404,7 @@ PARAMETERS_OF = {
     "value embedding": ({"VE_ENABLED": 0}, {"ve_table", "ve_proj", "ve_scale"}),
     "value residual": ({"VALUE_RESIDUAL": 0}, {"value_mix"}),
     "gate": ({"GATED_ATTN_ENABLED": 0}, {"gate_weight", "gate_bias"}),
+    "skip gates": ({"SKIP_GATES_ENABLED": 0}, {"skip_gates"}),
     "asqu": ({"MLP_ACTIVATION": "relu2"}, {"asqu_beta"}),
     "untied head": ({"TIE_EMBEDDINGS": 1}, {"lm_head"}),
     "xsa": ({"XSA_LAST_N": 0}, set()),
