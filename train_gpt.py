@@ -164,6 +164,7 @@ class Config:
     value_residual: bool = opt(False, "mix each layer's values with those of the first layer")
     skip_gates_enabled: bool = opt(False, "a skip takes the place of part of x, by a sigmoid gate per channel")
     gated_attn_enabled: bool = opt(False, "sigmoid gate per head on the attention output")
+    sparse_attn_gate_scale: float = opt(0.0, "the same from 12 inputs: factor on its logits, as 0.5 (0: none)", low=0)
 
     matrix_lr: float = opt(0.025, "Muon learning rate", group="Optimizer", low=0)
     scalar_lr: float = opt(0.025, "Adam learning rate of vectors and small matrices", low=0)
@@ -476,6 +477,8 @@ def model_rules(cfg: Config) -> Rules:
          f"LOOP_START={cfg.loop_start} LOOP_END={cfg.loop_end}: not in order within NUM_LAYERS={cfg.num_layers}"),
         (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
          f"LORA_RANK={cfg.lora_rank}: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
+        (not (cfg.gated_attn_enabled and cfg.sparse_attn_gate_scale),
+         f"GATED_ATTN_ENABLED=1 SPARSE_ATTN_GATE_SCALE={cfg.sparse_attn_gate_scale:g}: one gate for a head"),
         (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
     ]  # fmt: skip
 
@@ -1044,6 +1047,7 @@ OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, 
 Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTENTION a mask -> y (B,T,H,D), causal
 Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 NORM_EPS = 1e-6
+GATE_INPUTS = 12  # channels of the normalized residual stream that the sparse gates of heads read
 PART_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 in one call take 7 to 9% longer
 
 
@@ -1244,6 +1248,7 @@ class Rows(NamedTuple):
     x: Tensor
     twin: Tensor
     r: Tensor | None = None
+    gates: Tensor | None = None  # at a layer's entrance, in kernels: such memory for the first channels
 
 
 Twinned = tuple[Tensor, Tensor]  # values and the tensor that takes their gradient: in plain parts the same
@@ -1329,15 +1334,16 @@ class PlainLayer:
         v = v if extra is None else v + extra
         return q, k if follows is None else offset_keys(k, follows), v, v
 
-    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor, gate: Tensor | None = None) -> Tensor:
         """Exclusive self-attention (PR #265): remove from y (N, H, D) what points along the token's own value.
 
         v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin`. The result is orthogonal to v,
-        head by head. The kernel takes v (N, H, D) as `heads` copied it, and reads the first copy.
+        head by head; times `gate` (N, H). The kernel takes v (N, H, D) as `heads` copied it, and reads the first copy.
         """
         grouped, own = y.unflatten(1, (v.shape[1], -1)).float(), twin.unsqueeze(2).float()
         share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
-        return (grouped - share * own).flatten(1, 2).to(y.dtype)
+        z = (grouped - share * own).flatten(1, 2)
+        return (z if gate is None else z * gate.unsqueeze(-1)).to(y.dtype)
 
     def leave(self, rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
         """Rows of x plus the attention's output, z (N, C) times weight (C, C) transposed."""
@@ -1352,6 +1358,10 @@ class PlainLayer:
     def normalized(self, rows: Rows) -> Tensor:
         """The normalized x of Rows, (N, C)."""
         return rows.twin
+
+    def gate_inputs(self, rows: Rows) -> Tensor:
+        """The first channels of the normalized x of Rows, (N, GATE_INPUTS)."""
+        return rows.twin[:, :GATE_INPUTS]
 
     def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
         """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
@@ -1402,19 +1412,20 @@ def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> float:
     dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
     matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
     vectors = [(3, dim), (cfg.num_heads,), (hidden,)]
+    vectors += [(cfg.num_heads, GATE_INPUTS)] if cfg.sparse_attn_gate_scale else []
 
     def layer(parts: PlainLayer, x: Tensor, x0: Tensor, extra: Tensor, *rest: Tensor) -> Tensor:
         qkv, out, up, down = (w * w.shape[1] ** -0.5 for w in rest[:4])
-        (mix, gain, beta), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
+        (mix, gain, beta, *gates), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
         rows, kept, first = parts.enter(x, (x0, x0), (x0, x0), mix, 0.5)
         follows = torch.arange(len(x), device=x.device) % 50 > 0 if cfg.key_offset else None
         q, k, v, twin = parts.heads(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)), follows)
         y = sdpa(SDPBackend.MATH)(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
-        rows = parts.leave(rows, parts.exclusive(y, v, twin).flatten(1), out, 0.5)
-        y = parts.feed_forward(rows, up, down, beta)[0]
+        gates = [F.linear(parts.gate_inputs(rows), gate).sigmoid() for gate in gates]
+        z = parts.exclusive(y, v, twin, *gates).flatten(1)
+        y = parts.feed_forward(parts.leave(rows, z, out, 0.5), up, down, beta)[0]
         y = parts.normalized(parts.enter(y, (x, kept), first, mix, 0.5)[0])
-        nll = parts.nll(2 * y, torch.arange(len(y), device=y.device) % dim, 3.0)
-        return torch.cat([y.flatten(), nll.to(y.dtype)])
+        return torch.cat([y.flatten(), parts.nll(2 * y, torch.arange(len(y), device=y.device) % dim, 3.0).to(y.dtype)])
 
     shapes = [(2 * length, dim)] * 2 + [(2 * length, kv)] + matrices + vectors
     return probe(partial(layer, parts), partial(layer, PLAIN_LAYER), shapes, device)
@@ -1603,6 +1614,8 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
         (cfg.value_residual, RestSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
+        (cfg.sparse_attn_gate_scale,
+         RestSpec("sparse_gate", (layers, heads, GATE_INPUTS), 0.0, "scalar", per_layer=True)),
         (is_asqu, RestSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
     ]
     rank, passes = cfg.lora_rank, len(final_order(cfg))
@@ -1776,11 +1789,17 @@ class GPT(nn.Module):
             mix = vectors["value_mix"][layer]
             v = twin = mix[0] * (own if first_v is None else first_v) + mix[1] * own
         y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), *p.mask).flatten(0, 1)
+        gate = None
+        if "sparse_gate" in vectors:  # PR #1787
+            weight = self.cfg.sparse_attn_gate_scale * vectors["sparse_gate"][layer]
+            gate = F.linear(parts.gate_inputs(rows), weight).sigmoid()
+        elif "gate_weight" in vectors:
+            weight, bias = (vectors[name][layer] for name in ("gate_weight", "gate_bias"))
+            gate = F.linear(parts.normalized(rows), weight, bias).sigmoid()
         if spec.xsa:
-            y = parts.exclusive(y, v, twin)
-        if "gate_weight" in vectors:
-            gate = F.linear(parts.normalized(rows), vectors["gate_weight"][layer], vectors["gate_bias"][layer])
-            y = y * torch.sigmoid(gate).unsqueeze(-1)
+            y = parts.exclusive(y, v, twin, gate)
+        elif gate is not None:
+            y = y * gate.unsqueeze(-1)
         z = y.flatten(1)
         if p.observe is not None:
             p.observe(f"out.{layer}", z)
@@ -1938,9 +1957,9 @@ def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr
 
 
 @jit
-def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnext, dx, dskip, dx0, sums, tokens, scale,
-                        WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
-                        STAGES: tl.constexpr):  # fmt: skip
+def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dgates, dkept, dnext, dx, dskip, dx0, sums, tokens,
+                        scale, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+                        GATES: tl.constexpr):  # fmt: skip
     """Gradients of x, skip and x0, walking over blocks of rows; sums (programs, 3, WIDTH) of mix's.
 
     The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
@@ -1962,6 +1981,8 @@ def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnex
         value = tl.load(new + at, mask=live, other=0.0).to(tl.float32)
         upstream = tl.load(dnew + at, mask=live, other=0.0).to(tl.float32)
         r = tl.load(factors + row, mask=row < tokens, other=0.0)
+        if dgates is not None:
+            g += tl.load(dgates + row[:, None] * GATES + column, mask=live & (column < GATES), other=0.0).to(tl.float32)
         shrink = r * r / (WIDTH * scale * scale) * tl.sum(g * value, 1)
         d = upstream + g - value * shrink[:, None]
         if mix is not None:
@@ -1989,13 +2010,14 @@ def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnex
 def enter_outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     """Memory for what `enter` returns, given its inputs."""
     new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
-    return new, twin, x.new_empty(len(x), dtype=torch.float32), kept, following
+    gates = x.new_empty((len(x), GATE_INPUTS))
+    return new, twin, x.new_empty(len(x), dtype=torch.float32), gates, kept, following
 
 
 @torch.library.custom_op(f"{OPERATORS}::enter", mutates_args=())
 def enter(
     x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The parts of Rows, and the twins of x and x0; 5 activations are written and read where inductor's kernels take 6,
     backward 10 of 14."""
     (n, width), outputs = x.shape, enter_outputs(x)
@@ -2007,24 +2029,24 @@ def enter(
 
 def rows_gradients(dnew: Tensor, *rest: Any) -> list[Tensor]:
     """Memory for what `rows_backward` returns, given its inputs."""
-    has_mix, has_skip = (tensor is not None for tensor in (rest[5], rest[8]))
+    has_mix, has_skip = (tensor is not None for tensor in (rest[6], rest[9]))
     shapes = (dnew.shape, dnew.shape if has_skip else (0,), dnew.shape if has_mix else (0,), (3, dnew.shape[1]))
     return [dnew.new_empty(shape) for shape in shapes]
 
 
 @torch.library.custom_op(f"{OPERATORS}::rows_backward", mutates_args=())
 def rows_backward(
-    dnew: Tensor, dtwin: Tensor, dkept: Tensor | None, dnext: Tensor | None, new: Tensor, r: Tensor,
-    mix: Tensor | None, x: Tensor | None, x0: Tensor | None, skip: Tensor | None, scale: float,
+    dnew: Tensor, dtwin: Tensor, dgates: Tensor | None, dkept: Tensor | None, dnext: Tensor | None, new: Tensor,
+    r: Tensor, mix: Tensor | None, x: Tensor | None, x0: Tensor | None, skip: Tensor | None, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, skip, x0 and mix (empty where absent), given those of the new x, of its twin and, where these
-    found a use, of the twins of x and x0."""
+    found a use, of the gates' memory and the twins of x and x0."""
     n, width = new.shape
-    dx, dskip, dx0, dmix = rows_gradients(dnew, dtwin, dkept, dnext, new, r, mix, x, x0, skip)
+    dx, dskip, dx0, dmix = rows_gradients(dnew, dtwin, dgates, dkept, dnext, new, r, mix, x, x0, skip)
     grid = programs(new.device, triton.cdiv(n, 2), 8)
     sums = new.new_zeros((0 if mix is None else grid[0], 3, width), dtype=torch.float32)
-    rows_backward_tiles[grid](x, skip, x0, mix, new, r, dnew, dtwin, dkept, dnext, dx, dskip, dx0, sums, n, scale,
-                              width, triton.next_power_of_2(width), 2, 2, num_warps=2)  # fmt: skip
+    rows_backward_tiles[grid](x, skip, x0, mix, new, r, dnew, dtwin, dgates, dkept, dnext, dx, dskip, dx0, sums, n,
+                              scale, width, triton.next_power_of_2(width), 2, 2, GATE_INPUTS, num_warps=2)  # fmt: skip
     return [dx, dskip, dx0, dmix.copy_(sums.sum(0))]
 
 
@@ -2039,12 +2061,12 @@ def save_enter(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def differentiate_enter(
-    ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, dkept: Tensor | None, dnext: Tensor | None
+    ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, *others: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, the twins of skip and x0, and mix."""
+    """Gradients of x, the twins of skip and x0, and mix; `others` are those of the gates' memory and the twins."""
     new, _, _, _, _, skip = saved = ctx.saved_tensors
     given = [torch.zeros_like(new) if d is None else d.contiguous() for d in (dnew, dtwin)]
-    given += [d if d is None else d.contiguous() for d in (dkept, dnext)]
+    given += [d if d is None else d.contiguous() for d in others]
     dx, dskip, dx0, dmix = rows_backward(*given, *saved, ctx.scale)
     return dx, None, None if skip is None else dskip, None, dx0, dmix, None
 
@@ -2322,9 +2344,10 @@ heads.register_autograd(differentiate_heads, setup_context=save_heads)
 
 
 @jit
-def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, COPIES: tl.constexpr, SIZE: tl.constexpr,
-                    COLS: tl.constexpr, ITEMS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-    """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy and the heads' sum of dv."""
+def exclusive_tiles(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, COPIES: tl.constexpr,
+                    SIZE: tl.constexpr, COLS: tl.constexpr, ITEMS: tl.constexpr,
+                    BACKWARD: tl.constexpr):  # fmt: skip
+    """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy, their sum of dv, and dgate."""
     item, d = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None], tl.arange(0, COLS)[None, :]
     live = (item < items) & (d < SIZE)
     own = tl.load(v + item * (COPIES * SIZE) + d, mask=live, other=0.0).to(tl.float32)
@@ -2335,52 +2358,66 @@ def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, COPIES: tl.co
         at = (item * GROUP + head) * SIZE + d
         value = tl.load(y + at, mask=live, other=0.0).to(tl.float32)
         share = tl.sum(value * own, 1)[:, None] * inverse
+        if gate is not None:
+            factor = tl.load(gate + item * GROUP + head, mask=item < items, other=0.0).to(tl.float32)
         if BACKWARD:
             upstream = tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
+            if gate is not None:
+                change = tl.sum(upstream * (value - share * own), 1)[:, None]
+                tl.store(dgate + item * GROUP + head, change.to(dgate.dtype.element_ty), mask=item < items)
+                upstream *= factor
             along = tl.sum(upstream * own, 1)[:, None] * inverse
             tl.store(out + at, (upstream - along * own).to(out.dtype.element_ty), mask=live)
             total -= share * upstream + along * value - tl.where(power > 1e-12, 2 * along * share, 0.0) * own
         else:
-            tl.store(out + at, (value - share * own).to(out.dtype.element_ty), mask=live)
+            value -= share * own
+            if gate is not None:
+                value *= factor
+            tl.store(out + at, value.to(out.dtype.element_ty), mask=live)
     if BACKWARD:
         tl.store(dv + item * SIZE + d, total.to(dv.dtype.element_ty), mask=live)
 
 
-def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None, kv: int) -> tuple[Tensor, Tensor]:
-    """z, or the gradients of y and of the twin of v, which has `kv` heads."""
-    y, v, (n, heads, size) = y.contiguous(), v.contiguous(), y.shape
+def run_exclusive(y: Tensor, v: Tensor, gate: Tensor | None, dz: Tensor | None, kv: int) -> tuple[Tensor, ...]:
+    """z, or the gradients of y, of the twin of v, which has `kv` heads, and of the gate (empty without one)."""
+    (n, heads, size), (y, v, gate) = y.shape, (t if t is None else t.contiguous() for t in (y, v, gate))
     out, dv, dz_or_y = torch.empty_like(y), v if dz is None else v.new_empty((n, kv, size)), y if dz is None else dz
-    exclusive_tiles[(triton.cdiv(n * kv, 32),)](y, v, dz_or_y.contiguous(), out, dv, n * kv, heads // kv,
+    dgate = y.new_empty(0 if gate is None else gate.shape)
+    exclusive_tiles[(triton.cdiv(n * kv, 32),)](y, v, gate, dz_or_y.contiguous(), out, dv, dgate, n * kv, heads // kv,
                                                 v.shape[1] // kv, size, triton.next_power_of_2(size), 32,
                                                 dz is not None, num_warps=4, num_stages=2)  # fmt: skip
-    return out, dv
+    return out, dv, dgate
 
 
 @torch.library.custom_op(f"{OPERATORS}::exclusive", mutates_args=())
-def exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+def exclusive(y: Tensor, v: Tensor, twin: Tensor, gate: Tensor | None) -> Tensor:
     """`PlainLayer.exclusive`; the gradient of v goes to `twin`, so that `heads_backward` adds it to the attention's."""
-    return run_exclusive(y, v, None, twin.shape[1])[0]
+    return run_exclusive(y, v, gate, None, twin.shape[1])[0]
 
 
 @torch.library.custom_op(f"{OPERATORS}::exclusive_backward", mutates_args=())
-def exclusive_backward(y: Tensor, v: Tensor, dz: Tensor, kv: int) -> tuple[Tensor, Tensor]:
-    """Gradients of y and of the twin of v."""
-    return run_exclusive(y, v, dz, kv)
+def exclusive_backward(
+    y: Tensor, v: Tensor, gate: Tensor | None, dz: Tensor, kv: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, of the twin of v and of the gate."""
+    return run_exclusive(y, v, gate, dz, kv)
 
 
-exclusive.register_fake(lambda y, v, twin: y.new_empty(y.shape))
-exclusive_backward.register_fake(lambda y, v, dz, kv: (y.new_empty(y.shape), v.new_empty((len(v), kv, v.shape[2]))))
+exclusive.register_fake(lambda y, v, twin, gate: y.new_empty(y.shape))
+exclusive_backward.register_fake(lambda y, v, gate, dz, kv: (
+    y.new_empty(y.shape), v.new_empty((len(v), kv, v.shape[2])), y.new_empty(0 if gate is None else gate.shape)
+))  # fmt: skip
 
 
 def save_exclusive(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    y, v, twin = inputs
-    ctx.save_for_backward(y, v)
+    y, v, twin, gate = inputs
+    ctx.save_for_backward(y, v, gate)
     ctx.kv = twin.shape[1]
 
 
 def differentiate_exclusive(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-    dy, dv = exclusive_backward(*ctx.saved_tensors, dz, ctx.kv)
-    return dy, None, dv
+    dy, dv, dgate = exclusive_backward(*ctx.saved_tensors, dz, ctx.kv)
+    return dy, None, dv, None if ctx.saved_tensors[2] is None else dgate
 
 
 exclusive.register_autograd(differentiate_exclusive, setup_context=save_exclusive)
@@ -2442,7 +2479,7 @@ def differentiate_leave(ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: 
     """Gradients of x, z and weight."""
     z, weight, *saved = ctx.saved_tensors
     given = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
-    dx = rows_backward(*given, None, None, *saved, None, None, None, None, ctx.scale)[0]
+    dx = rows_backward(*given, None, None, None, *saved, None, None, None, None, ctx.scale)[0]
     return dx, dx @ weight, dx.T @ z, None
 
 
@@ -2706,28 +2743,31 @@ class TritonLayer(PlainLayer):
     def enter(
         self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
     ) -> tuple[Rows, Tensor, Twinned]:
-        x_new, twin, r, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
-        return Rows(x_new, twin, r), kept, (x0[0], following)
+        *rows, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
+        return Rows(*rows), kept, (x0[0], following)
 
     def heads(
         self, rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
     ) -> tuple[Tensor, ...]:
         """In the ending of the product; in plain steps for heads that do not fill its tiles."""
         if heads_fit(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
-            return heads(*rows, weight, gain, rotary, extra, follows)[:4]
+            return heads(*rows[:3], weight, gain, rotary, extra, follows)[:4]
         return super().heads(Rows(rows.x, self.normalized(rows)), weight, gain, rotary, extra, follows)
 
-    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
-        return exclusive(y, v, twin)
+    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor, gate: Tensor | None = None) -> Tensor:
+        return exclusive(y, v, twin, gate)
 
     def leave(self, rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
         return Rows(*leave(rows.x, z, weight, scale))
 
     def feed_forward(self, rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        return feed_forward(*rows, up, down, beta)[:2]
+        return feed_forward(*rows[:3], up, down, beta)[:2]
 
     def normalized(self, rows: Rows) -> Tensor:
-        return Normalized.apply(*rows)
+        return Normalized.apply(*rows[:3])
+
+    def gate_inputs(self, rows: Rows) -> Tensor:
+        return Normalized.apply(rows.x[:, :GATE_INPUTS], rows.gates, rows.r)
 
     def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
         return nll(logits.contiguous(), targets.contiguous(), cap)[0]

@@ -51,12 +51,14 @@ def rows_of(i: Values) -> t.Rows:
 
 
 def enter_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
-    """`uses`: which of the new x, its normalized rows and the twins of x (as a skip) and x0 find a use."""
+    """`uses`: which of the new x, its normalized rows, all or the first of their channels, and the twins of x (as a
+    skip) and x0 find a use."""
     skip = (i["skip"], i["skip"]) if "skip" in i else None
     rows, kept, (x0, x0_twin) = parts.enter(i["x"], skip, (i["x0"], i["x0"]), i["mix"], SCALE)
     assert x0 is i["x0"]
     users = {"x": lambda: rows.x, "normalized": lambda: parts.normalized(rows),
-             "skip": lambda: Carry.apply(i["x"], kept), "x0": lambda: Carry.apply(x0, x0_twin)}  # fmt: skip
+             "gates": lambda: parts.gate_inputs(rows), "skip": lambda: Carry.apply(i["x"], kept),
+             "x0": lambda: Carry.apply(x0, x0_twin)}  # fmt: skip
     return [users[use]() for use in uses.split()]
 
 
@@ -73,7 +75,7 @@ def exclusive_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
     v = i["v"]
     if uses and parts is not t.PLAIN_LAYER:
         v = torch.stack([v] + [torch.full_like(v, torch.nan)] * (int(uses) - 1), 2).flatten(1, 2)
-    return [parts.exclusive(i["y"], v, i["twin"])]
+    return [parts.exclusive(i["y"], v, i["twin"], i.get("gate"))]
 
 
 def leave_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
@@ -143,7 +145,7 @@ def draw(**shapes: tuple[int, ...]) -> Values:
 def enter_cases() -> None:
     """With and without a skip; used for everything, and with each twin unused."""
     shapes = {"x": (23, 40), "x0": (23, 40), "mix": (3, 40)}
-    for uses in ("x normalized skip x0", "normalized", "x x0", "normalized skip"):
+    for uses in ("x normalized gates skip x0", "normalized", "x x0", "normalized skip", "gates", "normalized gates"):
         check_part(enter_part, draw(**shapes), "", uses)
         check_part(enter_part, draw(**shapes, skip=(23, 40)), "", uses)
     check_part(enter_part, draw(x=(1, 64), x0=(1, 64), mix=(3, 64)), "", "x normalized")
@@ -188,9 +190,11 @@ def zero_gain_cases() -> None:
 
 
 def exclusive_cases() -> None:
-    """Every size of group; values that are 0 leave y as it is, and below the clamp the gradient is the plain one."""
+    """Every size of group, with and without a gate; values that are 0 leave y as it is, and below the clamp the
+    gradient is the plain one."""
     for heads, kv, size in ((6, 3, 12), (4, 4, 8), (4, 1, 5)):
         check_part(exclusive_part, draw(y=(37, heads, size), v=(37, kv, size)))
+        check_part(exclusive_part, draw(y=(37, heads, size), v=(37, kv, size), gate=(37, heads)))
         check_part(exclusive_part, draw(y=(37, heads, size), v=(37, kv, size)), "", str(heads // kv))
     values = draw(y=(5, 4, 8), v=(5, 2, 8))
     check_part(exclusive_part, {**values, "v": 1e-7 * values["v"]})
@@ -264,7 +268,7 @@ def probed_layers() -> None:
         (REAL_TILE, wide, True),
     ]
     for t.TILE, sizes, fits in rows:
-        cfg = tiny_config(**sizes, MLP_HIDDEN=40)
+        cfg = tiny_config(**sizes, MLP_HIDDEN=40, SPARSE_ATTN_GATE_SCALE=int(not fits))
         assert fit(cfg) == fits, sizes
         error = t.probe_layer(t.TritonLayer(), cfg, CPU)
         assert error < 2e-6, (t.TILE, sizes, error)
@@ -284,9 +288,9 @@ GATES = {"KEY_OFFSET": 0, "LN_SCALE": 1, "VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLE
 MODELS: list[dict[str, Any]] = [
     {"NUM_LAYERS": 5, "XSA_LAST_N": 3}, GATES, ONE_LAYER, {"VE_ENABLED": 0, "ROPE_DIMS": 0},
     {**TWO_LAYERS, "NUM_LOOPS": 2, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0},
-    {**TWO_LAYERS, "DOC_ATTENTION": 0},
+    {**TWO_LAYERS, "DOC_ATTENTION": 0}, {"SPARSE_ATTN_GATE_SCALE": 0.5, "XSA_LAST_N": 3},
 ]  # fmt: skip
-GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER, {**TWO_LAYERS, "DOC_ATTENTION": 0}]
+GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER, {**TWO_LAYERS, "DOC_ATTENTION": 0, "SPARSE_ATTN_GATE_SCALE": 0.5}]
 
 
 def model_results(cfg: t.Config, parts: t.PlainLayer, is_graph: bool) -> Values:
@@ -355,7 +359,7 @@ def compiled_for_hopper() -> None:
         stacks[kernel.fn.__name__] = max(stack_bytes(done.asm["cubin"]), stacks.get(kernel.fn.__name__, 0))
 
     t.triton.JITFunction.run = compile_only
-    for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu"}):
+    for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu", "SPARSE_ATTN_GATE_SCALE": "1"}):
         t.probe_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
     every = {name for name in vars(t) if name.endswith("_tiles")}
     assert stacks.keys() == every and max(stacks.values()) <= 160, (every, stacks)
@@ -399,7 +403,7 @@ WRONG: dict[str, dict[str, Callable]] = {  # each is right forwards, or nearly
     "beta": {"feed_forward": lambda *inputs: PLAIN.feed_forward(*inputs[:3], without_gradient(inputs[3]))},
     "gain": {"heads": lambda *inputs: PLAIN.heads(*inputs[:2], without_gradient(inputs[2]), *inputs[3:])},
     "extra": {"heads": lambda *inputs: PLAIN.heads(*inputs[:4], without_gradient(inputs[4]), inputs[5])},
-    "own value": {"exclusive": lambda y, v, twin: PLAIN.exclusive(y, v, without_gradient(twin))},
+    "own value": {"exclusive": lambda y, v, twin, *rest: PLAIN.exclusive(y, v, without_gradient(twin), *rest)},
     "skip": {"enter": lambda x, skip, *rest: PLAIN.enter(x, skip and (x, without_gradient(skip[1])), *rest)},
     "norm": {"leave": lambda rows, z, weight, scale: PLAIN.leave(rows, z, weight, 1.05 * scale)},
     "loss": {"nll": lambda logits, targets, cap: PLAIN.nll(logits, targets, 1.2 * cap)},

@@ -19,8 +19,10 @@ from conftest import VOCAB, plain_attention, tiny_config, tiny_model, unscaled
 CPU = torch.device("cpu")
 BOS, LENGTH, FLIPPED = 1, 24, 13
 ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "LN_SCALE": 1, "SKIP_GATES_ENABLED": 1}
+SPARSE_GATE = {"GATED_ATTN_ENABLED": 0, "SPARSE_ATTN_GATE_SCALE": 0.5}
 FEATURES: dict[str, dict[str, Any]] = {
     "default": {}, "all on": ALL_ON, "value residual": {"VALUE_RESIDUAL": 1}, "gated": {"GATED_ATTN_ENABLED": 1},
+    "sparse gate": SPARSE_GATE, "sparse gate, no xsa": {**SPARSE_GATE, "XSA_LAST_N": 0},
     "no xsa": {"XSA_LAST_N": 0}, "xsa on two": {"XSA_LAST_N": 2}, "no smear": {"SMEAR_GATE_ENABLED": 0},
     "no bigram": {"BIGRAM_VOCAB_SIZE": 0}, "no value embedding": {"VE_ENABLED": 0}, "ln scale": {"LN_SCALE": 1},
     "full rope": {"ROPE_DIMS": 0}, "relu2": {"MLP_ACTIVATION": "relu2"}, "asqu": {"MLP_ACTIVATION": "asqu"},
@@ -303,15 +305,19 @@ def textbook_attention(model: t.GPT, x: Tensor, ids: Tensor, layer: int, first_v
         y = scores.masked_fill(~visible, -math.inf).softmax(-1) @ mixed
         direction = mixed / mixed.norm(dim=-1, keepdim=True)
         y = y - (y * direction).sum(-1, keepdim=True) * direction
-        gate = torch.sigmoid(x @ rest["gate_weight"][layer, head] + rest["gate_bias"][layer, head])
-        outputs.append(y * gate[:, None])
+        if cfg.gated_attn_enabled:
+            gate = x @ rest["gate_weight"][layer, head] + rest["gate_bias"][layer, head]
+        else:
+            gate = cfg.sparse_attn_gate_scale * x[:, :12] @ rest["sparse_gate"][layer, head]
+        outputs.append(y * gate.sigmoid()[:, None])
     return torch.cat(outputs, 1) @ model.banks["out"][layer].T * rest["attn_scale"][layer]
 
 
 @torch.no_grad()
-def test_attention_with_every_feature_equals_its_definition() -> None:
+@pytest.mark.parametrize("gate", [{}, SPARSE_GATE], ids=["dense gate", "sparse gate"])
+def test_attention_with_every_feature_equals_its_definition(gate: dict[str, float]) -> None:
     """Value embedding, value residual, exclusive attention (along the mixed value) and gate, in one layer."""
-    model, ids = tiny_model(**ALL_ON), random_ids(1)
+    model, ids = tiny_model(**{**ALL_ON, **gate}), random_ids(1)
     generator = torch.Generator().manual_seed(8)
     x = torch.randn(LENGTH, 32, generator=generator)
     normalized, first_v = t.rms_norm(x), torch.randn(LENGTH, 2, 8, generator=generator)
@@ -404,6 +410,7 @@ PARAMETERS_OF = {
     "value embedding": ({"VE_ENABLED": 0}, {"ve_table", "ve_proj", "ve_scale"}),
     "value residual": ({"VALUE_RESIDUAL": 0}, {"value_mix"}),
     "gate": ({"GATED_ATTN_ENABLED": 0}, {"gate_weight", "gate_bias"}),
+    "sparse gate": ({"SPARSE_ATTN_GATE_SCALE": 0}, {"sparse_gate"}),
     "skip gates": ({"SKIP_GATES_ENABLED": 0}, {"skip_gates"}),
     "asqu": ({"MLP_ACTIVATION": "relu2"}, {"asqu_beta"}),
     "untied head": ({"TIE_EMBEDDINGS": 1}, {"lm_head"}),
@@ -420,6 +427,7 @@ PARAMETERS_OF = {
 def test_a_feature_that_is_off_has_no_parameters_and_no_effect(off: dict[str, Any], own: set[str]) -> None:
     """Off: exactly its parameters are gone. On: with all others equal, the output is another."""
     everything = {**ALL_ON, "MLP_ACTIVATION": "asqu", "TIE_EMBEDDINGS": 0}
+    everything |= SPARSE_GATE if own == {"sparse_gate"} else {}
     with_it, without = tiny_model(**everything), tiny_model(**{**everything, **off})
     assert set(with_it.rest) - set(without.rest) == own and set(without.rest) <= set(with_it.rest)
     shared = {name: value for name, value in with_it.state_dict().items() if name in without.state_dict()}
