@@ -163,6 +163,7 @@ class Config:
     ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
     value_residual: bool = opt(False, "mix each layer's values with those of the first layer")
     skip_gates_enabled: bool = opt(False, "a skip takes the place of part of x, by a sigmoid gate per channel")
+    parallel_start_layer: int = opt(0, "first layer of two parallel residual lanes (0: one lane)", low=0)
     gated_attn_enabled: bool = opt(False, "sigmoid gate per head on the attention output")
     sparse_attn_gate_scale: float = opt(0.0, "the same from 12 inputs: factor on its logits, as 0.5 (0: none)", low=0)
 
@@ -356,6 +357,7 @@ GPTQ_CALIBRATION_BATCHES: GPTQ_CALIB_BATCHES GPTQ_CALIBRATION_STEPS | LATE_QAT_T
 LAWA_FREQ: LAWA_INTERVAL | LAWA_K: LAWA_WINDOW | MATRIX_BITS: QUANT_BITS WEIGHT_QUANT_BITS
 MLP_ACTIVATION: ACTIVATION | MUON_ROW_NORMALIZE: MUON_EQ_R | MUON_WD: MUON_WEIGHT_DECAY WEIGHT_DECAY
 NEGATIVE_SLOPE: LEAKY_SLOPE LEAKY_RELU_SLOPE MLP_LEAKY_SLOPE | ORTHO_INIT: USE_ORTHO_INIT
+PARALLEL_START_LAYER: PARALLEL_RESIDUAL_START
 POLAR_EXPRESS: USE_POLAR_EXPRESS | QAT_ENABLED: QAT ENABLE_QAT | ROPE_DIMS: PARTIAL_ROPE_DIMS
 SMEAR_GATE_ENABLED: SMEAR SMEAR_GATE SMEARGATE USE_SMEARGATE | SWA_ENABLED: SWA | TARGET_BYTES: TARGET_TOTAL_BYTES
 TRAIN_SEQ_LEN: TRAIN_MAX_SEQ_LEN | VAL_BATCH_SIZE: VAL_BATCH_TOKENS | VALUE_RESIDUAL: VRL
@@ -473,6 +475,8 @@ def model_rules(cfg: Config) -> Rules:
         (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
         (ve_fits or not cfg.ve_enabled,
          f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
+        (not (lanes := cfg.parallel_start_layer) or bool(cfg.num_loops) * (cfg.loop_end + 1) <= lanes < cfg.num_layers,
+         f"PARALLEL_START_LAYER={lanes}: not below NUM_LAYERS={cfg.num_layers}, or not above LOOP_END={cfg.loop_end}"),
         (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers,
          f"LOOP_START={cfg.loop_start} LOOP_END={cfg.loop_end}: not in order within NUM_LAYERS={cfg.num_layers}"),
         (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
@@ -1594,6 +1598,8 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
     dim, layers, heads, vocab = cfg.model_dim, cfg.num_layers, cfg.num_heads, cfg.vocab_size
     kv, buckets, is_asqu = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size, cfg.mlp_activation == "asqu"
     skips = max(len(phase.order) // 2 for phase in phases(cfg).values())
+    lanes = layers - cfg.parallel_start_layer if cfg.parallel_start_layer else 0
+    shares = torch.tensor([1.1, 1.0, 1.0]).expand(lanes, 2, 3)  # of a lane itself, attention and MLP
     mix = torch.stack([torch.ones(dim), torch.zeros(dim)]).expand(layers, 2, dim)  # all of x, nothing of x0
     rows = [
         (True, RestSpec("tok_emb", (vocab, dim), ("normal", cfg.tied_embed_init_std), "embed", coded=True)),
@@ -1611,6 +1617,7 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
         (True, RestSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
         (True, RestSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
         (True, RestSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
+        (lanes, RestSpec("lane_mix", (lanes, 2, 3), shares, "scalar")),
         (cfg.value_residual, RestSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
@@ -1646,19 +1653,22 @@ def initial_bank(spec: BankSpec, cfg: Config) -> Tensor:
 
 
 class LayerSpec(NamedTuple):
-    """What differs between layers: exclusive attention, row of ve_scale or None, factor on normalized inputs."""
+    """What differs between layers: exclusive attention, rows of ve_scale and lane_mix, factor on normalized inputs."""
 
     xsa: bool
     value_embed: int | None
+    lane: int | None
     norm_scale: float
 
 
 def layer_specs(cfg: Config) -> list[LayerSpec]:
     value_rows = {layer: row for row, layer in enumerate(cfg.ve_layers)} if cfg.ve_enabled else {}
+    lanes = range(cfg.parallel_start_layer or cfg.num_layers, cfg.num_layers)
     return [
-        LayerSpec(i >= cfg.num_layers - cfg.xsa_last_n, value_rows.get(i), (i + 1) ** -0.5 if cfg.ln_scale else 1.0)
+        LayerSpec(i >= cfg.num_layers - cfg.xsa_last_n, value_rows.get(i), lanes.index(i) if i in lanes else None,
+                  (i + 1) ** -0.5 if cfg.ln_scale else 1.0)
         for i in range(cfg.num_layers)
-    ]
+    ]  # fmt: skip
 
 
 class Pass(NamedTuple):
@@ -1773,8 +1783,8 @@ class GPT(nn.Module):
         mixes = resid[:, 0] * (1 - shut), resid[:, 0] * skips, resid[:, 1]
         return torch.stack(mixes, 1).to(self.dtype).unbind()
 
-    def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Rows, Tensor]:
-        """Attention part of a layer, its output added; also returns this layer's own values (N, KV, D)."""
+    def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
+        """What the heads of a layer attend to, (N, C) before the output matrix, and its own values (N, KV, D)."""
         layer, vectors, parts = p.order[position], p.vectors, self.parts
         spec, extra = self.layers[layer], None
         if p.observe is not None:
@@ -1803,7 +1813,7 @@ class GPT(nn.Module):
         z = y.flatten(1)
         if p.observe is not None:
             p.observe(f"out.{layer}", z)
-        return parts.leave(rows, z, p.banks["out"][position], spec.norm_scale), own
+        return z, own
 
     def mlp(self, rows: Rows, position: int, p: Pass) -> Tensor:
         """Feed-forward part of a layer, its output added: (N, C)."""
@@ -1814,17 +1824,29 @@ class GPT(nn.Module):
             p.observe(f"down.{layer}", act)
         return x
 
+    def two_lanes(self, rows: Rows, lane: Rows, z: Tensor, position: int, p: Pass) -> tuple[Tensor, Rows]:
+        """The end of a layer whose MLP reads another lane than its attention, and its entrance to the next layer.
+
+        Each lane takes its own share of both and of itself (PR #1204, PR #1529).
+        """
+        specs, after = [self.layers[layer] for layer in p.order], min(position + 1, len(p.order) - 1)
+        own, attended, added = self.rest["lane_mix"][specs[position].lane].to(self.dtype).unbind(1)
+        a, b = product(z, p.banks["out"][position]), self.mlp(lane, position, p)  # b: the lane and the MLP's output
+        x = own[0] * rows.x + attended[0] * a + added[0] * (b - lane.x)
+        mix = torch.stack([added[1], own[1] - added[1], attended[1]]).unsqueeze(1).expand(3, a.shape[1]).contiguous()
+        return x, self.parts.enter(b, (lane.x, lane.x), (a, a), mix, specs[after].norm_scale)[0]
+
     def hidden(
         self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None = None
     ) -> Tensor:
         """Normalized output of the last layer (B, T, C) for ids (B, T), running the layers in `order`.
 
         The first half of the order pushes its outputs, the second half pops them (U-Net skips); every layer mixes
-        the embedding x0 back in.
+        the embedding x0 back in. From PARALLEL_START_LAYER on there are two lanes, at the end their mean.
         """
         p = self.begin(ids, weights, order, observe)
         x = self.embed(ids, observe).flatten(0, 1)
-        x0, half, skips, first_v = (x, x), len(order) // 2, [], None
+        x0, half, skips, first_v, lane = (x, x), len(order) // 2, [], None, None
         for position, layer in enumerate(order):
             skip = None
             if half <= position < 2 * half:
@@ -1832,10 +1854,14 @@ class GPT(nn.Module):
             rows, twin, x0 = self.parts.enter(x, skip, x0, p.mixes[position], self.layers[layer].norm_scale)
             if 0 < position < half:
                 skips.append((x, twin))
-            rows, own_v = self.attention(rows, position, first_v, p)
+            z, own_v = self.attention(rows, position, first_v, p)
             first_v = own_v if first_v is None else first_v
-            x = self.mlp(rows, position, p)
-        return rms_norm(x).view(*ids.shape, -1)
+            if self.layers[layer].lane is not None:
+                x, lane = self.two_lanes(rows, lane or rows, z, position, p)
+            else:
+                rows = self.parts.leave(rows, z, p.banks["out"][position], self.layers[layer].norm_scale)
+                x = self.mlp(rows, position, p)
+        return rms_norm(0.5 * (x + lane.x) if lane else x).view(*ids.shape, -1)
 
     def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""

@@ -289,8 +289,10 @@ MODELS: list[dict[str, Any]] = [
     {"NUM_LAYERS": 5, "XSA_LAST_N": 3}, GATES, ONE_LAYER, {"VE_ENABLED": 0, "ROPE_DIMS": 0},
     {**TWO_LAYERS, "NUM_LOOPS": 2, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0},
     {**TWO_LAYERS, "DOC_ATTENTION": 0}, {"SPARSE_ATTN_GATE_SCALE": 0.5, "XSA_LAST_N": 3},
+    {"PARALLEL_START_LAYER": 2},
 ]  # fmt: skip
-GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER, {**TWO_LAYERS, "DOC_ATTENTION": 0, "SPARSE_ATTN_GATE_SCALE": 0.5}]
+GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER,
+          {**TWO_LAYERS, "DOC_ATTENTION": 0, "SPARSE_ATTN_GATE_SCALE": 0.5, "PARALLEL_START_LAYER": 1}]  # fmt: skip
 
 
 def model_results(cfg: t.Config, parts: t.PlainLayer, is_graph: bool) -> Values:

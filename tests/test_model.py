@@ -29,7 +29,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "untied": {"TIE_EMBEDDINGS": 0}, "multi-head": {"NUM_KV_HEADS": 4}, "multi-query": {"NUM_KV_HEADS": 1},
     "odd layers": {"NUM_LAYERS": 5}, "one layer": {"NUM_LAYERS": 1, "XSA_LAST_N": 1, "VE_LAYERS": 0},
     "across documents": {"DOC_ATTENTION": 0}, "no key offset": {"KEY_OFFSET": 0},
-    "wide mlp": {"MLP_HIDDEN": 48}, "longer than trained": {"TRAIN_SEQ_LEN": 16}, "5 bits": {"MATRIX_BITS": 5},
+    "wide mlp": {"MLP_HIDDEN": 48}, "two lanes": {"PARALLEL_START_LAYER": 2},
+    "longer than trained": {"TRAIN_SEQ_LEN": 16}, "5 bits": {"MATRIX_BITS": 5},
     "bare": {"SMEAR_GATE_ENABLED": 0, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": 0, "XSA_LAST_N": 0},
 }  # fmt: skip
 every_feature = pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
@@ -322,10 +323,33 @@ def test_attention_with_every_feature_equals_its_definition(gate: dict[str, floa
     x = torch.randn(LENGTH, 32, generator=generator)
     normalized, first_v = t.rms_norm(x), torch.randn(LENGTH, 2, 8, generator=generator)
     begun = model.begin(ids, model.weights(False), order_of(model), None)
-    got, _ = model.attention(t.Rows(x, normalized), 3, first_v, begun)
+    z, _ = model.attention(t.Rows(x, normalized), 3, first_v, begun)
+    got = model.parts.leave(t.Rows(x, normalized), z, begun.banks["out"][3], model.layers[3].norm_scale)
     expected = textbook_attention(model, normalized, ids[0], 3, first_v)
     torch.testing.assert_close(got.x - x, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(got.twin, t.rms_norm(got.x) / 4**0.5)  # LN_SCALE of the fourth layer
+
+
+def test_two_lanes_follow_their_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention reads the first, the MLP the second, which begins as the first; each adds its shares; the mean ends."""
+    model = tiny_model(PARALLEL_START_LAYER=2)
+    seen = []
+
+    def textbook(rows: t.Rows, lane: t.Rows, z: Tensor, position: int, p: t.Pass) -> tuple[Tensor, t.Rows]:
+        seen.append((position, lane.x is rows.x))
+        (own, attended, added), (own_2, attended_2, added_2) = model.rest["lane_mix"][position - 2]
+        a, up, down = z @ p.banks["out"][position].T, p.banks["up"][position], p.banks["down"][position]
+        h = t.rms_norm(lane.x) @ up.T
+        m = torch.where(h > 0, h, 0.5 * h).square() @ down.T
+        second = own_2 * lane.x + attended_2 * a + added_2 * m
+        return own * rows.x + attended * a + added * m, t.Rows(second, t.rms_norm(second))
+
+    ids = random_ids()
+    got = logits_of(model, ids)
+    monkeypatch.setattr(model, "two_lanes", textbook)
+    torch.testing.assert_close(logits_of(model, ids), got, rtol=1e-4, atol=1e-4)
+    assert seen == [(2, True), (3, False)] and model.rest["lane_mix"].shape == (2, 2, 3)
+    assert not torch.allclose(logits_of(tiny_model(), ids), got, atol=1e-2)
 
 
 def test_value_residual_hands_on_the_first_layer_s_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +357,7 @@ def test_value_residual_hands_on_the_first_layer_s_values(monkeypatch: pytest.Mo
     model, given, own = tiny_model(VALUE_RESIDUAL=1), [], []
     plain = model.attention
 
-    def watched(rows: t.Rows, position: int, first_v: Tensor | None, p: t.Pass) -> tuple[t.Rows, Tensor]:
+    def watched(rows: t.Rows, position: int, first_v: Tensor | None, p: t.Pass) -> tuple[Tensor, Tensor]:
         left, values = plain(rows, position, first_v, p)
         given.append(first_v)
         own.append(values)
@@ -418,6 +442,7 @@ PARAMETERS_OF = {
     "xsa in part": ({"XSA_LAST_N": 2}, set()),
     "ln scale": ({"LN_SCALE": 0}, set()),
     "key offset": ({"KEY_OFFSET": 0}, set()),
+    "two lanes": ({"PARALLEL_START_LAYER": 0}, {"lane_mix"}),
     "partial rope": ({"ROPE_DIMS": 0}, set()),
     "value embedding layers": ({"VE_LAYERS": "1,3"}, set()),
 }
@@ -426,7 +451,7 @@ PARAMETERS_OF = {
 @pytest.mark.parametrize(("off", "own"), PARAMETERS_OF.values(), ids=PARAMETERS_OF.keys())
 def test_a_feature_that_is_off_has_no_parameters_and_no_effect(off: dict[str, Any], own: set[str]) -> None:
     """Off: exactly its parameters are gone. On: with all others equal, the output is another."""
-    everything = {**ALL_ON, "MLP_ACTIVATION": "asqu", "TIE_EMBEDDINGS": 0}
+    everything = {**ALL_ON, "MLP_ACTIVATION": "asqu", "TIE_EMBEDDINGS": 0, "PARALLEL_START_LAYER": 2}
     everything |= SPARSE_GATE if own == {"sparse_gate"} else {}
     with_it, without = tiny_model(**everything), tiny_model(**{**everything, **off})
     assert set(with_it.rest) - set(without.rest) == own and set(without.rest) <= set(with_it.rest)
