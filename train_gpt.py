@@ -120,8 +120,8 @@ class Config:
     max_wallclock_seconds: float = opt(600.0, "training, calibration and quantization, seconds (0: no limit)", low=0)
     train_batch_tokens: int = opt(786_432, "tokens per optimizer step over all ranks", low=1)
     train_seq_len: int = opt(2048, "tokens per training sequence", low=2)
-    short_seq_len: int = opt(1024, "tokens per sequence at first (0 or not below TRAIN_SEQ_LEN: never)", low=0)
-    short_seq_frac: float = opt(0.6, "part of the run with SHORT_SEQ_LEN; loops end it earlier", low=0, high=1)
+    short_seq_len: tuple[int, ...] = opt((1024,), "tokens per sequence at first, as 1024,2048 (0 or none below: never)")
+    short_seq_frac: tuple[float, ...] = opt((0.6,), "parts of the run at which each SHORT_SEQ_LEN ends, as 0.1,0.7")
     grad_accum_steps: int = opt(0, "micro-steps per step (0: fewest with at most 98,304 tokens each)", low=0)
     warmup_steps: int = opt(20, "untimed steps per phase before the clock starts, undone afterwards", low=0)
     warmdown_iters: int = opt(0, "last steps over which the learning rate falls to 0 (0: WARMDOWN_FRAC)", low=0)
@@ -280,6 +280,13 @@ class Config:
     @property
     def eval_len(self) -> int:
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def seq_lengths(self) -> dict[int, float]:
+        """Tokens per sequence -> part of the run at which that ends, the shortest first (PR #2014)."""
+        stages = zip(self.short_seq_len, self.short_seq_frac, strict=True)
+        short = {length: end for length, end in stages if 0 < length < self.train_seq_len and end > 0}
+        return {**short, self.train_seq_len: math.inf}
 
     @property
     def shard_folder(self) -> Path:
@@ -490,6 +497,7 @@ def model_rules(cfg: Config) -> Rules:
 def training_rules(cfg: Config) -> Rules:
     """The same for training and export."""
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
+    short, ends = cfg.short_seq_len, cfg.short_seq_frac
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
     return [
         (cfg.lowbit_bits != 1, "LOWBIT_BITS=1: 2 to 8, or 0 for MATRIX_BITS"),
@@ -500,8 +508,10 @@ def training_rules(cfg: Config) -> Rules:
         (not cfg.muon_head_group or cfg.num_kv_heads % cfg.muon_head_group == 0,
          f"MUON_HEAD_GROUP={cfg.muon_head_group} does not divide NUM_KV_HEADS={cfg.num_kv_heads}; 0 for all heads"),
         (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, f"MUON_RAILS_AT={cfg.muon_rails_at}: MUON_MOMENTUM below 1"),
-        ("short_seq" not in phases(cfg) or cfg.train_seq_len % cfg.short_seq_len == 0,
-         f"SHORT_SEQ_LEN={cfg.short_seq_len} does not divide TRAIN_SEQ_LEN={cfg.train_seq_len}; 0 for none"),
+        (len(short) == len(ends) and [*short] == sorted({*short}) and [*ends] == sorted(ends) and min(short) >= 0
+         and not any(cfg.train_seq_len % n for n in short if 0 < n < cfg.train_seq_len),
+         f"SHORT_SEQ_LEN={','.join(map(str, short))} SHORT_SEQ_FRAC={','.join(map(str, ends))}: as many of each, both "
+         f"rising, lengths that divide TRAIN_SEQ_LEN={cfg.train_seq_len}; SHORT_SEQ_LEN=0 SHORT_SEQ_FRAC=0 for none"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
          f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
         (not cfg.late_ema_decay or (cfg.ema_enabled and cfg.late_qat_threshold > 0 and not cfg.qat_enabled),
@@ -3051,19 +3061,26 @@ def final_order(cfg: Config) -> tuple[int, ...]:
     return plain[: cfg.loop_start] + looped + plain[cfg.loop_end + 1 :] if cfg.num_loops else plain
 
 
-def phases(cfg: Config) -> dict[str, Phase]:
-    """Name -> phase, in the order in which the schedule will use them; loops begin at the latest with late QAT.
+def phase_at(cfg: Config, progress: float) -> tuple[str, Phase]:
+    """Name and phase at a part of the run, late QAT aside: sequences grow and loops begin, each at its own time.
 
     Short sequences first (PR #2014) cost less attention, and nothing in the end: see benchmarks/RESULTS.md.
     """
-    order, plain, qat, length = final_order(cfg), tuple(range(cfg.num_layers)), cfg.qat_enabled, cfg.train_seq_len
-    first = plain if cfg.enable_looping_at else order
+    length = next(n for n, end in cfg.seq_lengths.items() if progress < end)
+    looped = progress >= cfg.enable_looping_at
+    name = "layer_loop" if looped and cfg.num_loops and cfg.enable_looping_at else "train"
+    order = final_order(cfg) if looped else tuple(range(cfg.num_layers))
+    return name + f"_{length}" * (length < cfg.train_seq_len), Phase(order, cfg.qat_enabled, length)
+
+
+def phases(cfg: Config) -> dict[str, Phase]:
+    """Name -> phase, in the order in which the schedule will use them; late QAT has all loops and the whole length."""
+    begins = {0.0, *cfg.seq_lengths.values(), cfg.enable_looping_at if cfg.num_loops else 0.0} - {math.inf}
+    late = Phase(final_order(cfg), True, cfg.train_seq_len)
     rows = [
-        (0 < cfg.short_seq_len < length and cfg.short_seq_frac, "short_seq", Phase(first, qat, cfg.short_seq_len)),
-        (True, "train", Phase(first, qat, length)),
-        (cfg.num_loops and cfg.enable_looping_at, "layer_loop", Phase(order, qat, length)),
-        (cfg.late_qat_threshold > 0 and not qat, "late_qat", Phase(order, True, length)),
-        (cfg.post_qat_seconds, "post_qat", Phase(order, True, length)),
+        *((True, *phase_at(cfg, begin)) for begin in sorted(begins)),
+        (cfg.late_qat_threshold > 0 and not cfg.qat_enabled, "late_qat", late),
+        (cfg.post_qat_seconds, "post_qat", late),
     ]
     return {name: phase for present, name, phase in rows if present}
 
@@ -3129,14 +3146,8 @@ def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, floa
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
     """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
     scale, progress = lr_scale_at(cfg, step, seconds, budget), progress_at(cfg, step, seconds, budget)
-    begun = {
-        "short_seq": True,
-        "train": "short_seq" not in phases(cfg) or progress >= cfg.short_seq_frac,
-        "layer_loop": progress >= cfg.enable_looping_at,
-        "late_qat": scale < cfg.late_qat_threshold,
-        "post_qat": False,
-    }
-    phase = [name for name in phases(cfg) if begun[name]][-1]
+    is_late = scale < cfg.late_qat_threshold and not cfg.qat_enabled
+    phase = "late_qat" if is_late else phase_at(cfg, progress)[0]
     two_rails = progress >= cfg.muon_rails_at < 1
     return StepPlan(scale, momentum_at(cfg, step), phase, muon_share_at(cfg, progress), two_rails)
 
@@ -3420,7 +3431,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet) -> Trained:
     if budget <= 0:
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ and QAT take {kept:.1f}s")
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
-    model.order = phases(cfg)["train"].order
+    model.order = next(iter(phases(cfg).values())).order
     averager, active, phase, graphs = Averager(cfg, model), set(), next(iter(phases(cfg))), 0
     clock, step, ends_soon = Clock(run.ranks.device), 0, False
     clock.start()
@@ -4658,9 +4669,9 @@ def report_inactive(run: Runtime, active: set[str]) -> None:
         "ema": (cfg.ema_enabled, "EMA_ENABLED=1"),
         "swa": (cfg.swa_enabled, f"SWA_START_FRAC={cfg.swa_start_frac} SWA_EVERY={cfg.swa_every}"),
         "lawa": (cfg.lawa_enabled, f"LAWA_FREQ={cfg.lawa_freq}"),
-        "short_seq": (cfg.short_seq_len and cfg.sources["short_seq_len"] != "default",
-                      f"SHORT_SEQ_LEN={cfg.short_seq_len} TRAIN_SEQ_LEN={cfg.train_seq_len}"),
-        "layer_loop": ("layer_loop" in phases(cfg), f"ENABLE_LOOPING_AT={cfg.enable_looping_at}"),
+        "short_seq": (cfg.sources["short_seq_len"] != "default" and any(cfg.short_seq_len) and len(cfg.seq_lengths) < 2,
+                      f"SHORT_SEQ_LEN={','.join(map(str, cfg.short_seq_len))} TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        **{name: (name.startswith("layer_loop"), f"ENABLE_LOOPING_AT={cfg.enable_looping_at}") for name in phases(cfg)},
         "late_qat": ("late_qat" in phases(cfg), f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold} MIN_LR={cfg.min_lr}"),
         "post_qat": (bool(cfg.post_qat_seconds), f"POST_QAT_SECONDS={cfg.post_qat_seconds}"),
         "warmdown": (bool(cfg.warmdown_iters or cfg.warmdown_frac), f"WARMDOWN_ITERS={cfg.warmdown_iters}"),
