@@ -131,8 +131,8 @@ class Config:
     max_wallclock_seconds: float = opt(600.0, "training, calibration and quantization, seconds (0: no limit)", low=0)
     train_batch_tokens: int = opt(786_432, "tokens per optimizer step over all ranks", low=1)
     train_seq_len: int = opt(2048, "tokens per training sequence", low=2, high=2**20)
-    short_seq_len: int = opt(1024, "tokens per sequence at first (0 or not below TRAIN_SEQ_LEN: never)", low=0)
-    short_seq_frac: float = opt(0.6, "part of the run with SHORT_SEQ_LEN; loops end it earlier", low=0, high=1)
+    short_seq_len: tuple[int, ...] = opt((1024,), "tokens per sequence at first, as 1024,2048 (0 or none below: never)")
+    short_seq_frac: tuple[float, ...] = opt((0.6,), "parts of the run at which each SHORT_SEQ_LEN ends, as 0.1,0.7")
     grad_accum_steps: int = opt(0, "micro-steps per step (0: fewest with at most 98,304 tokens each)", low=0)
     warmup_steps: int = opt(20, "untimed steps per phase before the clock starts, undone afterwards", low=0)
     warmdown_iters: int = opt(0, "last steps over which the learning rate falls to 0 (0: WARMDOWN_FRAC)", low=0)
@@ -173,7 +173,10 @@ class Config:
     ve_dim: int = opt(128, "width of the value embedding", low=1, high=65_536)
     ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
     value_residual: bool = opt(False, "mix each layer's values with those of the first layer")
+    skip_gates_enabled: bool = opt(False, "a skip takes the place of part of x, by a sigmoid gate per channel")
+    parallel_start_layer: int = opt(0, "first layer of two parallel residual lanes (0: one lane)", low=0)
     gated_attn_enabled: bool = opt(False, "sigmoid gate per head on the attention output")
+    sparse_attn_gate_scale: float = opt(0.0, "the same from 12 inputs: factor on its logits, as 0.5 (0: none)", low=0)
 
     matrix_lr: float = opt(0.025, "Muon learning rate", group="Optimizer", low=0)
     scalar_lr: float = opt(0.025, "Adam learning rate of vectors and small matrices", low=0)
@@ -185,7 +188,9 @@ class Config:
     muon_momentum: float = opt(0.99, "Muon momentum after warm-up", low=0, high=1)
     muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
+    muon_rails_at: float = opt(1.0, "part of the run after which momentum has two rails (1: never)", low=0, high=1)
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
+    muon_head_group: int = opt(0, "heads whose rows of Q, or of K, Muon orthogonalizes together (0: all)", low=0)
     muon_row_normalize: bool = opt(True, "normalize update rows before orthogonalizing (MuonEq-R)")
     muon_rank_frac: float = opt(1.0, "part of Muon's directions left at the end, by cosine (NuMuon)", low=0.01, high=1)
     polar_express: bool = opt(True, "Polar Express coefficients instead of the fixed quintic")
@@ -206,6 +211,7 @@ class Config:
     lawa_enabled: bool = opt(False, "export the mean of the latest LAWA_K snapshots")
     lawa_k: int = opt(10, "snapshots in the LAWA window", low=1)
     lawa_freq: int = opt(100, "steps between LAWA snapshots", low=1)
+    average_blend: float = opt(1.0, "part of the average in the export; the rest: the last weights", low=0, high=1)
     qat_enabled: bool = opt(False, "train on the export grid (straight-through) during the whole run")
     late_qat_threshold: float = opt(0.15, "the same once the rate's scale is below this (0: never)", low=0, high=1)
 
@@ -285,6 +291,13 @@ class Config:
     @property
     def eval_len(self) -> int:
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def seq_lengths(self) -> dict[int, float]:
+        """Tokens per sequence -> part of the run at which that ends, the shortest first (PR #2014)."""
+        stages = zip(self.short_seq_len, self.short_seq_frac, strict=True)
+        short = {length: end for length, end in stages if 0 < length < self.train_seq_len and end > 0}
+        return {**short, self.train_seq_len: math.inf}
 
     @property
     def shard_folder(self) -> Path:
@@ -369,6 +382,7 @@ GPTQ_CALIBRATION_BATCHES: GPTQ_CALIB_BATCHES GPTQ_CALIBRATION_STEPS | LATE_QAT_T
 LAWA_FREQ: LAWA_INTERVAL | LAWA_K: LAWA_WINDOW | MATRIX_BITS: QUANT_BITS WEIGHT_QUANT_BITS
 MLP_ACTIVATION: ACTIVATION | MUON_ROW_NORMALIZE: MUON_EQ_R | MUON_WD: MUON_WEIGHT_DECAY WEIGHT_DECAY
 NEGATIVE_SLOPE: LEAKY_SLOPE LEAKY_RELU_SLOPE MLP_LEAKY_SLOPE | ORTHO_INIT: USE_ORTHO_INIT
+PARALLEL_START_LAYER: PARALLEL_RESIDUAL_START
 POLAR_EXPRESS: USE_POLAR_EXPRESS | QAT_ENABLED: QAT ENABLE_QAT | ROPE_DIMS: PARTIAL_ROPE_DIMS
 SMEAR_GATE_ENABLED: SMEAR SMEAR_GATE SMEARGATE USE_SMEARGATE | SWA_ENABLED: SWA | TARGET_BYTES: TARGET_TOTAL_BYTES
 TRAIN_SEQ_LEN: TRAIN_MAX_SEQ_LEN | VAL_BATCH_SIZE: VAL_BATCH_TOKENS | VALUE_RESIDUAL: VRL
@@ -508,10 +522,14 @@ def model_rules(cfg: Config) -> Rules:
         (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
         (ve_fits or not cfg.ve_enabled,
          f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
+        (not (lanes := cfg.parallel_start_layer) or bool(cfg.num_loops) * (cfg.loop_end + 1) <= lanes < cfg.num_layers,
+         f"PARALLEL_START_LAYER={lanes}: not below NUM_LAYERS={cfg.num_layers}, or not above LOOP_END={cfg.loop_end}"),
         (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers,
          f"LOOP_START={cfg.loop_start} LOOP_END={cfg.loop_end}: not in order within NUM_LAYERS={cfg.num_layers}"),
         (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
          f"LORA_RANK={cfg.lora_rank}: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
+        (not (cfg.gated_attn_enabled and cfg.sparse_attn_gate_scale),
+         f"GATED_ATTN_ENABLED=1 SPARSE_ATTN_GATE_SCALE={cfg.sparse_attn_gate_scale:g}: one gate for a head"),
         (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
     ]  # fmt: skip
 
@@ -519,6 +537,7 @@ def model_rules(cfg: Config) -> Rules:
 def training_rules(cfg: Config) -> Rules:
     """The same for training and export."""
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
+    short, ends = cfg.short_seq_len, cfg.short_seq_frac
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
     return [
         (cfg.lowbit_bits != 1, "LOWBIT_BITS=1: 2 to 8, or 0 for MATRIX_BITS"),
@@ -526,8 +545,13 @@ def training_rules(cfg: Config) -> Rules:
         (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
          f"LOWBIT_BITS={cfg.lowbit_bits} and LOWBIT_NAME_PATTERNS={','.join(cfg.lowbit_name_patterns)}: set both"),
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
-        ("short_seq" not in phases(cfg) or cfg.train_seq_len % cfg.short_seq_len == 0,
-         f"SHORT_SEQ_LEN={cfg.short_seq_len} does not divide TRAIN_SEQ_LEN={cfg.train_seq_len}; 0 for none"),
+        (not cfg.muon_head_group or cfg.num_kv_heads % cfg.muon_head_group == 0,
+         f"MUON_HEAD_GROUP={cfg.muon_head_group} does not divide NUM_KV_HEADS={cfg.num_kv_heads}; 0 for all heads"),
+        (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, f"MUON_RAILS_AT={cfg.muon_rails_at}: MUON_MOMENTUM below 1"),
+        (len(short) == len(ends) and [*short] == sorted({*short}) and [*ends] == sorted(ends) and min(short) >= 0
+         and not any(cfg.train_seq_len % n for n in short if 0 < n < cfg.train_seq_len),
+         f"SHORT_SEQ_LEN={','.join(map(str, short))} SHORT_SEQ_FRAC={','.join(map(str, ends))}: as many of each, both "
+         f"rising, lengths that divide TRAIN_SEQ_LEN={cfg.train_seq_len}; SHORT_SEQ_LEN=0 SHORT_SEQ_FRAC=0 for none"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
          f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
         (not cfg.late_ema_decay or (cfg.ema_enabled and cfg.late_qat_threshold > 0 and not cfg.qat_enabled),
@@ -1431,6 +1455,7 @@ OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, 
 Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTENTION a mask -> y (B,T,H,D), causal
 Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 NORM_EPS = 1e-6
+GATE_INPUTS = 12  # channels of the normalized residual stream that the sparse gates of heads read
 PART_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 in one call take 7 to 9% longer
 
 
@@ -1631,34 +1656,10 @@ class Rows(NamedTuple):
     x: Tensor
     twin: Tensor
     r: Tensor | None = None
+    gates: Tensor | None = None  # at a layer's entrance, in kernels: such memory for the first channels
 
 
 Twinned = tuple[Tensor, Tensor]  # values and the tensor that takes their gradient: in plain parts the same
-
-
-class LayerParts(NamedTuple):
-    """Interchangeable functions that a layer is made of, in running order, and the loss; see `plain_*`."""
-
-    enter: Callable[[Tensor, Twinned | None, Twinned, Tensor, float], tuple[Rows, Tensor, Twinned]]
-    heads: Callable[[Rows, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, ...]]
-    exclusive: Callable[[Tensor, Tensor, Tensor], Tensor]
-    leave: Callable[[Rows, Tensor, Tensor, float], Rows]
-    feed_forward: Callable[[Rows, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    normalized: Callable[[Rows], Tensor]
-    nll: Callable[[Tensor, Tensor, float], Tensor]
-
-
-def plain_enter(
-    x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
-) -> tuple[Rows, Tensor, Twinned]:
-    """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the twin of x, and x0 for the next layer.
-
-    `scale` is the factor on the normalized rows. What comes back lets kernels chain the gradients of a tensor with
-    several uses: whoever uses x once more (a skip) or x0 hands its gradient to the twin.
-    """
-    new = mix[0] * x + mix[2] * x0[1]
-    new = new if skip is None else new + mix[1] * skip[1]
-    return Rows(new, rms_norm(new) * scale), x, x0
 
 
 class Adapted(NamedTuple):
@@ -1678,7 +1679,7 @@ def product(x: Tensor, weight: Tensor | Adapted) -> Tensor:
 
 
 def head_sizes(x: Tensor, rows: int, gain: Tensor) -> tuple[int, int, int]:
-    """Query heads, key/value heads and head size that x, the product's rows and the gain of `plain_heads` imply."""
+    """Query heads, key/value heads and head size that x, the product's rows and the gain of `heads` imply."""
     count, size = len(gain), x.shape[1] // len(gain)
     return count, (rows // size - count) // 2, size
 
@@ -1692,42 +1693,6 @@ def offset_keys(k: Tensor, follows: Tensor) -> Tensor:
     return torch.cat([own, torch.where(follows.view(-1, 1, 1), shifted.roll(1, dims=0), shifted)], dim=-1)
 
 
-def plain_heads(
-    rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q (N, H, D), k and v (N, KV, D) for weight ((H + 2 KV) D, C) and gain (H,), and the twin of v (N, KV, D).
-
-    q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `follows` offsets keys; `extra`
-    (N, KV, D) is added to v. The kernels return k and v (N, H, D), a copy for every query head.
-    """
-    qkv = product(rows.twin, weight)
-    count, kv, size = head_sizes(rows.x, qkv.shape[1], gain)
-    q, k, v = qkv.view(-1, rotary.shape[1], count + 2 * kv, size).split([count, kv, kv], dim=2)
-    # One gain per head, expanded to one per token: its gradient becomes a sum over the head, which fuses with the
-    # backward pass of the norm, and then one over tokens. Summed in one go it reads q and dq again (1.1 ms a step).
-    q = apply_rotary(rms_norm(q), *rotary) * gain[:, None].expand(*q.shape[:3], 1)
-    q, k, v = (t.flatten(0, 1) for t in (q, apply_rotary(rms_norm(k), *rotary), v))
-    v = v if extra is None else v + extra
-    return q, k if follows is None else offset_keys(k, follows), v, v
-
-
-def plain_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
-    """Exclusive self-attention (PR #265): remove from y (N, H, D) what points along the token's own value.
-
-    v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin`. The result is orthogonal to v, head
-    by head. The kernel takes v (N, H, D) as `heads` copied it, and reads the first copy.
-    """
-    grouped, own = y.unflatten(1, (v.shape[1], -1)).float(), twin.unsqueeze(2).float()
-    share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
-    return (grouped - share * own).flatten(1, 2).to(y.dtype)
-
-
-def plain_leave(rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
-    """Rows of x plus the attention's output, z (N, C) times weight (C, C) transposed."""
-    x = rows.x + product(z, weight)
-    return Rows(x, rms_norm(x) * scale)
-
-
 def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
     """h^2 above zero, beta h^2 below; beta (hidden,) per channel.
 
@@ -1736,31 +1701,83 @@ def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
     return h.square() * torch.where(h > 0, 1.0, beta)
 
 
-def plain_feed_forward(rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """x plus squared_unit(normalized up^T) down^T for up (hidden, C), down (C, hidden); also the activations."""
-    act = squared_unit(product(rows.twin, up), beta)
-    return rows.x + product(act, down), act
-
-
-def plain_normalized(rows: Rows) -> Tensor:
-    """The normalized x of Rows, (N, C)."""
-    return rows.twin
-
-
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
     """Logits squeezed into +-cap, in float32."""
     return cap * torch.tanh(logits.float() / cap)
 
 
-def plain_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
-    return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")
+class PlainLayer:
+    """The parts of a layer, in running order, and the loss, in plain operations: the definition of each.
+
+    `TritonLayer` computes the same functions by kernels, from fewer bytes.
+    """
+
+    def enter(
+        self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
+    ) -> tuple[Rows, Tensor, Twinned]:
+        """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the twin of x, and x0 for the next layer.
+
+        `scale` is the factor on the normalized rows. What comes back lets kernels chain the gradients of a tensor with
+        several uses: whoever uses x once more (a skip) or x0 hands its gradient to the twin.
+        """
+        new = mix[0] * x + mix[2] * x0[1]
+        new = new if skip is None else new + mix[1] * skip[1]
+        return Rows(new, rms_norm(new) * scale), x, x0
+
+    def heads(
+        self, rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """q (N, H, D), k and v (N, KV, D) for weight ((H + 2 KV) D, C) and gain (H,), and the twin of v (N, KV, D).
+
+        q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `follows` offsets keys; `extra`
+        (N, KV, D) is added to v. The kernels return k and v (N, H, D), a copy for every query head.
+        """
+        qkv = product(rows.twin, weight)
+        count, kv, size = head_sizes(rows.x, qkv.shape[1], gain)
+        q, k, v = qkv.view(-1, rotary.shape[1], count + 2 * kv, size).split([count, kv, kv], dim=2)
+        # One gain per head, expanded to one per token: its gradient becomes a sum over the head, which fuses with the
+        # backward pass of the norm, and then one over tokens. Summed in one go it reads q and dq again (1.1 ms a step).
+        q = apply_rotary(rms_norm(q), *rotary) * gain[:, None].expand(*q.shape[:3], 1)
+        q, k, v = (t.flatten(0, 1) for t in (q, apply_rotary(rms_norm(k), *rotary), v))
+        v = v if extra is None else v + extra
+        return q, k if follows is None else offset_keys(k, follows), v, v
+
+    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Exclusive self-attention (PR #265): remove from y (N, H, D) what points along the token's own value.
+
+        v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin`. The result is orthogonal to v,
+        head by head; times `gate` (N, H). The kernel takes v (N, H, D) as `heads` copied it, and reads the first copy.
+        """
+        grouped, own = y.unflatten(1, (v.shape[1], -1)).float(), twin.unsqueeze(2).float()
+        share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
+        z = (grouped - share * own).flatten(1, 2)
+        return (z if gate is None else z * gate.unsqueeze(-1)).to(y.dtype)
+
+    def leave(self, rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
+        """Rows of x plus the attention's output, z (N, C) times weight (C, C) transposed."""
+        x = rows.x + product(z, weight)
+        return Rows(x, rms_norm(x) * scale)
+
+    def feed_forward(self, rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """x plus squared_unit(normalized up^T) down^T for up (hidden, C), down (C, hidden); also the activations."""
+        act = squared_unit(product(rows.twin, up), beta)
+        return rows.x + product(act, down), act
+
+    def normalized(self, rows: Rows) -> Tensor:
+        """The normalized x of Rows, (N, C)."""
+        return rows.twin
+
+    def gate_inputs(self, rows: Rows) -> Tensor:
+        """The first channels of the normalized x of Rows, (N, GATE_INPUTS)."""
+        return rows.twin[:, :GATE_INPUTS]
+
+    def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+        """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
+        return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")
 
 
-PLAIN_LAYER = LayerParts(
-    plain_enter, plain_heads, plain_exclusive, plain_leave, plain_feed_forward, plain_normalized, plain_nll
-)
-LAYER: dict[str, Callable[[], LayerParts]] = {"triton": lambda: fused_layer(), "plain": lambda: PLAIN_LAYER}
+PLAIN_LAYER = PlainLayer()
+LAYER: dict[str, Callable[[], PlainLayer]] = {"triton": lambda: TritonLayer(), "plain": lambda: PLAIN_LAYER}
 
 
 def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
@@ -1798,24 +1815,25 @@ def probe_document_attention(attention: DocumentAttention, cfg: Config, device: 
     return probe(*ends, shapes, device)
 
 
-def probe_layer(parts: LayerParts, cfg: Config, device: torch.device) -> float:
+def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> float:
     """`probe` of a layer, every input's gradient included, of its output as the next layer's skip, and of the loss."""
     dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
     matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
     vectors = [(3, dim), (cfg.num_heads,), (hidden,)]
+    vectors += [(cfg.num_heads, GATE_INPUTS)] if cfg.sparse_attn_gate_scale else []
 
-    def layer(parts: LayerParts, x: Tensor, x0: Tensor, extra: Tensor, *rest: Tensor) -> Tensor:
+    def layer(parts: PlainLayer, x: Tensor, x0: Tensor, extra: Tensor, *rest: Tensor) -> Tensor:
         qkv, out, up, down = (w * w.shape[1] ** -0.5 for w in rest[:4])
-        (mix, gain, beta), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
+        (mix, gain, beta, *gates), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
         rows, kept, first = parts.enter(x, (x0, x0), (x0, x0), mix, 0.5)
         follows = torch.arange(len(x), device=x.device) % 50 > 0 if cfg.key_offset else None
         q, k, v, twin = parts.heads(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)), follows)
         y = sdpa(SDPBackend.MATH)(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
-        rows = parts.leave(rows, parts.exclusive(y, v, twin).flatten(1), out, 0.5)
-        y = parts.feed_forward(rows, up, down, beta)[0]
+        gates = [F.linear(parts.gate_inputs(rows), gate).sigmoid() for gate in gates]
+        z = parts.exclusive(y, v, twin, *gates).flatten(1)
+        y = parts.feed_forward(parts.leave(rows, z, out, 0.5), up, down, beta)[0]
         y = parts.normalized(parts.enter(y, (x, kept), first, mix, 0.5)[0])
-        nll = parts.nll(2 * y, torch.arange(len(y), device=y.device) % dim, 3.0)
-        return torch.cat([y.flatten(), nll.to(y.dtype)])
+        return torch.cat([y.flatten(), parts.nll(2 * y, torch.arange(len(y), device=y.device) % dim, 3.0).to(y.dtype)])
 
     shapes = [(2 * length, dim)] * 2 + [(2 * length, kv)] + matrices + vectors
     return probe(partial(layer, parts), partial(layer, PLAIN_LAYER), shapes, device)
@@ -1984,6 +2002,8 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
     dim, layers, heads, vocab = cfg.model_dim, cfg.num_layers, cfg.num_heads, cfg.vocab_size
     kv, buckets, is_asqu = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size, cfg.mlp_activation == "asqu"
     skips = max(len(phase.order) // 2 for phase in phases(cfg).values())
+    lanes = layers - cfg.parallel_start_layer if cfg.parallel_start_layer else 0
+    shares = torch.tensor([1.1, 1.0, 1.0]).expand(lanes, 2, 3)  # of a lane itself, attention and MLP
     mix = torch.stack([torch.ones(dim), torch.zeros(dim)]).expand(layers, 2, dim)  # all of x, nothing of x0
     rows = [
         (True, RestSpec("tok_emb", (vocab, dim), ("normal", cfg.tied_embed_init_std), "embed", coded=True)),
@@ -1996,13 +2016,17 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
         (cfg.ve_enabled, RestSpec("ve_scale", (len(cfg.ve_layers),), 0.1, "scalar")),
         (cfg.smear_gate_enabled, RestSpec("smear_gate", (dim,), 0.0, "scalar")),
         (skips, RestSpec("skip_weights", (skips, dim), 1.0, "scalar")),
+        (skips and cfg.skip_gates_enabled, RestSpec("skip_gates", (skips, dim), 0.0, "scalar")),
         (True, RestSpec("resid_mix", (layers, 2, dim), mix, "scalar", per_layer=True)),
         (True, RestSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
         (True, RestSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
         (True, RestSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
+        (lanes, RestSpec("lane_mix", (lanes, 2, 3), shares, "scalar")),
         (cfg.value_residual, RestSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, RestSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
+        (cfg.sparse_attn_gate_scale,
+         RestSpec("sparse_gate", (layers, heads, GATE_INPUTS), 0.0, "scalar", per_layer=True)),
         (is_asqu, RestSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
     ]
     rank, passes = cfg.lora_rank, len(final_order(cfg))
@@ -2033,19 +2057,22 @@ def initial_bank(spec: BankSpec, cfg: Config) -> Tensor:
 
 
 class LayerSpec(NamedTuple):
-    """What differs between layers: exclusive attention, row of ve_scale or None, factor on normalized inputs."""
+    """What differs between layers: exclusive attention, rows of ve_scale and lane_mix, factor on normalized inputs."""
 
     xsa: bool
     value_embed: int | None
+    lane: int | None
     norm_scale: float
 
 
 def layer_specs(cfg: Config) -> list[LayerSpec]:
     value_rows = {layer: row for row, layer in enumerate(cfg.ve_layers)} if cfg.ve_enabled else {}
+    lanes = range(cfg.parallel_start_layer or cfg.num_layers, cfg.num_layers)
     return [
-        LayerSpec(i >= cfg.num_layers - cfg.xsa_last_n, value_rows.get(i), (i + 1) ** -0.5 if cfg.ln_scale else 1.0)
+        LayerSpec(i >= cfg.num_layers - cfg.xsa_last_n, value_rows.get(i), lanes.index(i) if i in lanes else None,
+                  (i + 1) ** -0.5 if cfg.ln_scale else 1.0)
         for i in range(cfg.num_layers)
-    ]
+    ]  # fmt: skip
 
 
 class Pass(NamedTuple):
@@ -2067,7 +2094,7 @@ class GPT(nn.Module):
     """The language model. `weights()` prepares the matrices once per step; `nll` is the forward pass."""
 
     def __init__(
-        self, cfg: Config, bos_id: int, attend: Attend, device: torch.device, parts: LayerParts = PLAIN_LAYER
+        self, cfg: Config, bos_id: int, attend: Attend, device: torch.device, parts: PlainLayer = PLAIN_LAYER
     ) -> None:
         """Allocate and initialize from SEED, whatever the state of the global generator."""
         super().__init__()
@@ -2148,16 +2175,21 @@ class GPT(nn.Module):
 
     def mixes(self, order: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Factors (3, C) of x, skip and x0 at the entrance of each position: the skip's weight is multiplied in here,
-        on vectors, and once for all positions."""
+        on vectors, and once for all positions. With gates s, x and skip become s x + (1 - s) weight skip (PR #1218)."""
         resid = torch.stack([self.rest["resid_mix"][layer] for layer in order])
-        half, skips = len(order) // 2, torch.zeros_like(resid[:, 0])
+        half, shut, skips = len(order) // 2, 0.0, torch.zeros_like(resid[:, 0])
         if half:
             weights = self.rest["skip_weights"][:half]
-            skips = F.pad(weights, (0, 0, half, len(order) - half - len(weights)))
-        return torch.stack([resid[:, 0], resid[:, 0] * skips, resid[:, 1]], 1).to(self.dtype).unbind()
+            place = (0, 0, half, len(order) - half - len(weights))
+            if "skip_gates" in self.rest:
+                shut = 1 - torch.sigmoid(self.rest["skip_gates"][:half])
+                weights, shut = weights * shut, F.pad(shut, place)
+            skips = F.pad(weights, place)
+        mixes = resid[:, 0] * (1 - shut), resid[:, 0] * skips, resid[:, 1]
+        return torch.stack(mixes, 1).to(self.dtype).unbind()
 
-    def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Rows, Tensor]:
-        """Attention part of a layer, its output added; also returns this layer's own values (N, KV, D)."""
+    def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
+        """What the heads of a layer attend to, (N, C) before the output matrix, and its own values (N, KV, D)."""
         layer, vectors, parts = p.order[position], p.vectors, self.parts
         spec, extra = self.layers[layer], None
         if p.observe is not None:
@@ -2172,15 +2204,21 @@ class GPT(nn.Module):
             mix = vectors["value_mix"][layer]
             v = twin = mix[0] * (own if first_v is None else first_v) + mix[1] * own
         y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), *p.mask).flatten(0, 1)
+        gate = None
+        if "sparse_gate" in vectors:  # PR #1787
+            weight = self.cfg.sparse_attn_gate_scale * vectors["sparse_gate"][layer]
+            gate = F.linear(parts.gate_inputs(rows), weight).sigmoid()
+        elif "gate_weight" in vectors:
+            weight, bias = (vectors[name][layer] for name in ("gate_weight", "gate_bias"))
+            gate = F.linear(parts.normalized(rows), weight, bias).sigmoid()
         if spec.xsa:
-            y = parts.exclusive(y, v, twin)
-        if "gate_weight" in vectors:
-            gate = F.linear(parts.normalized(rows), vectors["gate_weight"][layer], vectors["gate_bias"][layer])
-            y = y * torch.sigmoid(gate).unsqueeze(-1)
+            y = parts.exclusive(y, v, twin, gate)
+        elif gate is not None:
+            y = y * gate.unsqueeze(-1)
         z = y.flatten(1)
         if p.observe is not None:
             p.observe(f"out.{layer}", z)
-        return parts.leave(rows, z, p.banks["out"][position], spec.norm_scale), own
+        return z, own
 
     def mlp(self, rows: Rows, position: int, p: Pass) -> Tensor:
         """Feed-forward part of a layer, its output added: (N, C)."""
@@ -2191,17 +2229,29 @@ class GPT(nn.Module):
             p.observe(f"down.{layer}", act)
         return x
 
+    def two_lanes(self, rows: Rows, lane: Rows, z: Tensor, position: int, p: Pass) -> tuple[Tensor, Rows]:
+        """The end of a layer whose MLP reads another lane than its attention, and its entrance to the next layer.
+
+        Each lane takes its own share of both and of itself (PR #1204, PR #1529).
+        """
+        specs, after = [self.layers[layer] for layer in p.order], min(position + 1, len(p.order) - 1)
+        own, attended, added = self.rest["lane_mix"][specs[position].lane].to(self.dtype).unbind(1)
+        a, b = product(z, p.banks["out"][position]), self.mlp(lane, position, p)  # b: the lane and the MLP's output
+        x = own[0] * rows.x + attended[0] * a + added[0] * (b - lane.x)
+        mix = torch.stack([added[1], own[1] - added[1], attended[1]]).unsqueeze(1).expand(3, a.shape[1]).contiguous()
+        return x, self.parts.enter(b, (lane.x, lane.x), (a, a), mix, specs[after].norm_scale)[0]
+
     def hidden(
         self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None = None
     ) -> Tensor:
         """Normalized output of the last layer (B, T, C) for ids (B, T), running the layers in `order`.
 
         The first half of the order pushes its outputs, the second half pops them (U-Net skips); every layer mixes
-        the embedding x0 back in.
+        the embedding x0 back in. From PARALLEL_START_LAYER on there are two lanes, at the end their mean.
         """
         p = self.begin(ids, weights, order, observe)
         x = self.embed(ids, observe).flatten(0, 1)
-        x0, half, skips, first_v = (x, x), len(order) // 2, [], None
+        x0, half, skips, first_v, lane = (x, x), len(order) // 2, [], None, None
         for position, layer in enumerate(order):
             skip = None
             if half <= position < 2 * half:
@@ -2209,10 +2259,14 @@ class GPT(nn.Module):
             rows, twin, x0 = self.parts.enter(x, skip, x0, p.mixes[position], self.layers[layer].norm_scale)
             if 0 < position < half:
                 skips.append((x, twin))
-            rows, own_v = self.attention(rows, position, first_v, p)
+            z, own_v = self.attention(rows, position, first_v, p)
             first_v = own_v if first_v is None else first_v
-            x = self.mlp(rows, position, p)
-        return rms_norm(x).view(*ids.shape, -1)
+            if self.layers[layer].lane is not None:
+                x, lane = self.two_lanes(rows, lane or rows, z, position, p)
+            else:
+                rows = self.parts.leave(rows, z, p.banks["out"][position], self.layers[layer].norm_scale)
+                x = self.mlp(rows, position, p)
+        return rms_norm(0.5 * (x + lane.x) if lane else x).view(*ids.shape, -1)
 
     def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""
@@ -2351,7 +2405,7 @@ def tile_halves(a, b, row, column, inputs, ROWS: tl.constexpr, COLS: tl.constexp
 
 @jit
 def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr, WIDTH: tl.constexpr,
-                COLS: tl.constexpr, ROWS: tl.constexpr, SKIP: tl.constexpr):  # fmt: skip
+                COLS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The new x and r of ROWS rows; COLS is WIDTH rounded up to a power of two."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
     at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
@@ -2360,7 +2414,7 @@ def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr
     value *= tl.load(every, mask=live, other=0.0).to(tl.float32)
     first = tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
     value += first * tl.load(every + 2 * WIDTH, mask=live, other=0.0).to(tl.float32)
-    if SKIP:
+    if skip is not None:
         other = tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
         value += other * tl.load(every + WIDTH, mask=live, other=0.0).to(tl.float32)
     rounded = value.to(new.dtype.element_ty)
@@ -2370,22 +2424,21 @@ def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr
 
 
 @jit
-def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnext, dx, dskip, dx0, sums, tokens, scale,
-                        WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-                        MIX: tl.constexpr, SKIP: tl.constexpr, KEPT: tl.constexpr,
-                        NEXT: tl.constexpr):  # fmt: skip
+def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dgates, dkept, dnext, dx, dskip, dx0, sums, tokens,
+                        scale, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+                        GATES: tl.constexpr):  # fmt: skip
     """Gradients of x, skip and x0, walking over blocks of rows; sums (programs, 3, WIDTH) of mix's.
 
     The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
     """
     column = tl.arange(0, COLS)[None, :]
-    every = mix + column + 0 * tl.arange(0, ROWS)[:, None]
-    within = column + 0 * tl.arange(0, ROWS)[:, None] < WIDTH
-    if MIX:
+    if mix is not None:
+        every = mix + column + 0 * tl.arange(0, ROWS)[:, None]
+        within = column + 0 * tl.arange(0, ROWS)[:, None] < WIDTH
         keep = tl.load(every, mask=within, other=0.0).to(tl.float32)
         first = tl.load(every + 2 * WIDTH, mask=within, other=0.0).to(tl.float32)
         dkeep, dfirst = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
-    if SKIP:
+    if skip is not None:
         other = tl.load(every + WIDTH, mask=within, other=0.0).to(tl.float32)
         dother = tl.zeros((ROWS, COLS), tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
@@ -2395,102 +2448,97 @@ def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnex
         value = tl.load(new + at, mask=live, other=0.0).to(tl.float32)
         upstream = tl.load(dnew + at, mask=live, other=0.0).to(tl.float32)
         r = tl.load(factors + row, mask=row < tokens, other=0.0)
+        if dgates is not None:
+            g += tl.load(dgates + row[:, None] * GATES + column, mask=live & (column < GATES), other=0.0).to(tl.float32)
         shrink = r * r / (WIDTH * scale * scale) * tl.sum(g * value, 1)
         d = upstream + g - value * shrink[:, None]
-        if MIX:
+        if mix is not None:
             dkeep += d * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
             dfirst += d * tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
             begun = d * first
-            if NEXT:
+            if dnext is not None:
                 begun += tl.load(dnext + at, mask=live, other=0.0).to(tl.float32)
             tl.store(dx0 + at, begun.to(dx0.dtype.element_ty), mask=live)
-            if SKIP:
+            if skip is not None:
                 dother += d * tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
                 tl.store(dskip + at, (d * other).to(dskip.dtype.element_ty), mask=live)
             d *= keep
-        if KEPT:
+        if dkept is not None:
             d += tl.load(dkept + at, mask=live, other=0.0).to(tl.float32)
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=live)
     line, inside = sums + tl.program_id(0) * 3 * WIDTH + tl.arange(0, COLS), tl.arange(0, COLS) < WIDTH
-    if MIX:
+    if mix is not None:
         tl.store(line, tl.sum(dkeep, 0), mask=inside)
         tl.store(line + 2 * WIDTH, tl.sum(dfirst, 0), mask=inside)
-    if SKIP:
+    if skip is not None:
         tl.store(line + WIDTH, tl.sum(dother, 0), mask=inside)
+
+
+def enter_outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """Memory for what `enter` returns, given its inputs."""
+    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
+    gates = x.new_empty((len(x), GATE_INPUTS))
+    return new, twin, x.new_empty(len(x), dtype=torch.float32), gates, kept, following
 
 
 @torch.library.custom_op(f"{OPERATORS}::enter", mutates_args=())
 def enter(
     x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`plain_enter` with its parts of Rows and the twins of x and x0."""
-    (n, width), r = x.shape, x.new_empty(len(x), dtype=torch.float32)
-    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
-    enter_tiles[(triton.cdiv(n, 4),)](x, x if skip is None else skip, x0, mix, new, r, n, scale, NORM_EPS, width,
-                                      triton.next_power_of_2(width), 4, skip is not None, num_warps=2,
-                                      num_stages=2)  # fmt: skip
-    return new, twin, r, kept, following
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The parts of Rows, and the twins of x and x0; 5 activations are written and read where inductor's kernels take 6,
+    backward 10 of 14."""
+    (n, width), outputs = x.shape, enter_outputs(x)
+    new, _, r, *_ = outputs
+    enter_tiles[(triton.cdiv(n, 4),)](x, skip, x0, mix, new, r, n, scale, NORM_EPS, width,
+                                      triton.next_power_of_2(width), 4, num_warps=2, num_stages=2)  # fmt: skip
+    return outputs
+
+
+def rows_gradients(dnew: Tensor, *rest: Any) -> list[Tensor]:
+    """Memory for what `rows_backward` returns, given its inputs."""
+    has_mix, has_skip = (tensor is not None for tensor in (rest[6], rest[9]))
+    shapes = (dnew.shape, dnew.shape if has_skip else (0,), dnew.shape if has_mix else (0,), (3, dnew.shape[1]))
+    return [dnew.new_empty(shape) for shape in shapes]
 
 
 @torch.library.custom_op(f"{OPERATORS}::rows_backward", mutates_args=())
-def rows_backward(upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float) -> list[Tensor]:
-    """Gradients of x, skip, x0 and mix (empty where absent) from those of Rows.
-
-    `upstream`: of the new x, its twin, and those present of the twins of x and x0; `saved`: new x, r and, with mix,
-    mix, x, x0 and, where present, skip; `present`: mix, skip, the two upstream.
-    """
-    (new, r, *rest), (has_mix, has_skip, *more) = saved, present
-    (n, width), others = new.shape, iter(upstream[2:])
-    mix, x, x0, skip = (*rest, *[new] * 4)[:4]
-    others = [next(others) if here else new for here in more]
-    dx, dskip, dx0 = (torch.empty_like(new) if here else new.new_empty(0) for here in (True, has_skip, has_mix))
+def rows_backward(
+    dnew: Tensor, dtwin: Tensor, dgates: Tensor | None, dkept: Tensor | None, dnext: Tensor | None, new: Tensor,
+    r: Tensor, mix: Tensor | None, x: Tensor | None, x0: Tensor | None, skip: Tensor | None, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, skip, x0 and mix (empty where absent), given those of the new x, of its twin and, where these
+    found a use, of the gates' memory and the twins of x and x0."""
+    n, width = new.shape
+    dx, dskip, dx0, dmix = rows_gradients(dnew, dtwin, dgates, dkept, dnext, new, r, mix, x, x0, skip)
     grid = programs(new.device, triton.cdiv(n, 2), 8)
-    sums = new.new_zeros((grid[0] if has_mix else 0, 3, width), dtype=torch.float32)
-    rows_backward_tiles[grid](x, skip, x0, mix, new, r, *upstream[:2], *others, dx, dskip, dx0, sums, n, scale, width,
-                              triton.next_power_of_2(width), 2, 2, *present, num_warps=2)  # fmt: skip
-    return [dx, dskip, dx0, sums.sum(0).to(new.dtype)]
+    sums = new.new_zeros((0 if mix is None else grid[0], 3, width), dtype=torch.float32)
+    rows_backward_tiles[grid](x, skip, x0, mix, new, r, dnew, dtwin, dgates, dkept, dnext, dx, dskip, dx0, sums, n,
+                              scale, width, triton.next_power_of_2(width), 2, 2, GATE_INPUTS, num_warps=2)  # fmt: skip
+    return [dx, dskip, dx0, dmix.copy_(sums.sum(0))]
 
 
-@enter.register_fake
-def _(x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor,
-      scale: float) -> tuple[Tensor, ...]:  # fmt: skip
-    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
-    return new, twin, x.new_empty(len(x), dtype=torch.float32), kept, following
-
-
-@rows_backward.register_fake
-def _(upstream: list[Tensor], saved: list[Tensor], present: list[bool], scale: float) -> list[Tensor]:
-    new, (has_mix, has_skip) = saved[0], present[:2]
-    shapes = (new.shape, new.shape if has_skip else (0,), new.shape if has_mix else (0,), (3, new.shape[1]))
-    return [new.new_empty(shape) for shape in shapes]
+rows_backward.register_fake(rows_gradients)
+enter.register_fake(enter_outputs)
 
 
 def save_enter(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, skip, _, x0, _, mix, ctx.scale = inputs
-    ctx.has_skip = skip is not None
-    ctx.save_for_backward(output[0], output[2], mix, x, x0, *([skip] if ctx.has_skip else []))
+    ctx.save_for_backward(output[0], output[2], mix, x, x0, skip)
     ctx.set_materialize_grads(False)
 
 
-def enter_gradients(
-    ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, dkept: Tensor | None, dnext: Tensor | None
+def differentiate_enter(
+    ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, *others: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, the twins of skip and x0, and mix."""
-    saved = list(ctx.saved_tensors)
-    upstream = [torch.zeros_like(saved[0]) if d is None else d for d in (dnew, dtwin)]
-    upstream = [d.contiguous() for d in (*upstream, dkept, dnext) if d is not None]
-    present = [True, ctx.has_skip, dkept is not None, dnext is not None]
-    dx, dskip, dx0, dmix = rows_backward(upstream, saved, present, ctx.scale)
-    return dx, None, dskip if ctx.has_skip else None, None, dx0, dmix, None
+    """Gradients of x, the twins of skip and x0, and mix; `others` are those of the gates' memory and the twins."""
+    new, _, _, _, _, skip = saved = ctx.saved_tensors
+    given = [torch.zeros_like(new) if d is None else d.contiguous() for d in (dnew, dtwin)]
+    given += [d if d is None else d.contiguous() for d in others]
+    dx, dskip, dx0, dmix = rows_backward(*given, *saved, ctx.scale)
+    return dx, None, None if skip is None else dskip, None, dx0, dmix, None
 
 
-enter.register_autograd(enter_gradients, setup_context=save_enter)
-
-
-def fused_enter(x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> tuple:
-    """`plain_enter`: 5 activations are written and read where inductor's kernels take 6, backward 10 of 14."""
-    x_new, twin, r, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
-    return Rows(x_new, twin, r), kept, (x0[0], following)
+enter.register_autograd(differentiate_enter, setup_context=save_enter)
 
 
 # Queries, keys and values
@@ -2517,12 +2565,12 @@ def per_head(tile):
 
 @jit
 def end_heads(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length,
-              EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-              EXTRA: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+              EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
+              HALF: tl.constexpr):  # fmt: skip
     """Ending of a tile (ROWS, whole heads of one kind) of the product: normalize, rotate, gain or `extra`, store.
 
-    A norm per head cancels r but for eps, which becomes eps / r^2. With OFFSET the second half of a key goes to the
-    next row, if that `follows`, and stays where it begins a document; the backward pass finds them all in `own`.
+    A norm per head cancels r but for eps, which becomes eps / r^2. With `follows` the second half of a key goes to the
+    next row, if that follows, and stays where it begins a document; the backward pass finds them all in `own`.
     """
     ROWS: tl.constexpr = value.shape[0]
     GROUP: tl.constexpr = value.shape[1] // SIZE
@@ -2541,7 +2589,7 @@ def end_heads(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row
     a, b = a * factor, b * factor
     both = tl.permute(tl.join(a * cos + b * sin, b * cos - a * sin), (0, 1, 2, 4, 3))
     value = tl.reshape(both, (ROWS, GROUP * SIZE))
-    if EXTRA:
+    if extra is not None:
         at = place[:, None] * (KV * SIZE) + column - (HEADS + KV) * SIZE + tl.arange(0, GROUP * SIZE)[None, :]
         value += tl.load(extra + at, mask=is_value & (place[:, None] < tokens), other=0.0).to(tl.float32)
     # Selected, not branched: Triton 3.6 cannot flatten a loop with a branch in it.
@@ -2551,34 +2599,35 @@ def end_heads(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row
     channel = column + tl.arange(0, GROUP * SIZE)[None, :]
     apart = tl.where(is_query, 1, HEADS // KV) * SIZE
     at = place[:, None] * (HEADS * SIZE) + channel // SIZE * apart + channel % SIZE
-    rounded, is_key = value.to(out.dtype.element_ty), OFFSET & ~is_query & ~is_value
-    begins = tl.load(follows + place, mask=(place < tokens) & is_key, other=1) == 0
-    moves = tl.load(follows + place + 1, mask=(place + 1 < tokens) & is_key, other=0) != 0
-    late = (channel % SIZE >= SIZE // 2) & is_key
-    stays = (place[:, None] < tokens) & (begins[:, None] | ~late)
+    rounded, stays = value.to(out.dtype.element_ty), place[:, None] < tokens
+    if follows is not None:
+        is_key = ~is_query & ~is_value
+        begins = tl.load(follows + place, mask=(place < tokens) & is_key, other=1) == 0
+        moves = tl.load(follows + place + 1, mask=(place + 1 < tokens) & is_key, other=0) != 0
+        late = (channel % SIZE >= SIZE // 2) & is_key
+        kept = place[:, None] * (KV * SIZE // 2) + channel // SIZE * (SIZE // 2) + channel % (SIZE // 2)
+        tl.store(own + kept, rounded, mask=late & (place[:, None] < tokens))
+        for copy in tl.static_range(HEADS // KV):
+            tl.store(out + at + (HEADS + copy) * SIZE, rounded, mask=late & moves[:, None])
+        stays &= begins[:, None] | ~late
     tl.store(out + at, rounded, mask=stays)
     for copy in tl.static_range(1, HEADS // KV):
         tl.store(out + at + copy * SIZE, rounded, mask=stays & ~is_query)
-    for copy in tl.static_range(HEADS // KV):
-        tl.store(out + at + (HEADS + copy) * SIZE, rounded, mask=late & moves[:, None])
-    at = place[:, None] * (KV * SIZE // 2) + channel // SIZE * (SIZE // 2) + channel % (SIZE // 2)
-    tl.store(own + at, rounded, mask=late & (place[:, None] < tokens))
 
 
 @jit
 def heads_tiles(x, weight, r, gain, rotary, extra, follows, q, k, v, own, factors, tokens, length, width,
                 EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, HEADS: tl.constexpr,
-                KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, EXTRA: tl.constexpr,
-                OFFSET: tl.constexpr):  # fmt: skip
+                KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """The product x weight^T, each tile ended by `end_heads` in two halves; x is (tokens, width)."""
     across: tl.constexpr = (HEADS + 2 * KV) * SIZE // COLS
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
         left, right = tile_halves(x, weight, row, column, width, ROWS, COLS, INNER)
         end_heads(left, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length, EPS, HEADS,
-                  KV, SIZE, HALF, EXTRA, OFFSET)
+                  KV, SIZE, HALF)
         end_heads(right, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column + COLS // 2, tokens,
-                  length, EPS, HEADS, KV, SIZE, HALF, EXTRA, OFFSET)  # fmt: skip
+                  length, EPS, HEADS, KV, SIZE, HALF)  # fmt: skip
 
 
 @jit
@@ -2592,21 +2641,24 @@ def sum_copies(dout, at, live, COPIES: tl.constexpr, SIZE: tl.constexpr):
 
 @jit
 def undo_offset(final, own, follows, dout, at, kept, late, row, tokens, COPIES: tl.constexpr, STRIDE: tl.constexpr,
-                SIZE: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+                SIZE: tl.constexpr):  # fmt: skip
     """Values before, and gradients of all copies: of the next row where `late`, if that `follows`."""
     live = row < tokens
-    begins = tl.load(follows + row, mask=live & OFFSET, other=1) == 0
-    moves = tl.load(follows + row + 1, mask=(row + 1 < tokens) & OFFSET, other=0) != 0
-    gradient = sum_copies(dout, at, live & (begins | ~late), COPIES, SIZE)
-    gradient += sum_copies(dout, at + STRIDE, late & moves, COPIES, SIZE)
-    value = tl.load(final + at, mask=live & ~late, other=0.0) + tl.load(own + kept, mask=live & late, other=0.0)
+    if follows is None:
+        value, gradient = tl.load(final + at, mask=live, other=0.0), sum_copies(dout, at, live, COPIES, SIZE)
+    else:
+        begins = tl.load(follows + row, mask=live, other=1) == 0
+        moves = tl.load(follows + row + 1, mask=row + 1 < tokens, other=0) != 0
+        gradient = sum_copies(dout, at, live & (begins | ~late), COPIES, SIZE)
+        gradient += sum_copies(dout, at + STRIDE, late & moves, COPIES, SIZE)
+        value = tl.load(final + at, mask=live & ~late, other=0.0) + tl.load(own + kept, mask=live & late, other=0.0)
     return value.to(tl.float32), gradient
 
 
 @jit
 def undo_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.constexpr,
                HEADS: tl.constexpr, COPIES: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
-               HALF: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+               HALF: tl.constexpr):  # fmt: skip
     """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head.
 
     The normalized heads are made from what became of them: turned back, over the gain (whose own gradient is lost where
@@ -2619,10 +2671,10 @@ def undo_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, toke
     STRIDE: tl.constexpr = HEADS * COPIES * SIZE
     source, target = row * WIDTH + (FIRST + head) * SIZE + channel, row * STRIDE + head * (COPIES * SIZE) + channel
     kept = (row * HEADS + head - 1) * (SIZE // 2) + channel
-    a, da = undo_offset(final, own, follows, dout, target, kept, OFFSET & (channel >= SIZE // 2), row, tokens, COPIES,
-                        STRIDE, SIZE, OFFSET)
-    b, db = undo_offset(final, own, follows, dout, target + HALF, kept + HALF, OFFSET & (channel + HALF >= SIZE // 2),
-                        row, tokens, COPIES, STRIDE, SIZE, OFFSET)  # fmt: skip
+    a, da = undo_offset(final, own, follows, dout, target, kept, channel >= SIZE // 2, row, tokens, COPIES, STRIDE,
+                        SIZE)
+    b, db = undo_offset(final, own, follows, dout, target + HALF, kept + HALF, channel + HALF >= SIZE // 2, row, tokens,
+                        COPIES, STRIDE, SIZE)  # fmt: skip
     factor = tl.load(factors + row * NORMED + FIRST + head, mask=live, other=0.0)
     turned = cos * cos + sin * sin  # 1 but for the table's rounding
     if GAIN:
@@ -2640,8 +2692,7 @@ def undo_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, toke
 @jit
 def heads_backward_tiles(q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, tokens,
                          length, ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
-                         HALF: tl.constexpr, TWIN: tl.constexpr, EXTRA: tl.constexpr,
-                         OFFSET: tl.constexpr):  # fmt: skip
+                         HALF: tl.constexpr):  # fmt: skip
     """The whole gradient of the product, walking over blocks of ROWS rows; sums (programs, HEADS) of the gain's."""
     NORMED: tl.constexpr = HEADS + KV
     WIDTH: tl.constexpr = (HEADS + 2 * KV) * SIZE
@@ -2651,17 +2702,17 @@ def heads_backward_tiles(q, k, own, follows, factors, r, gain, rotary, dq, dk, d
         place = block * ROWS + tl.arange(0, ROWS)
         row, flat = place[:, None, None, None], place[:, None]
         cos, sin = angles(rotary, place, tokens, length, SIZE, HALF)
-        gains += undo_heads(q, own, follows, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, 1, NORMED, WIDTH,
-                            SIZE, HALF, False)
+        gains += undo_heads(q, None, None, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, 1, NORMED, WIDTH,
+                            SIZE, HALF)
         undo_heads(k, own, follows, factors, dk, du, gain, cos, sin, row, tokens, HEADS, KV, COPIES, NORMED, WIDTH,
-                   SIZE, HALF, OFFSET)  # fmt: skip
+                   SIZE, HALF)  # fmt: skip
         channel = tl.arange(0, KV * SIZE)[None, :]
         live = (flat < tokens) & (channel < KV * SIZE)
         first = flat * (HEADS * SIZE) + channel // SIZE * (COPIES * SIZE) + channel % SIZE
         value = sum_copies(dv, first, live, COPIES, SIZE)
-        if TWIN:
+        if dtwin is not None:
             value += tl.load(dtwin + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
-        if EXTRA:
+        if dextra is not None:
             tl.store(dextra + flat * (KV * SIZE) + channel, value.to(dextra.dtype.element_ty), mask=live)
         value *= tl.load(r + flat, mask=flat < tokens, other=1.0)
         tl.store(du + flat * WIDTH + NORMED * SIZE + channel, value.to(du.dtype.element_ty), mask=live)
@@ -2688,8 +2739,8 @@ def heads(
     x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
     follows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k, v of `plain_heads`, v's twin, the factors of the norms (N, H + KV), and with `follows` the second halves of
-    the keys as they were (N, KV, D / 2).
+    """q, k, v, v's twin, the factors of the norms (N, H + KV), and with `follows` the second halves of the keys as they
+    were (N, KV, D / 2).
 
     Attention adds up the gradients of shared keys and values in float32, in memory: filling it, adding and rounding
     cost more than writing copies here and adding up their gradients in the backward pass.
@@ -2697,76 +2748,73 @@ def heads(
     (n, width), (rows, cols, inner), (count, kv, size) = x.shape, TILE, head_sizes(x, len(weight), gain)
     q, k, v, v_twin, factors, own = outputs = heads_outputs(x, twin, r, weight, gain, follows)
     heads_tiles[programs(x.device, triton.cdiv(n, rows) * (len(weight) // cols))](
-        tiled(x, rows, inner), tiled(weight, cols, inner), r, gain, rotary, x if extra is None else extra,
-        r if follows is None else follows, q, k, v, own, factors, n, rotary.shape[1], width, NORM_EPS, *TILE, count, kv,
-        size, rotary.shape[-1], extra is not None, follows is not None, num_warps=8, num_stages=3,
+        tiled(x, rows, inner), tiled(weight, cols, inner), r, gain, rotary, extra, follows, q, k, v, own, factors, n,
+        rotary.shape[1], width, NORM_EPS, *TILE, count, kv, size, rotary.shape[-1], num_warps=8, num_stages=3,
     )  # fmt: skip
     return outputs
 
 
-@torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
-def heads_backward(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the product, of the gain, and of `extra` (written only where it is wanted).
-
-    `upstream` are the gradients of q, k, v and, where something used it, of v's twin; `saved` the factors of the norms,
-    r, gain, rotary, q and k, and where keys are offset their own second halves and `follows`.
-    """
-    dq, dk, dv, dtwin = [d.contiguous() for d in (*upstream, upstream[2])[:4]]
-    (n, count, size), (factors, r, gain, rotary, q, k, own, follows) = dq.shape, (*saved, saved[5], saved[1])[:8]
-    kv, grid = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
+def heads_gradients(dq: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what `heads_backward` returns, given its inputs."""
+    (n, count, size), (_, _, _, factors, _, gain, *_, has_extra) = dq.shape, rest
+    kv = factors.shape[1] - count
     du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
+    return du, torch.empty_like(gain), dextra
+
+
+@torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
+def heads_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, factors: Tensor, r: Tensor, gain: Tensor, rotary: Tensor,
+    q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None, has_extra: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the product, of the gain, and of `extra` (empty where there is none).
+
+    Given are the gradients of q, k, v and, where something used it, of v's twin; the factors of the norms; and where
+    keys are offset, their own second halves.
+    """
+    n, count, size = dq.shape
+    kv, grid = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
+    du, dgain, dextra = heads_gradients(dq, dk, dv, dtwin, factors, r, gain, has_extra)
     sums = dq.new_empty((grid[0], count), dtype=torch.float32)
-    heads_backward_tiles[grid](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, n,
-                               rotary.shape[1], 4, count, kv, size, rotary.shape[-1], len(upstream) == 4, has_extra,
-                               len(saved) == 8, num_warps=4, num_stages=2)  # fmt: skip
-    return du, sums.sum(0).to(gain.dtype), dextra
+    heads_backward_tiles[grid](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du,
+                               dextra if has_extra else None, sums, n, rotary.shape[1], 4, count, kv, size,
+                               rotary.shape[-1], num_warps=4, num_stages=2)  # fmt: skip
+    return du, dgain.copy_(sums.sum(0)), dextra
 
 
 heads.register_fake(heads_outputs)
 
 
-@heads_backward.register_fake
-def _(upstream: list[Tensor], saved: list[Tensor], has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
-    (n, count, size), dq = upstream[0].shape, upstream[0]
-    kv = saved[0].shape[1] - count
-    width = (count + 2 * kv) * size
-    return dq.new_empty((n, width)), torch.empty_like(saved[2]), dq.new_empty((n, kv, size) if has_extra else 0)
+heads_backward.register_fake(heads_gradients)
 
 
 def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, _, r, weight, gain, rotary, extra, follows = inputs
-    ctx.has_extra, offset = extra is not None, () if follows is None else (output[5], follows)
-    ctx.save_for_backward(x, weight, output[4], r, gain, rotary, *output[:2], *offset)
+    q, k, _, _, factors, own = output
+    ctx.has_extra, own = extra is not None, None if follows is None else own
+    ctx.save_for_backward(x, weight, factors, r, gain, rotary, q, k, own, follows)
     ctx.set_materialize_grads(False)
 
 
-def heads_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, *_: None) -> tuple:
+def differentiate_heads(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the twin, the weight, the gain and `extra`."""
     x, weight, *saved = ctx.saved_tensors
-    upstream = [dq, dk, dv] + ([] if dtwin is None else [dtwin])
-    du, dgain, dextra = heads_backward(upstream, saved, ctx.has_extra)
+    given = [d if d is None else d.contiguous() for d in upstream[:4]]
+    du, dgain, dextra = heads_backward(*given, *saved, ctx.has_extra)
     return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None, None
 
 
-heads.register_autograd(heads_gradients, setup_context=save_heads)
-
-
-def fused_heads(
-    rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
-) -> tuple[Tensor, ...]:
-    """`plain_heads` in the ending of the product; in plain steps for heads that do not fill its tiles."""
-    if heads_fit(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
-        return heads(*rows, weight, gain, rotary, extra, follows)[:4]
-    return plain_heads(Rows(rows.x, fused_normalized(rows)), weight, gain, rotary, extra, follows)
+heads.register_autograd(differentiate_heads, setup_context=save_heads)
 
 
 # Exclusive self-attention
 
 
 @jit
-def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, COPIES: tl.constexpr, SIZE: tl.constexpr,
-                    COLS: tl.constexpr, ITEMS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-    """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy and the heads' sum of dv."""
+def exclusive_tiles(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, COPIES: tl.constexpr,
+                    SIZE: tl.constexpr, COLS: tl.constexpr, ITEMS: tl.constexpr,
+                    BACKWARD: tl.constexpr):  # fmt: skip
+    """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy, their sum of dv, and dgate."""
     item, d = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None], tl.arange(0, COLS)[None, :]
     live = (item < items) & (d < SIZE)
     own = tl.load(v + item * (COPIES * SIZE) + d, mask=live, other=0.0).to(tl.float32)
@@ -2777,61 +2825,69 @@ def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, COPIES: tl.co
         at = (item * GROUP + head) * SIZE + d
         value = tl.load(y + at, mask=live, other=0.0).to(tl.float32)
         share = tl.sum(value * own, 1)[:, None] * inverse
+        if gate is not None:
+            factor = tl.load(gate + item * GROUP + head, mask=item < items, other=0.0).to(tl.float32)
         if BACKWARD:
             upstream = tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
+            if gate is not None:
+                change = tl.sum(upstream * (value - share * own), 1)[:, None]
+                tl.store(dgate + item * GROUP + head, change.to(dgate.dtype.element_ty), mask=item < items)
+                upstream *= factor
             along = tl.sum(upstream * own, 1)[:, None] * inverse
             tl.store(out + at, (upstream - along * own).to(out.dtype.element_ty), mask=live)
             total -= share * upstream + along * value - tl.where(power > 1e-12, 2 * along * share, 0.0) * own
         else:
-            tl.store(out + at, (value - share * own).to(out.dtype.element_ty), mask=live)
+            value -= share * own
+            if gate is not None:
+                value *= factor
+            tl.store(out + at, value.to(out.dtype.element_ty), mask=live)
     if BACKWARD:
         tl.store(dv + item * SIZE + d, total.to(dv.dtype.element_ty), mask=live)
 
 
-def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None, kv: int) -> tuple[Tensor, Tensor]:
-    """z, or the gradients of y and of the twin of v, which has `kv` heads."""
-    y, v, (n, heads, size) = y.contiguous(), v.contiguous(), y.shape
+def run_exclusive(y: Tensor, v: Tensor, gate: Tensor | None, dz: Tensor | None, kv: int) -> tuple[Tensor, ...]:
+    """z, or the gradients of y, of the twin of v, which has `kv` heads, and of the gate (empty without one)."""
+    (n, heads, size), (y, v, gate) = y.shape, (t if t is None else t.contiguous() for t in (y, v, gate))
     out, dv, dz_or_y = torch.empty_like(y), v if dz is None else v.new_empty((n, kv, size)), y if dz is None else dz
-    exclusive_tiles[(triton.cdiv(n * kv, 32),)](y, v, dz_or_y.contiguous(), out, dv, n * kv, heads // kv,
+    dgate = y.new_empty(0 if gate is None else gate.shape)
+    exclusive_tiles[(triton.cdiv(n * kv, 32),)](y, v, gate, dz_or_y.contiguous(), out, dv, dgate, n * kv, heads // kv,
                                                 v.shape[1] // kv, size, triton.next_power_of_2(size), 32,
                                                 dz is not None, num_warps=4, num_stages=2)  # fmt: skip
-    return out, dv
+    return out, dv, dgate
 
 
 @torch.library.custom_op(f"{OPERATORS}::exclusive", mutates_args=())
-def fused_exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
-    """`plain_exclusive`, whose gradient of v goes to `twin` and so is added to the attention's by `heads_backward`."""
-    return run_exclusive(y, v, None, twin.shape[1])[0]
+def exclusive(y: Tensor, v: Tensor, twin: Tensor, gate: Tensor | None) -> Tensor:
+    """`PlainLayer.exclusive`; the gradient of v goes to `twin`, so that `heads_backward` adds it to the attention's."""
+    return run_exclusive(y, v, gate, None, twin.shape[1])[0]
 
 
 @torch.library.custom_op(f"{OPERATORS}::exclusive_backward", mutates_args=())
-def exclusive_backward(y: Tensor, v: Tensor, dz: Tensor, kv: int) -> tuple[Tensor, Tensor]:
-    """Gradients of y and of the twin of v."""
-    return run_exclusive(y, v, dz, kv)
+def exclusive_backward(
+    y: Tensor, v: Tensor, gate: Tensor | None, dz: Tensor, kv: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, of the twin of v and of the gate."""
+    return run_exclusive(y, v, gate, dz, kv)
 
 
-@fused_exclusive.register_fake
-def _(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
-    return y.new_empty(y.shape)
-
-
-@exclusive_backward.register_fake
-def _(y: Tensor, v: Tensor, dz: Tensor, kv: int) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), v.new_empty((len(v), kv, v.shape[2]))
+exclusive.register_fake(lambda y, v, twin, gate: y.new_empty(y.shape))
+exclusive_backward.register_fake(lambda y, v, gate, dz, kv: (
+    y.new_empty(y.shape), v.new_empty((len(v), kv, v.shape[2])), y.new_empty(0 if gate is None else gate.shape)
+))  # fmt: skip
 
 
 def save_exclusive(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    y, v, twin = inputs
-    ctx.save_for_backward(y, v)
+    y, v, twin, gate = inputs
+    ctx.save_for_backward(y, v, gate)
     ctx.kv = twin.shape[1]
 
 
-def exclusive_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-    dy, dv = exclusive_backward(*ctx.saved_tensors, dz, ctx.kv)
-    return dy, None, dv
+def differentiate_exclusive(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+    dy, dv, dgate = exclusive_backward(*ctx.saved_tensors, dz, ctx.kv)
+    return dy, None, dv, None if ctx.saved_tensors[2] is None else dgate
 
 
-fused_exclusive.register_autograd(exclusive_gradients, setup_context=save_exclusive)
+exclusive.register_autograd(differentiate_exclusive, setup_context=save_exclusive)
 
 
 # The output product of the attention
@@ -2872,14 +2928,12 @@ def sum_product(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(f"{OPERATORS}::leave", mutates_args=())
 def leave(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts of `plain_leave`'s Rows: the product is never written by itself."""
+    """The parts of Rows: the product is never written by itself."""
     new, squares = sum_product(x, z.contiguous(), weight)
     return new, torch.empty_like(x), scale * torch.rsqrt(squares.sum(0) / x.shape[1] + NORM_EPS)
 
 
-@leave.register_fake
-def _(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+leave.register_fake(lambda x, *_: enter_outputs(x)[:3])
 
 
 def save_leave(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -2888,20 +2942,15 @@ def save_leave(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def leave_gradients(ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def differentiate_leave(ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     """Gradients of x, z and weight."""
     z, weight, *saved = ctx.saved_tensors
-    upstream = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
-    dx = rows_backward(upstream, saved, [False] * 4, ctx.scale)[0]
+    given = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
+    dx = rows_backward(*given, None, None, None, *saved, None, None, None, None, ctx.scale)[0]
     return dx, dx @ weight, dx.T @ z, None
 
 
-leave.register_autograd(leave_gradients, setup_context=save_leave)
-
-
-def fused_leave(rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
-    """`plain_leave`."""
-    return Rows(*leave(rows.x, z, weight, scale))
+leave.register_autograd(differentiate_leave, setup_context=save_leave)
 
 
 # Feed-forward
@@ -3006,7 +3055,7 @@ def run_unit(a: Tensor, b: Tensor, r: Tensor, pre: Tensor, beta: Tensor, backwar
 def feed_forward(
     x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`plain_feed_forward`'s new x and activations, and the pre-activations."""
+    """The new x, the activations and what they were before: activation and sum inside the products (as PR #1530)."""
     pre = x.new_empty((len(x), len(up)))
     act = run_unit(x, up, r, pre, beta, (False, False))[0]
     return sum_product(x, act, down)[0], act, pre
@@ -3020,16 +3069,12 @@ def feed_forward_backward(
     return run_unit(dy.contiguous(), down.T.contiguous(), r, pre, beta, (True, beta_grad))
 
 
-@feed_forward.register_fake
-def _(
-    x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty((len(x), len(up))), x.new_empty((len(x), len(up)))
-
-
-@feed_forward_backward.register_fake
-def _(dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool) -> list[Tensor]:
-    return [torch.empty_like(pre), pre.new_empty((pre.shape[1],), dtype=torch.float32)]
+feed_forward.register_fake(
+    lambda x, twin, r, up, *_: (torch.empty_like(x), *(x.new_empty((len(x), len(up))) for _ in range(2)))
+)
+feed_forward_backward.register_fake(
+    lambda dy, down, r, pre, *_: [torch.empty_like(pre), pre.new_empty(pre.shape[1], dtype=torch.float32)]
+)
 
 
 def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -3038,7 +3083,7 @@ def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> No
     ctx.set_materialize_grads(False)
 
 
-def feed_forward_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def differentiate_feed_forward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x (of its sum), the twin, up, down and beta."""
     x, r, up, down, beta, act, pre = ctx.saved_tensors
     beta_grad = ctx.needs_input_grad[5]
@@ -3046,12 +3091,7 @@ def feed_forward_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | N
     return dy, dpre @ up, None, dpre.T @ x, dy.T @ act, dbeta.to(beta.dtype) if beta_grad else None
 
 
-feed_forward.register_autograd(feed_forward_gradients, setup_context=save_feed_forward)
-
-
-def fused_feed_forward(rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """`plain_feed_forward` with activation and sum inside the matrix products (the idea of PR #1530)."""
-    return feed_forward(*rows, up, down, beta)[:2]
+feed_forward.register_autograd(differentiate_feed_forward, setup_context=save_feed_forward)
 
 
 class Normalized(torch.autograd.Function):
@@ -3066,11 +3106,6 @@ class Normalized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
         return None, (dy * ctx.saved_tensors[0].unsqueeze(-1)).to(dy.dtype), None
-
-
-def fused_normalized(rows: Rows) -> Tensor:
-    """`plain_normalized`."""
-    return Normalized.apply(*rows)
 
 
 # The loss
@@ -3126,11 +3161,18 @@ def nll_blocks(logits: Tensor) -> tuple[int, int]:
     return 4096 // cols, cols
 
 
+def nll_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Memory for what `nll` returns, given its inputs."""
+    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+
+
 @torch.library.custom_op(f"{OPERATORS}::nll", mutates_args=())
 def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """`plain_nll`, and the binary logarithm of each row's sum of exponentials, (N,)."""
-    n, width = logits.shape
-    (rows, cols), (loss, logs) = nll_blocks(logits), (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
+    """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,).
+
+    The logits are read once, and once more to write their gradient; nothing else of that size is kept.
+    """
+    (n, width), (rows, cols), (loss, logs) = logits.shape, nll_blocks(logits), nll_outputs(logits)
     nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
     return loss, logs
 
@@ -3144,14 +3186,8 @@ def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, ca
     return dlogits
 
 
-@nll.register_fake
-def _(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
-
-
-@nll_backward.register_fake
-def _(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
-    return torch.empty_like(logits)
+nll.register_fake(nll_outputs)
+nll_backward.register_fake(lambda logits, *_: torch.empty_like(logits))
 
 
 def save_nll(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -3164,18 +3200,44 @@ nll.register_autograd(
 )
 
 
-def fused_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """`plain_nll`: reads the logits once, and once more to write their gradient; keeps nothing else of that size."""
-    return nll(logits.contiguous(), targets.contiguous(), cap)[0]
+class TritonLayer(PlainLayer):
+    """The parts of a layer as kernels."""
 
+    def __init__(self) -> None:
+        if triton is None:
+            raise ImportError("Triton with tensor descriptors (3.4 or later) is not installed")
 
-def fused_layer() -> LayerParts:
-    """The kernels as the parts of a layer."""
-    if triton is None:
-        raise ImportError("Triton with tensor descriptors (3.4 or later) is not installed")
-    return LayerParts(
-        fused_enter, fused_heads, fused_exclusive, fused_leave, fused_feed_forward, fused_normalized, fused_nll
-    )
+    def enter(
+        self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
+    ) -> tuple[Rows, Tensor, Twinned]:
+        *rows, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
+        return Rows(*rows), kept, (x0[0], following)
+
+    def heads(
+        self, rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """In the ending of the product; in plain steps for heads that do not fill its tiles."""
+        if heads_fit(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
+            return heads(*rows[:3], weight, gain, rotary, extra, follows)[:4]
+        return super().heads(Rows(rows.x, self.normalized(rows)), weight, gain, rotary, extra, follows)
+
+    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor, gate: Tensor | None = None) -> Tensor:
+        return exclusive(y, v, twin, gate)
+
+    def leave(self, rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
+        return Rows(*leave(rows.x, z, weight, scale))
+
+    def feed_forward(self, rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        return feed_forward(*rows[:3], up, down, beta)[:2]
+
+    def normalized(self, rows: Rows) -> Tensor:
+        return Normalized.apply(*rows[:3])
+
+    def gate_inputs(self, rows: Rows) -> Tensor:
+        return Normalized.apply(rows.x[:, :GATE_INPUTS], rows.gates, rows.r)
+
+    def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+        return nll(logits.contiguous(), targets.contiguous(), cap)[0]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3241,29 +3303,34 @@ class ParallelMuon:
         self.banks = dict(model.banks.items())
         self.coefficients, self.dtype = newton_schulz_coefficients(cfg), model.dtype
         self.owned = -(-cfg.num_layers // ranks.world)  # layers per rank; the last ranks may hold padding
-        self.state = {
-            s.name: torch.zeros(self.owned, s.rows, s.cols, device=ranks.device) for s in self.specs
-        }  # momentum of the owned layers
+        zeros = partial(torch.zeros, device=ranks.device)  # the rails of the owned layers' momentum
+        self.state = {s.name: [zeros(self.owned, s.rows, s.cols) for _ in RAILS[: 1 + (cfg.muon_rails_at < 1)]]
+                      for s in self.specs}  # fmt: skip
         self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
         self.as_tensor = partial(torch.full, (), dtype=torch.float32, device=ranks.device)  # numbers would recompile
 
     def direction(
-        self, spec: BankSpec, buffer: Tensor, grad: Tensor, momentum: Tensor, clip: Tensor, share: float = 1.0
+        self, spec: BankSpec, rails: list[Tensor], grad: Tensor, momentum: list, clip: Tensor, share: float = 1.0
     ) -> Tensor:
-        """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the momentum `buffer`.
+        """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the momentum's `rails`.
 
-        Nesterov momentum, optional row normalization (of the update, never of the buffer: PR #1418), then every
-        matrix of the bank orthogonalized by itself (the leading `share` of its singular directions) and scaled by
-        sqrt(max(1, rows/cols)).
+        Nesterov momentum as `momentum_rails` says, optional row normalization (of the update, never of a rail:
+        PR #1418), then every matrix of the bank orthogonalized by itself (the leading `share` of its singular
+        directions) and scaled by sqrt(max(1, rows/cols)); Q and K in groups of heads (modded-nanogpt PR #253).
         """
-        grad = grad.float() * clip
-        buffer.mul_(momentum).add_(grad)
-        update = grad + momentum * buffer
+        update = grad = grad.float() * clip
+        for rail, (decay, gain, weight) in zip(rails, momentum, strict=True):
+            rail.mul_(decay).add_(gain * grad)
+            update = update + weight * rail
         if self.cfg.muon_row_normalize:
             update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
         update = update.to(self.dtype)
-        parts = [(update[:, a:b], max(1.0, (b - a) / spec.cols) ** 0.5) for _, a, b in spec.spans()]
-        return torch.cat([leading_directions(p, share, self.coefficients) * scale for p, scale in parts], dim=1)
+        group, parts = self.cfg.muon_head_group * self.cfg.head_dim, []
+        for name, a, b in spec.spans():
+            rows = group if group and name in ("attn.c_q", "attn.c_k") else b - a
+            part = leading_directions(update[:, a:b].reshape(-1, rows, spec.cols), share, self.coefficients)
+            parts.append(part.view(len(update), b - a, spec.cols) * max(1.0, rows / spec.cols) ** 0.5)
+        return torch.cat(parts, dim=1)
 
     def apply(self, bank: Tensor, update: Tensor, lr: Tensor) -> None:
         """Decoupled weight decay, then the step, in place on all layers."""
@@ -3287,7 +3354,8 @@ class ParallelMuon:
 
         A share of directions below 1 changes shapes as training goes on, so it runs uncompiled.
         """
-        share, momentum, gathered = plan.muon_share, self.as_tensor(plan.momentum), {}
+        share, gathered = plan.muon_share, {}
+        momentum = [tuple(map(self.as_tensor, rail)) for rail in momentum_rails(self.cfg, plan)]
         direction = self.fast_direction if share == 1 else partial(self.direction, share=share)
         for spec in self.specs:
             update = direction(spec, self.state[spec.name], gradients[spec.name], momentum, clip)
@@ -3437,19 +3505,26 @@ def final_order(cfg: Config) -> tuple[int, ...]:
     return plain[: cfg.loop_start] + looped + plain[cfg.loop_end + 1 :] if cfg.num_loops else plain
 
 
-def phases(cfg: Config) -> dict[str, Phase]:
-    """Name -> phase, in the order in which the schedule will use them; loops begin at the latest with late QAT.
+def phase_at(cfg: Config, progress: float) -> tuple[str, Phase]:
+    """Name and phase at a part of the run, late QAT aside: sequences grow and loops begin, each at its own time.
 
     Short sequences first (PR #2014) cost less attention, and nothing in the end: see benchmarks/RESULTS.md.
     """
-    order, plain, qat, length = final_order(cfg), tuple(range(cfg.num_layers)), cfg.qat_enabled, cfg.train_seq_len
-    first = plain if cfg.enable_looping_at else order
+    length = next(n for n, end in cfg.seq_lengths.items() if progress < end)
+    looped = progress >= cfg.enable_looping_at
+    name = "layer_loop" if looped and cfg.num_loops and cfg.enable_looping_at else "train"
+    order = final_order(cfg) if looped else tuple(range(cfg.num_layers))
+    return name + f"_{length}" * (length < cfg.train_seq_len), Phase(order, cfg.qat_enabled, length)
+
+
+def phases(cfg: Config) -> dict[str, Phase]:
+    """Name -> phase, in the order in which the schedule will use them; late QAT has all loops and the whole length."""
+    begins = {0.0, *cfg.seq_lengths.values(), cfg.enable_looping_at if cfg.num_loops else 0.0} - {math.inf}
+    late = Phase(final_order(cfg), True, cfg.train_seq_len)
     rows = [
-        (0 < cfg.short_seq_len < length and cfg.short_seq_frac, "short_seq", Phase(first, qat, cfg.short_seq_len)),
-        (True, "train", Phase(first, qat, length)),
-        (cfg.num_loops and cfg.enable_looping_at, "layer_loop", Phase(order, qat, length)),
-        (cfg.late_qat_threshold > 0 and not qat, "late_qat", Phase(order, True, length)),
-        (cfg.post_qat_seconds, "post_qat", Phase(order, True, length)),
+        *((True, *phase_at(cfg, begin)) for begin in sorted(begins)),
+        (cfg.late_qat_threshold > 0 and not cfg.qat_enabled, "late_qat", late),
+        (cfg.post_qat_seconds, "post_qat", late),
     ]
     return {name: phase for present, name, phase in rows if present}
 
@@ -3485,26 +3560,40 @@ def muon_share_at(cfg: Config, progress: float) -> float:
 
 
 class StepPlan(NamedTuple):
-    """Learning-rate scale, Muon momentum, phase, and part of Muon's directions of one step."""
+    """Learning-rate scale, Muon momentum, phase, part of Muon's directions, and whether momentum has two rails."""
 
     lr_scale: float
     momentum: float
     phase: str
     muon_share: float = 1.0
+    two_rails: bool = False
+
+
+RAILS = ((0.85, 0.4385), (0.98, 0.5615))  # decay and share of the fast and the slow one: mean age 30 steps
+
+
+def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, float]]:
+    """Decay, gain and weight of each rail of Muon's momentum: a rail becomes decay x rail + gain x gradient, and the
+    update is the gradient + the sum of weight x rail.
+
+    Two rails (modded-nanogpt PR #340) f, s are averages of decays .85 and .98, and the update is
+    (1 - mu) gradient + mu (.4385 f + .5615 s), all over 1 - mu here, since what follows makes its own length. Until
+    MUON_RAILS_AT both are the plain momentum sum of decay mu, in the same units: so both start from it.
+    """
+    mu = plan.momentum
+    if not plan.two_rails:
+        count = 1 + (cfg.muon_rails_at < 1)
+        return [(mu, 1.0, mu / count)] * count
+    return [(decay, (1 - decay) / (1 - mu), mu * share) for decay, share in RAILS]
 
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
     """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
     scale, progress = lr_scale_at(cfg, step, seconds, budget), progress_at(cfg, step, seconds, budget)
-    begun = {
-        "short_seq": True,
-        "train": "short_seq" not in phases(cfg) or progress >= cfg.short_seq_frac,
-        "layer_loop": progress >= cfg.enable_looping_at,
-        "late_qat": scale < cfg.late_qat_threshold,
-        "post_qat": False,
-    }
-    phase = [name for name in phases(cfg) if begun[name]][-1]
-    return StepPlan(scale, momentum_at(cfg, step), phase, muon_share_at(cfg, progress))
+    is_late = scale < cfg.late_qat_threshold and not cfg.qat_enabled
+    phase = "late_qat" if is_late else phase_at(cfg, progress)[0]
+    two_rails = progress >= cfg.muon_rails_at < 1
+    return StepPlan(scale, momentum_at(cfg, step), phase, muon_share_at(cfg, progress), two_rails)
 
 
 class Grid(NamedTuple):
@@ -3592,6 +3681,11 @@ class Averager:
         """Which of the configured averages have taken anything in."""
         snapshots = "swa" if self.cfg.swa_enabled else "lawa"
         return {name for name, taken in {"ema": self.ema, snapshots: self.count}.items() if taken}
+
+
+def blend(cfg: Config, last: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """AVERAGE_BLEND x the average + the rest x the last weights (modded-nanogpt PR #325), by parameter name."""
+    return {name: last[name].lerp(tensor, cfg.average_blend) for name, tensor in average.items()}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3910,7 +4004,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapp
     if budget <= 0:
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ and QAT take {kept:.1f}s")
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
-    model.order = phases(cfg)["train"].order
+    model.order = next(iter(phases(cfg).values())).order
     training = Training(run, trainer, validation, budget)
     with run.signals.deferred() as noted:
         if saved:
@@ -3920,7 +4014,8 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapp
         run.log.event("clock", graphs_compiled=training.graphs, reserve_s=reserve)
         training.save("stopped" if cfg.post_qat_seconds else "ended")  # before anything else can fail
     finish_log(run, training)
-    average, active, step = training.averager.weights(), training.active | training.averager.active(), training.step
+    average = blend(cfg, model.state_dict(), training.averager.weights())
+    active, step = training.active | training.averager.active(), training.step
     if cfg.post_qat_seconds:
         model.load(average)
         training.step += post_qat(run, trainer, validation, step)
@@ -3952,7 +4047,8 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
     What it is good for is logged: the score of the weights rounded to that grid, before and after.
     """
     cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
-    plan = StepPlan(cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac)
+    scale, two_rails = cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_rails_at < 1
+    plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, two_rails)
     enter_phase(run, trainer.model, plan, first, run.spent("train"))
     score_rounded(run, trainer.model, validation, "before")
     clock.start()
@@ -4721,7 +4817,7 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
     with run.timed("averaged weights", "untimed"):
         score = evaluate(run, model, validation, cfg.eval_len)
     last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
-    log_score(run, f"DIAGNOSTIC {last}", score)
+    log_score(run, f"DIAGNOSTIC {last}", score, f" blend:{cfg.average_blend:g}" if cfg.average_blend < 1 else "")
     return Produced(model, score, trained.active, path, blob[-8:])
 
 
@@ -5175,7 +5271,8 @@ def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
     if saved and (cfg.export_only or saved["state"] == "ended"):
         run.ledger.extend(tuple(row) for row in saved["standing"]["ledger"] if cfg.resume)
         model.order = tuple(saved["order"])
-        trained = Trained(saved["steps"], saved["average"], set(saved["standing"]["active"]))
+        average = blend(cfg, saved["raw"], saved["average"])
+        trained = Trained(saved["steps"], average, set(saved["standing"]["active"]))
     else:
         trained = train(run, trainer, validation, saved)
     return export_model(run, trainer, trained, validation)
@@ -5188,9 +5285,9 @@ def report_inactive(run: Runtime, active: set[str]) -> None:
         "ema": (cfg.ema_enabled, "EMA_ENABLED=1"),
         "swa": (cfg.swa_enabled, f"SWA_START_FRAC={cfg.swa_start_frac} SWA_EVERY={cfg.swa_every}"),
         "lawa": (cfg.lawa_enabled, f"LAWA_FREQ={cfg.lawa_freq}"),
-        "short_seq": (cfg.short_seq_len and cfg.sources["short_seq_len"] != "default",
-                      f"SHORT_SEQ_LEN={cfg.short_seq_len} TRAIN_SEQ_LEN={cfg.train_seq_len}"),
-        "layer_loop": ("layer_loop" in phases(cfg), f"ENABLE_LOOPING_AT={cfg.enable_looping_at}"),
+        "short_seq": (cfg.sources["short_seq_len"] != "default" and any(cfg.short_seq_len) and len(cfg.seq_lengths) < 2,
+                      f"SHORT_SEQ_LEN={','.join(map(str, cfg.short_seq_len))} TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        **{name: (name.startswith("layer_loop"), f"ENABLE_LOOPING_AT={cfg.enable_looping_at}") for name in phases(cfg)},
         "late_qat": ("late_qat" in phases(cfg), f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold} MIN_LR={cfg.min_lr}"),
         "post_qat": (bool(cfg.post_qat_seconds), f"POST_QAT_SECONDS={cfg.post_qat_seconds}"),
         "warmdown": (bool(cfg.warmdown_iters or cfg.warmdown_frac), f"WARMDOWN_ITERS={cfg.warmdown_iters}"),

@@ -17,6 +17,7 @@ its own ranks, times (W-1)/W over the same of those, since every byte enters or 
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -122,14 +123,14 @@ def collectives_of(kernels: list[Kernel], steps: int) -> tuple[float, float]:
 def time_muon(run: t.Runtime, trainer: t.Trainer, repeats: int = 20) -> float:
     """Median ms of the updates of a rank's layers; their gradients are random."""
     muon, device = trainer.optimizers.muon, run.ranks.device
-    owned, one = -(-run.cfg.num_layers // run.ranks.world), torch.ones((), device=device)
-    buffers = {s.name: torch.zeros(owned, s.rows, s.cols, device=device) for s in muon.specs}
-    gradients = {name: torch.randn_like(buffer).to(muon.dtype) for name, buffer in buffers.items()}
+    one, rails = torch.ones((), device=device), copy.deepcopy(muon.state)
+    gradients = {name: torch.randn_like(several[0]).to(muon.dtype) for name, several in rails.items()}
     begun, ended = Marks(device), Marks(device)
     for _ in range(repeats):
         begun.add()
         for spec in muon.specs:
-            muon.fast_direction(spec, buffers[spec.name], gradients[spec.name], one, one)
+            momentum = [(one, one, one) for _ in rails[spec.name]]
+            muon.fast_direction(spec, rails[spec.name], gradients[spec.name], momentum, one)
         ended.add()
     return statistics.median(ended.ms_since(begun))
 

@@ -90,9 +90,14 @@ class Variant(NamedTuple):
 # ---------------------------------------------------------------------------------------
 
 
+def whole_phase(cfg: t.Config) -> str:
+    """The first phase on whole windows."""
+    return next(name for name in ("train", "layer_loop") if name in t.phases(cfg))
+
+
 def flops_per_token(cfg: t.Config, model: t.GPT) -> float:
     """Model FLOPs of one token, forward and backward; see the module's head. A looped layer counts for each pass."""
-    order = t.phases(cfg)["train"].order
+    order = t.phases(cfg)[whole_phase(cfg)].order
     layer = sum(bank[0].numel() for bank in model.banks.values())
     matrices = len(order) * layer + cfg.vocab_size * cfg.model_dim
     return 6 * matrices + 6 * len(order) * cfg.train_seq_len * cfg.model_dim
@@ -106,11 +111,11 @@ def build(run: t.Runtime) -> tuple[t.Trainer, t.Averager]:
 
 
 def one_step(trainer: t.Trainer, averager: t.Averager, number: int, lr_scale: float = 1.0) -> torch.Tensor:
-    """A training step as the loop does it, in the phase `train`."""
-    cfg = trainer.run.cfg
-    phase = t.phases(cfg)["train"]
+    """A training step as the loop does it, in the first phase on whole windows."""
+    cfg, name = trainer.run.cfg, whole_phase(trainer.run.cfg)
+    phase = t.phases(cfg)[name]
     trainer.model.order = phase.order
-    loss = trainer.step(number, t.StepPlan(lr_scale, t.momentum_at(cfg, number), "train"))
+    loss = trainer.step(number, t.StepPlan(lr_scale, t.momentum_at(cfg, number), name))
     if not number and phase not in trainer.graphs:
         trainer.record(phase)
     with torch.profiler.record_function("optimizer"):

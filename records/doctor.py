@@ -176,9 +176,10 @@ class Measured(NamedTuple):
 
 
 def measure(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT, steps: int) -> Measured:
-    """Steps of the phase `train` after three untimed ones, recorded as in a run; then what that would reserve."""
+    """Steps on whole windows after three untimed ones, recorded as in a run; then what that would reserve."""
     trainer = t.Trainer(run, model)
-    phase, plan = t.phases(run.cfg)["train"], t.StepPlan(1.0, t.momentum_at(run.cfg, 0), "train")
+    name = next(name for name in ("train", "layer_loop") if name in t.phases(run.cfg))
+    phase, plan = t.phases(run.cfg)[name], t.StepPlan(1.0, t.momentum_at(run.cfg, 0), name)
     for step in range(3):
         trainer.step(step, plan)
         if not step:

@@ -23,7 +23,7 @@ from torch import Tensor
 import train_gpt as t
 
 tl = t.tl
-CPU = torch.device("cpu")
+CPU, PLAIN = torch.device("cpu"), t.PLAIN_LAYER
 REAL_TILE, SMALL_TILE = t.TILE, (16, 32, 16)
 SCALE, LENGTH = 0.7, 7
 Values = dict[str, Tensor]
@@ -50,17 +50,19 @@ def rows_of(i: Values) -> t.Rows:
     return t.Rows(i["x"], i["twin"], i.get("r"))
 
 
-def enter_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
-    """`uses`: which of the new x, its normalized rows and the twins of x (as a skip) and x0 find a use."""
+def enter_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
+    """`uses`: which of the new x, its normalized rows, all or the first of their channels, and the twins of x (as a
+    skip) and x0 find a use."""
     skip = (i["skip"], i["skip"]) if "skip" in i else None
     rows, kept, (x0, x0_twin) = parts.enter(i["x"], skip, (i["x0"], i["x0"]), i["mix"], SCALE)
     assert x0 is i["x0"]
     users = {"x": lambda: rows.x, "normalized": lambda: parts.normalized(rows),
-             "skip": lambda: Carry.apply(i["x"], kept), "x0": lambda: Carry.apply(x0, x0_twin)}  # fmt: skip
+             "gates": lambda: parts.gate_inputs(rows), "skip": lambda: Carry.apply(i["x"], kept),
+             "x0": lambda: Carry.apply(x0, x0_twin)}  # fmt: skip
     return [users[use]() for use in uses.split()]
 
 
-def heads_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+def heads_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
     """`uses`: q, k, v alone, or the twin of v too. Keys and values of plain parts are copied as the kernels copy them."""
     q, k, v, twin = parts.heads(rows_of(i), i["weight"], i["gain"], i["rotary"], i.get("extra"), i.get("follows"))
     carried = Carry.apply(v[:, :: v.shape[1] // twin.shape[1]], twin)
@@ -68,35 +70,35 @@ def heads_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
     return [q, k, v, *([carried] if "twin" in uses else [])]
 
 
-def exclusive_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+def exclusive_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
     """`uses`: the copies of v that the kernel gets, of which all but the first must not be read."""
     v = i["v"]
     if uses and parts is not t.PLAIN_LAYER:
         v = torch.stack([v] + [torch.full_like(v, torch.nan)] * (int(uses) - 1), 2).flatten(1, 2)
-    return [parts.exclusive(i["y"], v, i["twin"])]
+    return [parts.exclusive(i["y"], v, i["twin"], i.get("gate"))]
 
 
-def leave_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+def leave_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
     """`uses`: which of the new x and its normalized rows find a use."""
     rows = parts.leave(rows_of(i), i["z"], i["weight"], SCALE)
     return [{"x": lambda: rows.x, "normalized": lambda: parts.normalized(rows)}[use]() for use in uses.split()]
 
 
-def feed_forward_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+def feed_forward_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
     """The activations are for observers: compared, without a gradient."""
     y, act = parts.feed_forward(rows_of(i), i["up"], i["down"], i["beta"])
     return [y, act.detach()]
 
 
-def normalized_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+def normalized_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
     return [parts.normalized(rows_of(i))]
 
 
-def nll_part(parts: t.LayerParts, i: Values, uses: str) -> list[Tensor]:
+def nll_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
     return [parts.nll(i["logits"], i["targets"].long(), float(uses))]
 
 
-def run_part(part: Callable, parts: t.LayerParts, values: Values, fixed: set[str], uses: str) -> Values:
+def run_part(part: Callable, parts: t.PlainLayer, values: Values, fixed: set[str], uses: str) -> Values:
     """Outputs, and gradients of all leaves but those `fixed`, by name.
 
     The plain parts get float64 and the normalized x (or v) as twin. The kernels get float32 and a twin of NaN, which
@@ -126,7 +128,7 @@ def run_part(part: Callable, parts: t.LayerParts, values: Values, fixed: set[str
 
 def check_part(part: Callable, values: Values, fixed: str = "", uses: str = "", within: float = 2e-6) -> Values:
     """Fails where the kernels differ from the plain part; returns what they gave."""
-    layers = (t.PLAIN_LAYER, t.fused_layer())
+    layers = (t.PLAIN_LAYER, t.TritonLayer())
     want, got = (run_part(part, parts, values, set(fixed.split()), uses) for parts in layers)
     about = f"{part.__name__} {[tuple(v.shape) for v in values.values()]} fixed:{fixed} uses:{uses}"
     assert want.keys() == got.keys(), f"{about}: {want.keys()} but {got.keys()}"
@@ -143,7 +145,7 @@ def draw(**shapes: tuple[int, ...]) -> Values:
 def enter_cases() -> None:
     """With and without a skip; used for everything, and with each twin unused."""
     shapes = {"x": (23, 40), "x0": (23, 40), "mix": (3, 40)}
-    for uses in ("x normalized skip x0", "normalized", "x x0", "normalized skip"):
+    for uses in ("x normalized gates skip x0", "normalized", "x x0", "normalized skip", "gates", "normalized gates"):
         check_part(enter_part, draw(**shapes), "", uses)
         check_part(enter_part, draw(**shapes, skip=(23, 40)), "", uses)
     check_part(enter_part, draw(x=(1, 64), x0=(1, 64), mix=(3, 64)), "", "x normalized")
@@ -179,7 +181,7 @@ def zero_gain_cases() -> None:
     """A gain of 0: no NaN, and every other gradient is right; its own is lost with the head's values."""
     values = heads_values(3, (4, 2, 8, 2), True)
     values["gain"][1] = 0
-    want, got = (run_part(heads_part, parts, values, set(), "twin") for parts in (t.PLAIN_LAYER, t.fused_layer()))
+    want, got = (run_part(heads_part, parts, values, set(), "twin") for parts in (t.PLAIN_LAYER, t.TritonLayer()))
     for results in (want, got):
         assert results["gradient of gain"].isfinite().all(), results["gradient of gain"]
         results["gradient of gain"] = results["gradient of gain"][[0, 2, 3]]
@@ -188,13 +190,15 @@ def zero_gain_cases() -> None:
 
 
 def exclusive_cases() -> None:
-    """Every size of group; values that are 0 leave y as it is, and below the clamp the gradient is the plain one."""
+    """Every size of group, with and without a gate; values that are 0 leave y as it is, and below the clamp the
+    gradient is the plain one."""
     for heads, kv, size in ((6, 3, 12), (4, 4, 8), (4, 1, 5)):
         check_part(exclusive_part, draw(y=(37, heads, size), v=(37, kv, size)))
+        check_part(exclusive_part, draw(y=(37, heads, size), v=(37, kv, size), gate=(37, heads)))
         check_part(exclusive_part, draw(y=(37, heads, size), v=(37, kv, size)), "", str(heads // kv))
     values = draw(y=(5, 4, 8), v=(5, 2, 8))
     check_part(exclusive_part, {**values, "v": 1e-7 * values["v"]})
-    got = run_part(exclusive_part, t.fused_layer(), {**values, "v": 0 * values["v"]}, set(), "")
+    got = run_part(exclusive_part, t.TritonLayer(), {**values, "v": 0 * values["v"]}, set(), "")
     assert torch.equal(got["output 0"], values["y"]) and got["gradient of y"].isfinite().all(), got
     assert torch.equal(got["gradient of twin"], 0 * values["v"]), got
 
@@ -248,7 +252,7 @@ def nll_cases() -> None:
         for cap in ("2", "30", "1000"):
             check_part(nll_part, values, "", cap, 2e-6 + 1e-7 * float(cap))
     values["logits"][0] = 1e4 * values["logits"][0].sign()  # the hyperbolic tangent saturates: no NaN, no gradient
-    got = run_part(nll_part, t.fused_layer(), values, set(), "30")
+    got = run_part(nll_part, t.TritonLayer(), values, set(), "30")
     assert got["output 0"].isfinite().all() and not got["gradient of logits"][0].any(), got
 
 
@@ -264,9 +268,9 @@ def probed_layers() -> None:
         (REAL_TILE, wide, True),
     ]
     for t.TILE, sizes, fits in rows:
-        cfg = tiny_config(**sizes, MLP_HIDDEN=40)
+        cfg = tiny_config(**sizes, MLP_HIDDEN=40, SPARSE_ATTN_GATE_SCALE=int(not fits))
         assert fit(cfg) == fits, sizes
-        error = t.probe_layer(t.fused_layer(), cfg, CPU)
+        error = t.probe_layer(t.TritonLayer(), cfg, CPU)
         assert error < 2e-6, (t.TILE, sizes, error)
     assert fit(t.Config.from_env({"RUN_ID": "default"}))
     assert not fit(tiny_config(**{**wide, "MODEL_DIM": 128, "NUM_KV_HEADS": 8}))
@@ -279,16 +283,19 @@ def fit(cfg: t.Config) -> bool:
 SMALL_MODEL = {"VOCAB_SIZE": 64, "MLP_HIDDEN": 40, "TRAIN_SEQ_LEN": 10, "EVAL_STRIDE": 5, "TRAIN_BATCH_TOKENS": 20}
 ONE_LAYER = {"NUM_LAYERS": 1, "XSA_LAST_N": 1, "VE_LAYERS": 0}
 TWO_LAYERS = {"NUM_LAYERS": 2, "XSA_LAST_N": 2, "VE_LAYERS": 1}
-GATES = {"KEY_OFFSET": 0, "LN_SCALE": 1, "VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "MLP_ACTIVATION": "asqu"}
+GATES = {"KEY_OFFSET": 0, "LN_SCALE": 1, "VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "SKIP_GATES_ENABLED": 1,
+         "MLP_ACTIVATION": "asqu"}  # fmt: skip
 MODELS: list[dict[str, Any]] = [
     {"NUM_LAYERS": 5, "XSA_LAST_N": 3}, GATES, ONE_LAYER, {"VE_ENABLED": 0, "ROPE_DIMS": 0},
     {**TWO_LAYERS, "NUM_LOOPS": 2, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0},
-    {**TWO_LAYERS, "DOC_ATTENTION": 0},
+    {**TWO_LAYERS, "DOC_ATTENTION": 0}, {"SPARSE_ATTN_GATE_SCALE": 0.5, "XSA_LAST_N": 3},
+    {"PARALLEL_START_LAYER": 2},
 ]  # fmt: skip
-GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER, {**TWO_LAYERS, "DOC_ATTENTION": 0}]
+GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER,
+          {**TWO_LAYERS, "DOC_ATTENTION": 0, "SPARSE_ATTN_GATE_SCALE": 0.5, "PARALLEL_START_LAYER": 1}]  # fmt: skip
 
 
-def model_results(cfg: t.Config, parts: t.LayerParts, is_graph: bool) -> Values:
+def model_results(cfg: t.Config, parts: t.PlainLayer, is_graph: bool) -> Values:
     """nll, every parameter's gradient and, in order, what an observer sees, of a model with random parameters."""
     model = t.GPT(cfg, 1, plain_attention(cfg), CPU, parts)
     generator = torch.Generator().manual_seed(3)
@@ -312,7 +319,7 @@ def compare_models(variables: dict[str, Any], is_graph: bool) -> None:
     """The gradient of a single number is a sum of terms that cancel: in float32 it has fewer digits."""
     cfg = tiny_config(**SMALL_MODEL, **variables)
     want = model_results(cfg, t.PLAIN_LAYER, False)
-    got = model_results(cfg, t.fused_layer(), is_graph)
+    got = model_results(cfg, t.TritonLayer(), is_graph)
     assert got.keys() == {name for name in want if not is_graph or " seen at " not in name}, (variables, got.keys())
     errors = {name: t.relative_error([got[name]], [want[name].double()]) for name in got}
     wrong = {name: error for name, error in errors.items() if not error < (5e-6 if got[name].numel() > 1 else 1e-4)}
@@ -330,7 +337,7 @@ CASES: dict[str, list[Callable[[], None]]] = {
 
 def default_layer() -> None:
     """The default configuration on the GPU, in bfloat16."""
-    error = t.probe_layer(t.fused_layer(), t.Config.from_env({"RUN_ID": "default"}), torch.device("cuda"))
+    error = t.probe_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default"}), torch.device("cuda"))
     assert error < 2e-2, error
 
 
@@ -354,8 +361,8 @@ def compiled_for_hopper() -> None:
         stacks[kernel.fn.__name__] = max(stack_bytes(done.asm["cubin"]), stacks.get(kernel.fn.__name__, 0))
 
     t.triton.JITFunction.run = compile_only
-    for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu"}):
-        t.probe_layer(t.fused_layer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
+    for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu", "SPARSE_ATTN_GATE_SCALE": "1"}):
+        t.probe_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
     every = {name for name in vars(t) if name.endswith("_tiles")}
     assert stacks.keys() == every and max(stacks.values()) <= 160, (every, stacks)
 
@@ -395,15 +402,20 @@ def without_gradient(tensor: Tensor) -> Tensor:
 
 
 WRONG: dict[str, dict[str, Callable]] = {  # each is right forwards, or nearly
-    "beta": {"feed_forward": lambda rows, up, down, beta: t.plain_feed_forward(rows, up, down, without_gradient(beta))},
-    "gain": {"heads": lambda rows, weight, gain, *rest: t.plain_heads(rows, weight, without_gradient(gain), *rest)},
-    "extra": {"heads": lambda *inputs: t.plain_heads(*inputs[:4], without_gradient(inputs[4]), inputs[5])},
-    "own value": {"exclusive": lambda y, v, twin: t.plain_exclusive(y, v, without_gradient(twin))},
-    "skip": {"enter": lambda x, skip, *rest: t.plain_enter(x, skip and (x, without_gradient(skip[1])), *rest)},
-    "norm": {"leave": lambda rows, z, weight, scale: t.plain_leave(rows, z, weight, 1.05 * scale)},
-    "loss": {"nll": lambda logits, targets, cap: t.plain_nll(logits, targets, 1.2 * cap)},
+    "beta": {"feed_forward": lambda *inputs: PLAIN.feed_forward(*inputs[:3], without_gradient(inputs[3]))},
+    "gain": {"heads": lambda *inputs: PLAIN.heads(*inputs[:2], without_gradient(inputs[2]), *inputs[3:])},
+    "extra": {"heads": lambda *inputs: PLAIN.heads(*inputs[:4], without_gradient(inputs[4]), inputs[5])},
+    "own value": {"exclusive": lambda y, v, twin, *rest: PLAIN.exclusive(y, v, without_gradient(twin), *rest)},
+    "skip": {"enter": lambda x, skip, *rest: PLAIN.enter(x, skip and (x, without_gradient(skip[1])), *rest)},
+    "norm": {"leave": lambda rows, z, weight, scale: PLAIN.leave(rows, z, weight, 1.05 * scale)},
+    "loss": {"nll": lambda logits, targets, cap: PLAIN.nll(logits, targets, 1.2 * cap)},
     "not a number": {"normalized": lambda rows: rows.twin * torch.nan},
 }
+
+
+def changed_layer(**parts: Callable) -> t.PlainLayer:
+    """The plain layer with some parts replaced."""
+    return type("Changed", (t.PlainLayer,), {name: staticmethod(part) for name, part in parts.items()})()
 
 
 @pytest.mark.parametrize("parts", WRONG.values(), ids=WRONG.keys())
@@ -412,7 +424,7 @@ def test_the_probe_refuses_a_wrong_layer(
 ) -> None:
     """A part that forgets a gradient or is off by a factor is an error where nothing else is left to take."""
     assert t.probe_layer(t.PLAIN_LAYER, run.cfg, CPU) < 1e-5
-    monkeypatch.setitem(t.LAYER, "plain", lambda: t.PLAIN_LAYER._replace(**parts))
+    monkeypatch.setitem(t.LAYER, "plain", lambda: changed_layer(**parts))
     with pytest.raises(t.UserError, match="LAYER_BACKEND=auto.*wrong by"):
         t.choose_back_end(run, t.LAYER_BACK_ENDS, "auto")
 
@@ -443,7 +455,7 @@ def test_a_kernel_that_does_not_fit_leaves_the_plain_layer(
 ) -> None:
     """What Triton raises for too little shared memory is no RuntimeError; auto goes on, and the log says why."""
 
-    def too_large() -> t.LayerParts:
+    def too_large() -> t.PlainLayer:
         raise t.TritonError("out of resource: shared memory")
 
     monkeypatch.setitem(t.LAYER, "triton", too_large)

@@ -126,9 +126,11 @@ def reference_muon(w: Tensor, grads: list[Tensor], lr: float, momentum: float, c
 @pytest.mark.parametrize("changes", [
     {}, PLAIN_MUON, {**PLAIN_MUON, "POLAR_EXPRESS": 1}, {**PLAIN_MUON, "MUON_ROW_NORMALIZE": 1}, {"MUON_WD": 0.5},
     {"MUON_BACKEND_STEPS": 3}, {**PLAIN_MUON, "MUON_BACKEND_STEPS": 3}, {"NUM_KV_HEADS": 4, "MLP_MULT": 0.5},
+    {"MUON_HEAD_GROUP": 2}, {"MUON_HEAD_GROUP": 1},
 ])  # fmt: skip
 def test_muon_updates_every_matrix_as_the_reference_does(changes: dict[str, Any]) -> None:
-    """Each of q, k, v, out, up and down of every layer, after three steps at half the learning rate."""
+    """Each of q, k, v, out, up and down of every layer, after three steps at half the learning rate; of q and k with
+    MUON_HEAD_GROUP each group of heads by itself."""
     model = tiny_model(GRAD_CLIP_NORM=0, **changes)
     cfg, optimizers, start = model.cfg, t.Optimizers(model.cfg, ONE, model), snapshot(model)
     grads = []
@@ -138,12 +140,39 @@ def test_muon_updates_every_matrix_as_the_reference_does(changes: dict[str, Any]
     for spec in t.bank_specs(cfg):
         name = f"banks.{spec.name}"
         for layer in range(cfg.num_layers):
-            for _, a, b in spec.spans():
+            grouped = cfg.muon_head_group * cfg.head_dim
+            spans = [(a, b, grouped if grouped and role in ("attn.c_q", "attn.c_k") else b - a)
+                     for role, a, b in spec.spans()]  # fmt: skip
+            for a, b in ((first, first + rows) for a, b, rows in spans for first in range(a, b, rows)):
                 expected = reference_muon(
                     start[name][layer, a:b], [g[name][layer, a:b] for g in grads], 0.5 * cfg.matrix_lr, 0.9, cfg
                 )
                 got = model.banks[spec.name][layer, a:b].double()
                 torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+def test_two_rails_are_two_averages_that_begin_as_one() -> None:
+    """Three steps of plain momentum, then four of the mixture, against averages in float64 (modded-nanogpt PR #340)."""
+    model, mu = tiny_model(GRAD_CLIP_NORM=0, MUON_WD=0, MUON_RAILS_AT=0.3), 0.9
+    optimizers = t.Optimizers(model.cfg, ONE, model)
+    fast = slow = torch.zeros_like(model.banks["up"][0], dtype=torch.float64)
+    for seed in range(7):
+        before, grad = model.banks["up"][0].detach().double().clone(), random_gradients(model, seed)["banks.up"][0]
+        optimizers.step(t.StepPlan(1.0, mu, "train", two_rails=seed > 2))
+        grad, decays = grad.double(), (0.85, 0.98) if seed > 2 else (mu, mu)
+        fast, slow = (decay * rail + (1 - decay) * grad for decay, rail in zip(decays, (fast, slow), strict=True))
+        update = (1 - mu) * grad + mu * (0.4385 * fast + 0.5615 * slow)
+        direction = reference_polar(update / update.norm(dim=1, keepdim=True), list(t.POLAR_EXPRESS))
+        scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+        expected = before - model.cfg.matrix_lr * scale * direction
+        torch.testing.assert_close(model.banks["up"][0].double(), expected, rtol=0, atol=2e-6)
+    assert not torch.allclose(fast, slow, atol=1e-2)
+
+
+def test_a_second_rail_exists_only_where_it_is_used() -> None:
+    for part, count in ((1, 1), (0.3, 2)):
+        model = tiny_model(MUON_RAILS_AT=part)
+        assert {len(rails) for rails in t.Optimizers(model.cfg, ONE, model).muon.state.values()} == {count}
 
 
 def test_row_normalization_leaves_the_momentum_buffer_alone() -> None:
@@ -157,7 +186,7 @@ def test_row_normalization_leaves_the_momentum_buffer_alone() -> None:
             optimizers.step(PLAN)
         states.append((optimizers.muon.state, snapshot(model)))
     (plain, plain_weights), (normalized, weights) = states
-    assert all(torch.equal(plain[name], normalized[name]) for name in plain)
+    assert all(torch.equal(plain[name][0], normalized[name][0]) for name in plain)
     assert not torch.allclose(plain_weights["banks.up"], weights["banks.up"], atol=1e-4)  # and yet it acts
 
 
@@ -246,9 +275,10 @@ def test_no_clipping_at_zero() -> None:
 # Restoring
 
 
-def test_state_dict_restores_bitwise() -> None:
+@pytest.mark.parametrize("rails_at", [1, 0.3])
+def test_state_dict_restores_bitwise(rails_at: float) -> None:
     """Step, snapshot, k more steps, restore, the same step: bitwise the first result, weights and state."""
-    model = tiny_model()
+    model = tiny_model(MUON_RAILS_AT=rails_at)
     optimizers = t.Optimizers(model.cfg, ONE, model)
     trainer_like = {"model": model, "optimizers": optimizers}
 
@@ -257,7 +287,7 @@ def test_state_dict_restores_bitwise() -> None:
 
     def step(seed: int) -> None:
         random_gradients(model, seed)
-        optimizers.step(t.StepPlan(0.7, 0.95, "train"))
+        optimizers.step(t.StepPlan(0.7, 0.95, "train", two_rails=rails_at < 1 and seed > 0))
 
     step(0)
     saved = state()
@@ -278,7 +308,7 @@ def test_warm_up_leaves_no_trace(run: t.Runtime) -> None:
     trainer = t.Trainer(run, tiny_model())
     trainer.step(0, PLAN)
     before = trainer.state()
-    assert any(tensor.abs().sum() > 0 for tensor in before["optimizers"]["muon"].values())
+    assert any(tensor.abs().sum() > 0 for tensor in t.tensor_leaves(before["optimizers"]["muon"]))
     seen = []
     plain_step = trainer.step
     trainer.step = lambda number, plan: seen.append(plan.phase) or plain_step(number, plan)
@@ -305,8 +335,9 @@ def run_rank(rank: int, world: int, port: int, folder: str, variables: dict[str,
     """What one rank does: train, calibrate, score, restore, clip; its results go to folder/<world>.<rank>.pt."""
     os.chdir(folder)
     torch.set_num_threads(1)
-    place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ.update(place)
     with t.Runtime.start(t.Config.from_env({**variables, "RUN_ID": f"world{world}"}), place) as run:
         torch.save(train_and_score(run), Path(folder, f"{world}.{rank}.pt"))
 
@@ -320,7 +351,8 @@ def train_and_score(run: t.Runtime) -> dict[str, Any]:
     t.warm_up(run, trainer)
     losses = []
     for step in range(STEPS):
-        plan = t.StepPlan(1 - step / (2 * STEPS), 0.9, late if step >= STEPS - 2 else plain)
+        phase = late if step >= STEPS - 2 else plain
+        plan = t.StepPlan(1 - step / (2 * STEPS), 0.9, phase, two_rails=step >= STEPS // 2)
         loss = trainer.step(step, plan)
         losses.append((run.ranks.sum_(loss.clone()) / run.ranks.world).item())
     parameters = snapshot(model)
@@ -393,7 +425,7 @@ def worlds_variables(world: int, corpus: dict[str, str]) -> dict[str, str]:
     raises small singular values, and with them what the order of summation changes, tenfold more in 50 steps.
     """
     return tiny_env(**corpus, **FIVE_LAYERS, TRAIN_BATCH_TOKENS=384, GRAD_ACCUM_STEPS=2 if world == 1 else 1,
-                    GPTQ_CALIBRATION_BATCHES=6, VAL_BATCH_SIZE=200, POLAR_EXPRESS=0)  # fmt: skip
+                    GPTQ_CALIBRATION_BATCHES=6, VAL_BATCH_SIZE=200, POLAR_EXPRESS=0, MUON_RAILS_AT=0.5)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

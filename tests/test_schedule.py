@@ -122,6 +122,31 @@ def test_muon_keeps_fewer_directions_towards_the_end(step: int, seconds: float, 
     assert t.plan_step(schedule(), step, seconds, 100).muon_share == 1.0
 
 
+@pytest.mark.parametrize(
+    ("at", "step", "seconds", "two"),
+    [(0.3, 29, 29, False), (0.3, 30, 0, True), (0.3, 0, 30, True), (0, 0, 0, True), (1, 100, 100, False)],
+)
+def test_momentum_has_two_rails_from_a_part_of_the_run_on(at: float, step: int, seconds: float, two: bool) -> None:
+    """By steps or clock; before, and without them, the rails add up to the plain momentum sum of Nesterov."""
+    cfg = schedule(MUON_RAILS_AT=at, MUON_MOMENTUM_WARMUP_STEPS=0)
+    plan = t.plan_step(cfg, step, seconds, 100)
+    rails = t.momentum_rails(cfg, plan)
+    assert plan.two_rails == two and len(rails) == (1 if at == 1 else 2)
+    mu = cfg.muon_momentum
+    if not two:
+        assert rails == [(mu, 1.0, pytest.approx(mu / len(rails)))] * len(rails)
+        return
+    (fast, slow), share = rails, [rail[2] / mu for rail in rails]
+    assert (fast[0], slow[0]) == (0.85, 0.98) and sum(share) == pytest.approx(1)
+    assert [rail[1] / (1 - rail[0]) for rail in rails] == pytest.approx([1 / (1 - mu)] * 2)
+    assert sum(s / (1 - d) for s, (d, *_) in zip(share, rails, strict=True)) == pytest.approx(31, abs=0.01)
+
+
+def test_rails_need_momentum_below_one() -> None:
+    with pytest.raises(t.UserError, match="MUON_RAILS_AT=0.3: MUON_MOMENTUM below 1"):
+        schedule(MUON_RAILS_AT=0.3, MUON_MOMENTUM=1)
+
+
 # --- averages -------------------------------------------------------------------------------------
 
 
@@ -286,3 +311,17 @@ def test_steps_that_the_device_has_not_made_yet_count(run: t.Runtime, monkeypatc
     t.train(run, trainer, t.load_validation(run))
     spent = sum(seconds for _, phase, seconds in run.ledger if phase == "steps")
     assert 2.7 < spent < 3.2, "not what four steps more would take (3.35 s); a busy machine sleeps longer"
+
+
+@pytest.mark.parametrize("part", [0.0, 0.25, 1.0])
+def test_what_is_exported_is_the_average_blended_with_the_last_weights(part: float, run: t.Runtime) -> None:
+    """After training and from the weights file, which holds both unblended; 1 is the average to the last bit."""
+    run = t.replace(run, cfg=t.replace(run.cfg, average_blend=part))
+    trained = t.train(run, t.Trainer(run, t.build_model(run, run.cfg, 1)), t.load_validation(run))
+    saved = torch.load(run.cfg.weights_file, weights_only=True)
+    for weights in (trained.average, t.blend(run.cfg, saved["raw"], saved["average"])):
+        for name, tensor in weights.items():
+            raw, average = saved["raw"][name], saved["average"][name]
+            torch.testing.assert_close(tensor, part * average + (1 - part) * raw, rtol=1e-5, atol=1e-7)
+            assert part < 1 or torch.equal(tensor, average)
+    assert not torch.equal(saved["raw"]["banks.up"], saved["average"]["banks.up"])

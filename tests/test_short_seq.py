@@ -23,13 +23,18 @@ LOOPED = (0, 1, 2, 1, 2, 3)
 @pytest.mark.parametrize(("settings", "expected"), [
     ({"SHORT_SEQ_FRAC": 0.9}, {"train": 32, "late_qat": 32}),
     ({"SHORT_SEQ_LEN": 0}, {"train": 32, "late_qat": 32}),
-    (SHORT, {"short_seq": 8, "train": 32, "late_qat": 32}),
+    (SHORT, {"train_8": 8, "train": 32, "late_qat": 32}),
+    ({"SHORT_SEQ_LEN": "8,16", "SHORT_SEQ_FRAC": "0.1,0.7"}, {"train_8": 8, "train_16": 16, "train": 32, "late_qat": 32}),
+    ({"SHORT_SEQ_LEN": "8,64", "SHORT_SEQ_FRAC": "0.1,0.7"}, {"train_8": 8, "train": 32, "late_qat": 32}),
     ({**SHORT, "SHORT_SEQ_FRAC": 0}, {"train": 32, "late_qat": 32}),
-    ({**SHORT, **LOOP}, {"short_seq": 8, "train": 32, "layer_loop": 32, "late_qat": 32}),
+    ({**SHORT, **LOOP}, {"train_8": 8, "layer_loop_8": 8, "layer_loop": 32, "late_qat": 32}),
+    ({**SHORT, **LOOP, "SHORT_SEQ_FRAC": 0.3}, {"train_8": 8, "layer_loop": 32, "late_qat": 32}),
+    ({**SHORT, **LOOP, "SHORT_SEQ_FRAC": 0.2}, {"train_8": 8, "train": 32, "layer_loop": 32, "late_qat": 32}),
+    ({**SHORT, **LOOP, "ENABLE_LOOPING_AT": 0}, {"train_8": 8, "train": 32, "late_qat": 32}),
     ({**SHORT, "LATE_QAT_THRESHOLD": 0, "POST_QAT_SECONDS": 1, "MAX_WALLCLOCK_SECONDS": 9},
-     {"short_seq": 8, "train": 32, "post_qat": 32}),
+     {"train_8": 8, "train": 32, "post_qat": 32}),
 ])  # fmt: skip
-def test_only_the_first_phase_is_short(settings: dict[str, Any], expected: dict[str, int]) -> None:
+def test_phases_have_the_length_of_their_part_of_the_run(settings: dict[str, Any], expected: dict[str, int]) -> None:
     """Off without a length, without a part of the run, and where the default's is not below TRAIN_SEQ_LEN.
 
     The model holds the rotary table of each length.
@@ -40,39 +45,48 @@ def test_only_the_first_phase_is_short(settings: dict[str, Any], expected: dict[
 
 
 def test_short_sequences_train_the_same_graph_otherwise() -> None:
-    """Layers and rounding are those of the phase `train`: loops from the start, QAT from the start."""
+    """Layers and rounding are those of whole windows: without loops, with them, and QAT from the start."""
     for settings in ({}, LOOP, {**LOOP, "ENABLE_LOOPING_AT": 0}, {"QAT_ENABLED": 1, "MATRIX_CLIP_SIGMAS": 6}):
         phases = t.phases(tiny_config(**SHORT, **settings))
-        assert phases["short_seq"] == phases["train"]._replace(seq_len=8)
+        assert phases["train_8"] == t.phases(tiny_config(SHORT_SEQ_LEN=0, **settings))["train"]._replace(seq_len=8)
+        for name in ("train", "layer_loop"):
+            assert f"{name}_8" not in phases or name not in phases or phases[f"{name}_8"].order == phases[name].order
 
 
 @pytest.mark.parametrize(("settings", "step", "seconds", "phase"), [
-    ({}, 0, 0, "short_seq"), ({}, 49, 49, "short_seq"), ({}, 50, 0, "train"), ({}, 5, 50, "train"),
+    ({}, 0, 0, "train_8"), ({}, 49, 49, "train_8"), ({}, 50, 0, "train"), ({}, 5, 50, "train"),
     ({"SHORT_SEQ_LEN": 0}, 0, 0, "train"), ({"SHORT_SEQ_FRAC": 0}, 0, 0, "train"),
-    ({"SHORT_SEQ_FRAC": 0.2}, 19, 0, "short_seq"), ({"SHORT_SEQ_FRAC": 0.2}, 20, 0, "train"),
-    (LOOP, 29, 0, "short_seq"), (LOOP, 30, 0, "layer_loop"), (LOOP, 5, 30, "layer_loop"), (LOOP, 60, 0, "layer_loop"),
+    ({"SHORT_SEQ_FRAC": 0.2}, 19, 0, "train_8"), ({"SHORT_SEQ_FRAC": 0.2}, 20, 0, "train"),
+    (LOOP, 29, 0, "train_8"), (LOOP, 30, 0, "layer_loop_8"), (LOOP, 5, 30, "layer_loop_8"), (LOOP, 60, 0, "layer_loop"),
+    ({"SHORT_SEQ_LEN": "8,16", "SHORT_SEQ_FRAC": "0.1,0.7"}, 10, 0, "train_16"),
+    ({"SHORT_SEQ_LEN": "8,16", "SHORT_SEQ_FRAC": "0.1,0.7"}, 1, 70, "train"),
     ({**LOOP, "ENABLE_LOOPING_AT": 0.7}, 60, 0, "train"), ({**LOOP, "ENABLE_LOOPING_AT": 0.7}, 70, 0, "layer_loop"),
-    ({"SHORT_SEQ_FRAC": 0.9, "LATE_QAT_THRESHOLD": 0.5}, 79, 0, "short_seq"),
+    ({"SHORT_SEQ_FRAC": 0.9, "LATE_QAT_THRESHOLD": 0.5}, 79, 0, "train_8"),
     ({"SHORT_SEQ_FRAC": 0.9, "LATE_QAT_THRESHOLD": 0.5}, 81, 0, "late_qat"),
-    ({"SHORT_SEQ_FRAC": 1, "LATE_QAT_THRESHOLD": 0}, 99, 0, "short_seq"), ({"SHORT_SEQ_FRAC": 1}, 99, 0, "late_qat"),
+    ({"SHORT_SEQ_FRAC": 1, "LATE_QAT_THRESHOLD": 0}, 99, 0, "train_8"), ({"SHORT_SEQ_FRAC": 1}, 99, 0, "late_qat"),
 ])  # fmt: skip
 def test_short_sequences_end_by_steps_or_clock(settings: dict[str, Any], step: int, seconds: float, phase: str) -> None:
-    """At SHORT_SEQ_FRAC of the run, or earlier where loops or late QAT begin."""
+    """At SHORT_SEQ_FRAC of the run, or earlier where late QAT begins; every phase of the schedule is one of the table."""
     cfg = tiny_config(**{"ITERATIONS": 100, "WARMDOWN_FRAC": 0.4, **SHORT, **settings})
     assert t.plan_step(cfg, step, seconds, 100).phase == phase
+    used = list(dict.fromkeys(t.plan_step(cfg, step, 0, 100).phase for step in range(101)))
+    assert used == [name for name in t.phases(cfg) if name in used]
 
 
-@pytest.mark.parametrize("length", [5, 24])
-def test_a_length_that_does_not_divide_the_window_is_refused(length: int) -> None:
-    with pytest.raises(t.UserError, match=f"SHORT_SEQ_LEN={length}.*TRAIN_SEQ_LEN=32"):
-        tiny_config(SHORT_SEQ_LEN=length)
+@pytest.mark.parametrize(("lengths", "ends"), [
+    ("5", "0.6"), ("24", "0.6"), ("8,16", "0.6"), ("16,8", "0.1,0.7"), ("8,16", "0.7,0.1"), ("8,8", "0.1,0.7"),
+    ("-8", "0.6"),
+])  # fmt: skip
+def test_lengths_that_do_not_rise_or_do_not_divide_the_window_are_refused(lengths: str, ends: str) -> None:
+    with pytest.raises(t.UserError, match=f"SHORT_SEQ_LEN={lengths} SHORT_SEQ_FRAC={ends}.*TRAIN_SEQ_LEN=32"):
+        tiny_config(SHORT_SEQ_LEN=lengths, SHORT_SEQ_FRAC=ends)
 
 
 @pytest.mark.parametrize("length", [32, 64])
 def test_a_length_that_is_not_below_the_window_is_reported(run: t.Runtime, length: int) -> None:
     """As a default it fits every TRAIN_SEQ_LEN; set by name it must not pass for a feature that acted."""
     named = tiny_config(SHORT_SEQ_LEN=length)
-    assert "short_seq" not in t.phases(named)
+    assert "train" == next(iter(t.phases(named)))
     for cfg in (tiny_config(), named):
         t.report_inactive(replace(run, cfg=cfg), {"train"})
     quiet, told = re.findall(r"^never activated: (.*)$", Path("logs/tiny.txt").read_text(), re.MULTILINE)
@@ -90,7 +104,7 @@ def watched(trainer: t.Trainer) -> list[Tensor]:
 @pytest.mark.parametrize("features", [{}, {"DOC_ATTENTION": 1}], ids=["default", "documents"])
 def test_a_short_step_is_one_over_the_pieces(features: dict[str, Any], accum: int, run: t.Runtime) -> None:
     """The same tokens as the step of whole windows, in order, cut in two: loss and parameters to the last bit."""
-    cfg = replace(run.cfg, short_seq_len=16, grad_accum_steps=accum, doc_attention="DOC_ATTENTION" in features)
+    cfg = replace(run.cfg, short_seq_len=(16,), grad_accum_steps=accum, doc_attention="DOC_ATTENTION" in features)
     run = replace(run, cfg=cfg)
     short, by_hand, whole = (t.Trainer(run, tiny_model(SHORT_SEQ_LEN=16)) for _ in range(3))
     if features:
@@ -102,7 +116,7 @@ def test_a_short_step_is_one_over_the_pieces(features: dict[str, Any], accum: in
         return tuple(torch.stack([row[a : a + 16] for row in rows for a in (0, 16)]) for rows in fetch(number))
 
     by_hand.loader.fetch = fetch_pieces
-    losses = [trainer.step(3, t.StepPlan(0.5, 0.9, "short_seq")) for trainer in (short, by_hand)]
+    losses = [trainer.step(3, t.StepPlan(0.5, 0.9, "train_16")) for trainer in (short, by_hand)]
     whole.step(3, t.StepPlan(0.5, 0.9, "train"))
     assert [ids.shape for ids in seen] == [(16 // accum, 16)] * accum
     assert torch.equal(torch.cat(seen).flatten(), torch.cat(at_once).flatten()) and at_once[0].shape[1] == 32
@@ -122,7 +136,7 @@ def test_a_run_with_short_sequences_first(
     monkeypatch.setattr(t.sys, "argv", ["train_gpt.py"])
     t.main()
     log = (tmp_path / "logs/short.txt").read_text()
-    assert re.findall(r"^warmup:(\w+) ", log, re.MULTILINE) == ["short_seq", "train", "late_qat"]
+    assert re.findall(r"^warmup:(\w+) ", log, re.MULTILINE) == ["train_8", "train", "late_qat"]
     assert re.findall(r"^(\w+):enabled step:(\d+) ", log, re.MULTILINE) == [("train", "5"), ("late_qat", "10")]
     assert "never activated: none" in log and re.search(r"^final_int6_sliding_window_exact ", log, re.MULTILINE)
     written = [json.loads(line) for line in (tmp_path / "logs/short.jsonl").read_text().splitlines()]
