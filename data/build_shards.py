@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import io
@@ -36,6 +37,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import sentencepiece
 
+import console
 import shards
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
@@ -49,13 +51,14 @@ class BuildError(Exception):
 
 @dataclasses.dataclass
 class Totals:
-    """Counts of one split. text_bytes: utf-8 of the input; token_bytes: what the tokens decode to."""
+    """Counts of one split. text_bytes: utf-8 of the input; token_bytes: what the tokens decode to; unknown: tokens."""
 
     docs: int = 0
     tokens: int = 0
     text_bytes: int = 0
     token_bytes: int = 0
     checked: int = 0
+    unknown: int = 0
     files: int = 0
 
     def plus(self, other: Totals) -> Totals:
@@ -245,19 +248,22 @@ def load_processor(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     return processor
 
 
-def save_tokenizer(model: bytes, folder: Path, overwrite: bool) -> str:
-    """Write .model and .vocab under their official names; returns the common stem."""
-    processor = load_processor(model, "tokenizer")
-    stem = f"fineweb_{processor.vocab_size()}_bpe"
-    target = folder / f"{stem}.model"
+def tokenizer_path(model: bytes, folder: Path, overwrite: bool) -> Path:
+    """Where the model belongs, under its official name; another one that is there already is an error."""
+    target = folder / f"fineweb_{load_processor(model, 'tokenizer').vocab_size()}_bpe.model"
     if target.exists() and target.read_bytes() != model and not overwrite:
         raise BuildError(f"{target} is another tokenizer that other shards may need; see --overwrite, or another --out")
+    return target
+
+
+def save_tokenizer(model: bytes, target: Path) -> None:
+    """Write .model and .vocab."""
+    processor = load_processor(model, "tokenizer")
     with shards.replacing(target) as file:
         file.write(model)
     lines = (f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(processor.vocab_size()))
-    with shards.replacing(folder / f"{stem}.vocab") as file:
+    with shards.replacing(target.with_suffix(".vocab")) as file:
         file.write("".join(lines).encode())
-    return stem
 
 
 # ------------------------------------------------------------------------------------------------------- encoding
@@ -269,6 +275,8 @@ class Encoder:
     def __init__(self, model: bytes) -> None:
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.table = shards.byte_table(self.processor)
+        # By default SentencePiece puts a space before each text and drops it again when it decodes.
+        self.before, _, self.after = self.processor.normalize("a").partition("a")
 
     def encode(self, texts: list[str], check: int) -> Encoded:
         """BOS and ids of each text; the first `check` texts are decoded again and compared byte for byte."""
@@ -276,19 +284,24 @@ class Encoder:
         ids = np.array([index for row in rows for index in (shards.BOS_ID, *row)], dtype=np.uint16)
         # BOS is a boundary, so the sum over the batch equals the sum over its documents.
         totals = Totals(len(texts), len(ids), sum(len(text.encode()) for text in texts), self.table.count(ids),
-                        min(check, len(texts)))
+                        min(check, len(texts)), int(np.count_nonzero(ids == self.processor.unk_id())))
         for text, row in zip(texts[:check], rows):
             self._check(text, row)
         return Encoded(ids, totals)
 
+    def _normalized(self, text: str) -> str:
+        """What the ids of a text should decode to."""
+        normalized = self.processor.normalize(text).removeprefix(self.before).removesuffix(self.after)
+        return normalized.replace("\u2581", " ")
+
     def _check(self, text: str, row: list[int]) -> None:
-        counted = self.table.count(np.array(row, dtype=np.uint16))
+        counted, unknown = self.table.count(np.array(row, dtype=np.uint16)), row.count(self.processor.unk_id())
         decoded = self.processor.decode(row)
-        if counted != len(decoded.encode()) or decoded != self.processor.normalize(text).replace("\u2581", " "):
-            size, unknown = len(decoded.encode()), row.count(self.processor.unk_id())
+        if unknown or counted != len(decoded.encode()) or decoded != self._normalized(text):
             raise BuildError(
-                f"byte check failed: {size} bytes decoded, {counted} counted, {unknown} unknown tokens "
-                f"in the document that begins {text[:60]!r}; a tokenizer needs byte fallback"
+                f"byte check failed: {len(decoded.encode())} bytes decoded, {counted} counted, {unknown} unknown "
+                f"tokens in the document that begins {text[:60]!r}; a tokenizer needs byte fallback and must not add "
+                "to the text or take from it"
             )
 
 
@@ -297,6 +310,7 @@ _worker: list[Encoder] = []  # one per worker process; building it for each batc
 
 def start_worker(model: bytes) -> None:
     """Initializer of a worker process."""
+    console.follow_parent()
     _worker.append(Encoder(model))
 
 
@@ -342,21 +356,24 @@ def encode_all(work: Iterable[tuple[list[str], int]], model: bytes, workers: int
 
 
 def write_split(split: str, documents: Iterable[str], model: bytes, folder: Path, args: argparse.Namespace) -> Totals:
-    """Encode and write one split; returns its counts."""
+    """Encode and write one split; returns its counts. All validation documents are checked: scores are per byte."""
     totals, started = Totals(), time.monotonic()
-    with shards.ShardWriter(folder, split, args.shard_tokens) as writer:
-        for encoded in encode_all(batches(documents, args.check_docs), model, args.workers):
+    work = batches(documents, sys.maxsize if split == "val" and args.check_docs else args.check_docs)
+    with shards.ShardWriter(folder, split, args.shard_tokens, hashlib.sha256(model).digest()) as writer:
+        for encoded in encode_all(work, model, args.workers):
             writer.add(encoded.ids)
             totals = totals.plus(encoded.totals)
             if writer.files > totals.files:
                 totals.files = writer.files
-                print(f"{split}: {writer.tokens} tokens written, {time.monotonic() - started:.1f} s", flush=True)
+                console.say(f"{split}: {writer.tokens} tokens written, {time.monotonic() - started:.1f} s")
     totals.files = writer.files
     if totals.docs:
-        print(f"{split}: {totals.docs} docs, {totals.text_bytes} text bytes, {totals.token_bytes} bytes after "
-              f"normalisation, {totals.tokens} tokens, {totals.token_bytes / totals.tokens:.4f} bytes/token, "
-              f"{totals.files} shards, {totals.checked} docs checked byte for byte, {time.monotonic() - started:.1f} s",
-              flush=True)
+        console.say(f"{split}: {totals.docs} docs, {totals.text_bytes} text bytes, {totals.token_bytes} bytes after "
+                    f"normalisation, {totals.tokens} tokens, {totals.token_bytes / totals.tokens:.4f} bytes/token, "
+                    f"{totals.files} shards, {totals.checked} docs checked byte for byte, "
+                    f"{time.monotonic() - started:.1f} s")
+    if totals.unknown:
+        console.say(f"warning: {totals.unknown} unknown tokens in {split}: a tokenizer without byte fallback loses text")
     return totals
 
 
@@ -424,34 +441,36 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise BuildError(f"{path}: not JSON ({error}); the shards are complete, remove it and build again") from error
+        raise BuildError(f"{path}: not JSON ({error}); remove it or choose another --out") from error
 
 
-def write_manifest(args: argparse.Namespace, stem: str, splits: dict[str, Totals], split: Split) -> None:
+def write_manifest(args: argparse.Namespace, built: Built) -> None:
     """Add this dataset and its tokenizer to <out>/manifest.json, in the layout of the hub's manifest."""
+    stem = built.tokenizer.stem
     vocab_size = int(stem.split("_")[1])
     path = args.out / "manifest.json"
     manifest = read_manifest(path)
-    val, train = splits["val"], splits["train"]
+    val, train = built.totals["val"], built.totals["train"]
     ids = {"vocab_size": vocab_size, "bos_id": shards.BOS_ID, "eos_id": 2,
            "recommended_bigram_vocab_size": -(-vocab_size // 128) * 128 * 5}
     kind, folder = "sentencepiece_bpe", f"datasets/{args.name}"
     tokenizer = {"name": f"sp_bpe_{vocab_size}", "kind": kind, **ids,
                  "source_spec": {"name": f"sp_bpe_{vocab_size}", "vocab_size": vocab_size},
-                 "model_path": f"tokenizers/{stem}.model", "vocab_path": f"tokenizers/{stem}.vocab"}
+                 "model_path": f"tokenizers/{stem}.model", "vocab_path": f"tokenizers/{stem}.vocab",
+                 "tokenizer_sha256": built.tokenizer_sha256}
     stats = {}
     for unit in ("docs", "files", "tokens"):
         counts = {"val": getattr(val, unit), "train": getattr(train, unit)}
         stats.update({f"{unit}_total": sum(counts.values()), **{f"{unit}_{key}": n for key, n in counts.items()}})
     dataset = {"name": args.name, "tokenizer_name": tokenizer["name"], "tokenizer_kind": kind, "path": folder,
                "train_glob": f"{folder}/fineweb_train_*.bin", "val_glob": f"{folder}/fineweb_val_*.bin", **ids,
-               "stats": stats}
+               "tokenizer_sha256": built.tokenizer_sha256, "stats": stats}
     shards.write_json(path, {
         "version": "custom", "num_docs": stats["docs_total"], "num_val_docs": val.docs, "shuffle_seed": None,
         "shard_size": args.shard_tokens, "append_eos": False, "docs_jsonl": None,
         "docs_meta": {"remote_repo_id": None, "remote_root": None, "num_docs": stats["docs_total"],
                       "docs_sha256": None, "source_manifest": None, "source_sidecar": None,
-                      "documents_sha256": split.documents_sha256.hexdigest(),
+                      "documents_sha256": built.documents_sha256,
                       "inputs": [str(item) for item in [*args.val, *args.train]]},
         "tokenizer_specs": entry_of(manifest.get("tokenizer_specs", []), tokenizer["source_spec"]),
         "tokenizers": entry_of(manifest.get("tokenizers", []), tokenizer),
@@ -477,7 +496,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--tokenizer-mb", type=float, default=256.0, help="text to train it on, in 10**6 bytes (default 256)")
     add("--shard-tokens", type=int, default=100_000_000, help="tokens a shard (default 100000000)")
     add("--text-field", default="text", help="JSON key or parquet column (default text)")
-    add("--check-docs", type=int, default=1000, help="documents per split to check byte for byte (default 1000)")
+    add("--check-docs", type=int, default=1000, help="train documents to check byte for byte (1000; 0: nor val)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it")
     overlap = parser.add_mutually_exclusive_group()
     overlap.add_argument("--allow-overlap", dest="on_overlap", action="store_const", const="allow", default="error",
@@ -508,7 +527,7 @@ def get_model(args: argparse.Namespace) -> bytes:
     if first is None:
         raise BuildError("no train documents to train a tokenizer on" + too_few(args))
     model = train_tokenizer(itertools.chain([first], documents), args.train_tokenizer, int(args.tokenizer_mb * 1e6))
-    print(f"tokenizer: {args.train_tokenizer} pieces trained, {time.monotonic() - started:.1f} s", flush=True)
+    console.say(f"tokenizer: {args.train_tokenizer} pieces trained, {time.monotonic() - started:.1f} s")
     return model
 
 
@@ -517,59 +536,119 @@ def too_few(args: argparse.Namespace) -> str:
     return "" if args.val else f"; the input has no more than the {args.val_docs} documents of --val-docs"
 
 
-def build(args: argparse.Namespace, staging: Path) -> tuple[str, dict[str, Totals], Split]:
-    """Write tokenizer and shards; the shards go to the staging folder."""
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a build has made: path of the tokenizer, hashes in hex, and the counts by split."""
+
+    tokenizer: Path
+    tokenizer_sha256: str
+    documents_sha256: str
+    totals: dict[str, Totals]
+
+
+def build(args: argparse.Namespace, staging: Path) -> Built:
+    """Write shards to the staging folder, and the tokenizer once they are complete."""
     model = get_model(args)
     load_processor(model, str(args.tokenizer or "the new tokenizer"))
+    tokenizer = tokenizer_path(model, args.out / "tokenizers", args.overwrite)
     val, train = open_splits(args)
     split = Split(args.on_overlap)
     streams = {"val": split.val(val), "train": split.train(train)}  # lazy, and val comes first
     totals = {name: write_split(name, texts, model, staging, args) for name, texts in streams.items()}
     if split.overlap:
-        print(f"overlap: {split.overlap} train documents are also in val ({args.on_overlap})")
+        console.say(f"overlap: {split.overlap} train documents are also in val ({args.on_overlap})")
     if split.overlap and args.on_overlap == "error":
         raise BuildError(f"{split.overlap} train documents are also in val; see --drop-overlap and --allow-overlap")
     for name, counts in totals.items():
         if not counts.docs:
             raise BuildError(f"no documents in the {name} split" + (too_few(args) if name == "train" else ""))
-    return save_tokenizer(model, args.out / "tokenizers", args.overwrite), totals, split
+    save_tokenizer(model, tokenizer)
+    return Built(tokenizer, hashlib.sha256(model).hexdigest(), split.documents_sha256.hexdigest(), totals)
+
+
+def settle(target: Path) -> Path:
+    """Finish or undo what publish() may have left half done; returns the older dataset's other name."""
+    older = target.with_name(f".{target.name}.older")
+    if older.exists() and not target.exists():
+        os.replace(older, target)
+    shutil.rmtree(older, ignore_errors=True)
+    return older
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Let the finished dataset take the place of an older one."""
+    """Let the finished dataset take the place of an older one, which is there until then."""
     shards.claim_folder(staging, "build_shards.py")
     if target.exists():
-        shutil.rmtree(target)
+        os.replace(target, settle(target))
     os.replace(staging, target)
+
+
+@contextlib.contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside the target for this process alone; it is gone afterwards.
+
+    The system drops the lock when a process dies, so that what a killed build left is known to be nobody's.
+    """
+    staging, lock = target.with_name(f".{target.name}.building"), target.with_name(f".{target.name}.lock")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_owner = lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except BlockingIOError:
+            is_owner = False
+        except OSError as error:  # some network file systems have no locks
+            console.warn(f"warning: cannot lock {lock} ({error.strerror}): run no other build of this name meanwhile")
+            is_owner = True
+        if not is_owner:
+            raise BuildError(f"another build of {target} is running, or was until now")
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            settle(target)
+            staging.mkdir()
+            yield staging
+        finally:
+            settle(target)
+            shutil.rmtree(staging, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """Build into a staging folder and publish it if all went well."""
-    target = args.out / "datasets" / args.name
-    if target.exists() and any(target.iterdir()) and not args.overwrite:
-        raise BuildError(f"{target} is not empty; old and new shards must not mix, see --overwrite")
-    staging = target.with_name(f".{args.name}.{os.getpid()}.building")
-    staging.mkdir(parents=True)
-    try:
-        stem, totals, split = build(args, staging)
+    named = args.out / "datasets" / args.name
+    target = named.resolve()  # a link to another disk stays one
+    read_manifest(args.out / "manifest.json")  # a broken one is found before the work, not after it
+    with staging_folder(target) as staging:
+        if target.exists() and any(target.iterdir()) and not args.overwrite:
+            raise BuildError(f"{target} is not empty; old and new shards must not mix, see --overwrite")
+        built = build(args, staging)
         publish(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    write_manifest(args, stem, totals, split)
-    print(f"fingerprint: train_shards: {totals['train'].files} val_tokens: {totals['val'].tokens} "
-          f"val_docs: {totals['val'].docs} documents_sha256: {split.documents_sha256.hexdigest()[:16]}")
-    print(f"DATA_PATH={target} TOKENIZER_PATH={args.out / 'tokenizers' / stem}.model")
+    try:
+        write_manifest(args, built)
+    except OSError as error:
+        raise BuildError(f"the shards are complete, but {args.out}/manifest.json cannot be written: {error}") from error
+    val, train = built.totals["val"], built.totals["train"]
+    console.say(f"fingerprint: train_shards: {train.files} val_tokens: {val.tokens} val_docs: {val.docs} "
+                f"documents_sha256: {built.documents_sha256[:16]} tokenizer_sha256: {built.tokenizer_sha256[:16]}")
+    console.say(f"DATA_PATH={named} TOKENIZER_PATH={built.tokenizer}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    args = parse_args(arguments)
     try:
-        run(parse_args(arguments))
-    except (BuildError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        run(args)
+    except BuildError as error:
+        console.warn(f"error: {error}")
         return 1
+    except OSError as error:
+        console.warn(f"error: {error}; check space and rights of {args.out}; older data is untouched")
+        return 1
+    except KeyboardInterrupt as stop:
+        console.warn("interrupted; a dataset takes its place only when it is complete")
+        return console.exit_status(stop)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run_tool(main))

@@ -23,14 +23,15 @@ import os
 import re
 import shutil
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import console
 import shards
+from console import say
 
 try:
     import huggingface_hub
@@ -169,15 +170,6 @@ class Hub:
         if is_transient(error):
             text += f"; check that {huggingface_hub.constants.ENDPOINT} is reachable and run the same command again"
         return DownloadError(text)
-
-
-_print_lock = threading.Lock()
-
-
-def say(text: str) -> None:
-    """Print a line at once; worker threads must not mix their lines."""
-    with _print_lock:
-        print(text, flush=True)
 
 
 def first_line(error: BaseException) -> str:
@@ -399,15 +391,19 @@ def fetch_all_shards(hub: Hub, plan: Plan, folder: Path, workers: int) -> None:
 
 def report(folder: Path, plan: Plan, official: bool) -> None:
     """Print the fingerprint that reviewers compare, and warn of the known kinds of wrong data."""
-    train, val = shards.list_shards(folder, "train"), shards.list_shards(folder, "val")
-    val_tokens = sum(shards.read_header(path) for path in val)
+    train, val, sidecars = (shards.list_shards(folder, split) for split in ("train", "val", "val_bytes"))
+    val_tokens = sum(shards.read_header(path).count for path in val)
     val_docs = shards.count_documents(val, plan.bos_id)
+    counted = sum(shards.read_header(path).count for path in sidecars)
+    if sidecars and counted != val_tokens:
+        raise shards.ShardError(f"{folder}: {counted} byte counts for {val_tokens} validation tokens; remove "
+                                "fineweb_val_* and fetch them again")
     if len(train) != len(plan.train):
         say(f"note: {folder} holds {len(train)} train shards, not the {len(plan.train)} asked for; training reads all")
     if official and val_docs != OFFICIAL_VAL_DOCS:
         say(f"warning: {val_docs} validation documents instead of {OFFICIAL_VAL_DOCS}: not the official split, "
             "scores cannot be compared")
-    if train and shards.read_header(train[0]) == LEAKY_SHARD_TOKENS:
+    if train and shards.read_header(train[0]).count == LEAKY_SHARD_TOKENS:
         say(f"warning: shards of {LEAKY_SHARD_TOKENS} tokens are the mark of a preparation script that left 80% of "
             "the validation documents in train")
     say(f"fingerprint: train_shards: {len(train)} val_tokens: {val_tokens} val_docs: {val_docs}")
@@ -474,6 +470,8 @@ def run(args: argparse.Namespace) -> None:
             if remote not in plan.optional and remote != documents[1]:
                 raise
     fetch_all_shards(hub, plan, folder, args.workers)
+    for model in (target for target in targets.values() if target.suffix == ".model"):
+        shards.record_tokenizer(folder, model)
     official = short_name(plan.dataset) in REPO_OF_VARIANT or "caseops" in plan.dataset
     report(folder, plan, official)
 
@@ -484,17 +482,19 @@ def main(arguments: list[str] | None = None) -> int:
     disable_progress_bars()
     try:
         run(args)
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here")
-        os._exit(130)  # a plain exit would wait for the downloads that are under way
+    except KeyboardInterrupt as stop:
+        console.warn("interrupted; the same command goes on from here")
+        for remnant in args.data_dir.glob(f"**/.*.{os.getpid()}.tmp"):
+            remnant.unlink(missing_ok=True)
+        os._exit(console.exit_status(stop))  # a plain exit would wait for the downloads that are under way
     except (DownloadError, shards.ShardError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        console.warn(f"error: {error}")
         return 1
     except OSError as error:
-        print(f"error: {error}; check space and rights of {args.data_dir}", file=sys.stderr)
+        console.warn(f"error: {error}; check space and rights of {args.data_dir}")
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run_tool(main))
