@@ -120,8 +120,8 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8"))
-            except ValueError as error:
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
                 raise BuildError(f"{place}: not a line of JSON in utf-8 ({error})") from error
             text = record.get(field) if isinstance(record, dict) else None
             if not isinstance(text, str):
@@ -152,7 +152,7 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
 def read_text(path: Path) -> Iterator[tuple[str, str]]:
     """(place, text) of a .txt file: one document."""
     try:
-        yield str(path), path.read_bytes().decode("utf-8")
+        yield str(path), path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BuildError(f"{path}: not utf-8 ({error})") from error
 
@@ -373,7 +373,7 @@ def write_split(split: str, documents: Iterable[str], model: bytes, folder: Path
                     f"{totals.files} shards, {totals.checked} docs checked byte for byte, "
                     f"{time.monotonic() - started:.1f} s")
     if totals.unknown:
-        console.say(f"warning: {totals.unknown} unknown tokens in {split}: a tokenizer without byte fallback loses text")
+        console.say(f"warning: {totals.unknown} unknown tokens in {split}: without byte fallback text is lost")
     return totals
 
 
@@ -510,7 +510,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     args.val_docs = 50_000 if args.val_docs is None else args.val_docs
     if min(args.val_docs, args.shard_tokens, args.workers, args.tokenizer_mb) <= 0 or args.check_docs < 0:
         parser.error("--val-docs, --shard-tokens, --workers and --tokenizer-mb must be positive, --check-docs >= 0")
-    if not args.name or Path(args.name).name != args.name:
+    if not args.name or args.name.startswith(".") or Path(args.name).name != args.name:
         parser.error("--name must be a plain folder name")
     return args
 

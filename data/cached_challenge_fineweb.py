@@ -184,12 +184,21 @@ def remembered(path: Path, fetch: Callable[[], Any]) -> Any:
     except MissingFileError:
         raise
     except DownloadError as error:
-        if not path.exists():
+        kept = read_json(path)
+        if kept is None:
             raise
         say(f"warning: {error}; using {path}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return kept
     shards.write_json(path, value)
     return value
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def index_path(data_dir: Path, repo_id: str, kind: str) -> Path:
@@ -279,10 +288,14 @@ def plan_from_listing(files: list[str], dataset: str) -> Plan:
 def make_plan(hub: Hub, variant: str, skip_manifest: bool, data_dir: Path) -> Plan:
     """Find the variant in the repo's manifest or, failing that, among its files."""
     manifest = None if skip_manifest else load_manifest(hub, data_dir)
-    listed = [item["name"] for item in (manifest or {}).get("datasets", [])]
-    dataset = match_dataset(variant, listed)
-    if manifest is not None and dataset is not None:
-        return plan_from_manifest(manifest, dataset, hub.prefix)
+    try:
+        listed = [item["name"] for item in (manifest or {}).get("datasets", [])]
+        dataset = match_dataset(variant, listed)
+        if manifest is not None and dataset is not None:
+            return plan_from_manifest(manifest, dataset, hub.prefix)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DownloadError(f"the manifest of {hub.repo_id} has another form than expected ({type(error).__name__}: "
+                            f"{error}); use --skip-manifest") from error
     files = remembered(index_path(data_dir, hub.repo_id, "manifest_listing"), hub.list_files)
     folders = dataset_folders(files)
     dataset = match_dataset(variant, sorted(folders))

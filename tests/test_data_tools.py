@@ -282,6 +282,16 @@ def test_temporary_server_error(hub: Hub, client: Client) -> None:
     assert f"error: fetching {other} of {REPO} failed" in out and "503" in out
 
 
+@pytest.mark.parametrize("manifest", [b"[]", b'{"datasets": 3}', b'{"datasets": [{"path": "x"}]}', b"null", b"{",
+                                      b'{"datasets": [{"name": "sp1024", "stats": {"files_train": "many"}}]}'])
+def test_odd_manifests(hub: Hub, client: Client, manifest: bytes) -> None:
+    """A manifest of another form gets one line, and --skip-manifest helps."""
+    hub.files["datasets/manifest.json"] = manifest
+    if manifest not in (b"null", b"[]"):
+        assert "use --skip-manifest" in client.run("1", fails=True)
+    assert "train_shards: 1" in client.run("1", "--skip-manifest")
+
+
 def test_unknown_variant_lists_what_there_is(client: Client) -> None:
     """The message names the repo, what it has, and where the variant can be found."""
     out = client.run("--variant", "sp4096", fails=True)
@@ -500,6 +510,21 @@ def test_formats(tmp_path: Path, model: Path, suffix: str) -> None:
     assert read_split(tmp_path, "train").tolist() == reference_ids(model, DOCUMENTS)
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "train.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, model: Path, name: str) -> None:
+    """Some editors put one before the first line."""
+    (tmp_path / name).write_text('{"text": "one"}' if name.endswith("l") else "one", encoding="utf-8-sig")
+    assert build(tmp_path, model, tmp_path / name) == 0
+    assert read_split(tmp_path, "train").tolist() == reference_ids(model, ["one"])
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b"])
+def test_names_that_are_no_folder_of_their_own(tmp_path: Path, model: Path, name: str) -> None:
+    """`--name .. --overwrite` would have replaced the whole data folder."""
+    with pytest.raises(SystemExit):
+        build(tmp_path, model, tmp_path, "--name", name, "--overwrite")
+
+
 def test_folder_of_text_files(tmp_path: Path, model: Path) -> None:
     """A folder is read in sorted order, one document a .txt file; other files are left alone."""
     folder = tmp_path / "texts"
@@ -576,7 +601,7 @@ def test_all_of_validation_is_checked(tmp_path: Path, capsys: pytest.CaptureFixt
     assert build(*arguments, "--check-docs", "1", val=False) == 1
     assert "byte check failed: 5 bytes decoded, 0 counted, 1 unknown" in capsys.readouterr().err
     assert build(*arguments, "--check-docs", "0", val=False) == 0
-    assert "warning: 1 unknown tokens in val: a tokenizer without byte fallback" in capsys.readouterr().out
+    assert "warning: 1 unknown tokens in val: without byte fallback text is lost" in capsys.readouterr().out
 
 
 def test_documents_cross_shard_borders(tmp_path: Path, model: Path) -> None:
@@ -612,6 +637,8 @@ def test_first_documents_are_val(tmp_path: Path, model: Path, capsys: pytest.Cap
     manifest = json.loads((tmp_path / "out/manifest.json").read_text(encoding="utf-8"))
     stats = manifest["datasets"][0]["stats"]
     assert (stats["docs_val"], stats["docs_train"]) == (5, len(DOCUMENTS) - 5)
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    assert manifest["tokenizers"][0]["tokenizer_sha256"] == manifest["datasets"][0]["tokenizer_sha256"] == digest
     assert stats["tokens_train"] == len(reference_ids(model, DOCUMENTS[5:]))
     assert (tmp_path / "out" / manifest["tokenizers"][0]["model_path"]).read_bytes() == model.read_bytes()
     assert build(tmp_path, model, source, "--val-docs", "99", "--overwrite", val=False) == 1
@@ -656,6 +683,8 @@ BAD_INPUTS = {
     "not utf-8": ("bad.jsonl", b'{"text": "\xff"}\n', r"bad\.jsonl:1: not a line of JSON in utf-8"),
     "surrogate": ("bad.jsonl", b'{"text": "\\ud800"}\n', r"bad\.jsonl:1: text holds half of a surrogate pair"),
     "empty": ("bad.jsonl", b"\n", r"no documents in the train split"),
+    "nested": ("bad.jsonl", b"[" * 99999, r"bad\.jsonl:1: not a line of JSON"),
+    "utf-16": ("bad.jsonl", '{"text": "ok"}'.encode("utf-16"), r"bad\.jsonl:1: not a line of JSON in utf-8"),
     "latin-1 text": ("bad.txt", b"caf\xe9", r"bad\.txt: not utf-8"),
     "cut xz": ("bad.jsonl.xz", lzma.compress(b'{"text": "ok"}\n' * 99)[:-20], r"bad\.jsonl\.xz: cannot be read"),
     "no zstd": ("bad.jsonl.zst", b"plain", r"bad\.jsonl\.zst: cannot be read"),
