@@ -4,11 +4,13 @@
 Usage:
     python3 data/build_shards.py --train docs.jsonl.zst --name fineweb10B_sp1024 --train-tokenizer 1024
     python3 data/build_shards.py --train a.parquet texts/ --val b.jsonl --name mine_sp4096 --tokenizer sp4096.model
+    python3 data/build_shards.py --train docs.jsonl --name mine_caseops --train-tokenizer 8192 --caseops
 
 Inputs: files or folders of .txt (one document each), .jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst (one JSON object a line)
 and .parquet. Without --val the first --val-docs documents of --train are the validation split. Output under --out:
 datasets/<name>/fineweb_{train,val}_%06d.bin, tokenizers/fineweb_<V>_bpe.{model,vocab} and manifest.json. The dataset
-folder appears only when the build has succeeded.
+folder appears only when the build has succeeded. A tokenizer with case marks (caseops.py) gets marked text, and the
+validation shards a sidecar, fineweb_val_bytes_%06d.bin, with the bytes of the original text for each token.
 """
 
 from __future__ import annotations
@@ -32,17 +34,18 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import sentencepiece
 
+import caseops
 import console
 import shards
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
 BATCH_BYTES = 1_000_000  # enough work for a worker to hide the cost of handing it over
-MAX_VOCAB = 65_536  # ids are stored in 16 bits
+MAX_VOCAB = 65_536  # ids are stored in 16 bits, and so are the bytes of a token
 
 
 class BuildError(Exception):
@@ -69,10 +72,19 @@ class Totals:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """What a worker returns: ids uint16 [n] of a batch of documents, and its counts."""
+    """What a worker returns: ids uint16 [n] of a batch of documents, their sidecar uint16 [n] if asked, its counts."""
 
     ids: np.ndarray
+    sidecar: np.ndarray
     totals: Totals
+
+
+class Batch(NamedTuple):
+    """What a worker gets: documents, how many of them to decode again, and whether a sidecar is wanted."""
+
+    texts: list[str]
+    check: int
+    with_sidecar: bool
 
 
 # ---------------------------------------------------------------------------------------------- reading documents
@@ -195,8 +207,11 @@ def clean(place: str, text: object) -> str:
 # ------------------------------------------------------------------------------------------------------ tokenizer
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int) -> bytes:
-    """Train a BPE model with the challenge's settings on the first max_bytes of text; returns the model file."""
+def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, marks: str = "") -> bytes:
+    """Train a BPE model with the challenge's settings on the first max_bytes of text; returns the model file.
+
+    marks: characters that are pieces of their own, right after the special ones.
+    """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -213,6 +228,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int) -
             bos_id=shards.BOS_ID,
             eos_id=2,
             unk_id=3,
+            user_defined_symbols=list(marks),
             hard_vocab_limit=False,
             max_sentence_length=2**30,  # a sentence is a whole document here; the default would drop long ones
             num_threads=1,  # the result must not depend on the machine
@@ -250,10 +266,16 @@ def load_processor(model: bytes, name: str) -> sentencepiece.SentencePieceProces
 
 def tokenizer_path(model: bytes, folder: Path, overwrite: bool) -> Path:
     """Where the model belongs, under its official name; another one that is there already is an error."""
-    target = folder / f"fineweb_{load_processor(model, 'tokenizer').vocab_size()}_bpe.model"
+    processor = load_processor(model, "tokenizer")
+    target = folder / f"fineweb_{processor.vocab_size()}_bpe{suffix_of(processor)}.model"
     if target.exists() and target.read_bytes() != model and not overwrite:
         raise BuildError(f"{target} is another tokenizer that other shards may need; see --overwrite, or another --out")
     return target
+
+
+def suffix_of(processor: sentencepiece.SentencePieceProcessor) -> str:
+    """What the names of tokenizers and datasets with case marks end with."""
+    return f"_{caseops.TRANSFORM}_reserved" if caseops.knows_marks(processor) else ""
 
 
 def save_tokenizer(model: bytes, target: Path) -> None:
@@ -275,19 +297,50 @@ class Encoder:
     def __init__(self, model: bytes) -> None:
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.table = shards.byte_table(self.processor)
+        self.is_marked = caseops.knows_marks(self.processor)
+        pieces = map(self.processor.id_to_piece, range(self.processor.vocab_size()))
+        self.sizes = np.array([1 if self.processor.is_byte(i) else len(p.encode()) for i, p in enumerate(pieces)])
         # By default SentencePiece puts a space before each text and drops it again when it decodes.
         self.before, _, self.after = self.processor.normalize("a").partition("a")
 
-    def encode(self, texts: list[str], check: int) -> Encoded:
+    def encode(self, batch: Batch) -> Encoded:
         """BOS and ids of each text; the first `check` texts are decoded again and compared byte for byte."""
+        texts = [self._marked(text) for text in batch.texts] if self.is_marked else batch.texts
         rows = self.processor.encode(texts, out_type=int, num_threads=1)
         ids = np.array([index for row in rows for index in (shards.BOS_ID, *row)], dtype=np.uint16)
-        # BOS is a boundary, so the sum over the batch equals the sum over its documents.
-        totals = Totals(len(texts), len(ids), sum(len(text.encode()) for text in texts), self.table.count(ids),
-                        min(check, len(texts)), int(np.count_nonzero(ids == self.processor.unk_id())))
-        for text, row in zip(texts[:check], rows):
+        for text, row in zip(texts[:batch.check], rows):
             self._check(text, row)
-        return Encoded(ids, totals)
+        text_bytes, sidecar = sum(len(text.encode()) for text in batch.texts), ids[:0]
+        if batch.with_sidecar and self.is_marked:
+            sidecar = np.concatenate([self._original_bytes(text, row) for text, row in zip(texts, rows)])
+            assert int(sidecar.sum()) == text_bytes, f"{sidecar.sum()} bytes in the sidecar, {text_bytes} in the text"
+        # BOS is a boundary, so the sum over the batch equals the sum over its documents.
+        counted = text_bytes if self.is_marked else self.table.count(ids)
+        unknown = int(np.count_nonzero(ids == self.processor.unk_id()))
+        checked = min(batch.check, len(texts))
+        return Encoded(ids, sidecar, Totals(len(texts), len(ids), text_bytes, counted, checked, unknown))
+
+    def _marked(self, text: str) -> str:
+        """The text with case marks, from which it was restored."""
+        marked = caseops.mark_case(text)
+        if caseops.restore_case(marked) != text:
+            raise BuildError(f"case marks do not give back the document that begins {text[:60]!r}; please report this")
+        return marked
+
+    def _original_bytes(self, marked: str, row: list[int]) -> np.ndarray:
+        """Sidecar of a document, uint16: 0 for BOS, then the bytes of the text without marks for each token."""
+        normalized, offsets = self.processor.normalize(marked, with_offsets=True)
+        is_inner = (np.frombuffer(normalized.encode(), dtype=np.uint8) & 0xC0) == 0x80  # bytes within a character
+        ends = np.cumsum(self.sizes[row]) if row else np.zeros(1, dtype=int)
+        if not row or ends[-1] != len(is_inner):
+            raise BuildError(f"the tokens do not spell the document that begins {marked[:60]!r}: {ends[-1]} bytes of "
+                             f"{len(is_inner)} after normalisation; it cannot be counted, so leave it out")
+        characters = np.concatenate(([0], np.cumsum(np.append(~is_inner[1:], True))))[ends]
+        counts = caseops.original_bytes(marked, np.asarray(offsets)[characters])
+        if counts.max() >= MAX_VOCAB:
+            raise BuildError(f"a token stands for {counts.max()} bytes of the document that begins {marked[:60]!r}; "
+                             f"the sidecar holds {MAX_VOCAB - 1} at most: shorten its white space")
+        return np.concatenate(([0], counts)).astype(np.uint16)
 
     def _normalized(self, text: str) -> str:
         """What the ids of a text should decode to."""
@@ -314,37 +367,37 @@ def start_worker(model: bytes) -> None:
     _worker.append(Encoder(model))
 
 
-def encode_batch(texts: list[str], check: int) -> Encoded:
+def encode_batch(batch: Batch) -> Encoded:
     """Task of a worker process."""
-    return _worker[0].encode(texts, check)
+    return _worker[0].encode(batch)
 
 
-def batches(documents: Iterable[str], check_docs: int) -> Iterator[tuple[list[str], int]]:
-    """Batches of about BATCH_BYTES, each with the number of its first documents to check."""
+def batches(documents: Iterable[str], check_docs: int, with_sidecar: bool) -> Iterator[Batch]:
+    """Batches of about BATCH_BYTES; of all documents the first check_docs are decoded again."""
     batch: list[str] = []
     size = 0
     for text in documents:
         batch.append(text)
         size += len(text)
         if size >= BATCH_BYTES:
-            yield batch, min(check_docs, len(batch))
+            yield Batch(batch, min(check_docs, len(batch)), with_sidecar)
             check_docs -= min(check_docs, len(batch))
             batch, size = [], 0
     if batch:
-        yield batch, min(check_docs, len(batch))
+        yield Batch(batch, min(check_docs, len(batch)), with_sidecar)
 
 
-def encode_all(work: Iterable[tuple[list[str], int]], model: bytes, workers: int) -> Iterator[Encoded]:
+def encode_all(work: Iterable[Batch], model: bytes, workers: int) -> Iterator[Encoded]:
     """Encode batches in order. Only a few are in flight, so memory stays bounded however large the input is."""
     if workers == 1:
         encoder = Encoder(model)
-        yield from (encoder.encode(*item) for item in work)
+        yield from map(encoder.encode, work)
         return
     pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(model,))
     pending: deque[Future[Encoded]] = deque()
     try:
         for item in work:
-            pending.append(pool.submit(encode_batch, *item))
+            pending.append(pool.submit(encode_batch, item))
             if len(pending) >= 3 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -358,10 +411,14 @@ def encode_all(work: Iterable[tuple[list[str], int]], model: bytes, workers: int
 def write_split(split: str, documents: Iterable[str], model: bytes, folder: Path, args: argparse.Namespace) -> Totals:
     """Encode and write one split; returns its counts. All validation documents are checked: scores are per byte."""
     totals, started = Totals(), time.monotonic()
-    work = batches(documents, sys.maxsize if split == "val" and args.check_docs else args.check_docs)
-    with shards.ShardWriter(folder, split, args.shard_tokens, hashlib.sha256(model).digest()) as writer:
+    settings = args.shard_tokens, hashlib.sha256(model).digest()
+    check_docs = sys.maxsize if split == "val" and args.check_docs else args.check_docs
+    work = batches(documents, check_docs, with_sidecar=split == "val")
+    with (shards.ShardWriter(folder, split, *settings) as writer,
+          shards.ShardWriter(folder, f"{split}_bytes", *settings) as sidecar):
         for encoded in encode_all(work, model, args.workers):
             writer.add(encoded.ids)
+            sidecar.add(encoded.sidecar)
             totals = totals.plus(encoded.totals)
             if writer.files > totals.files:
                 totals.files = writer.files
@@ -372,6 +429,8 @@ def write_split(split: str, documents: Iterable[str], model: bytes, folder: Path
                     f"normalisation, {totals.tokens} tokens, {totals.token_bytes / totals.tokens:.4f} bytes/token, "
                     f"{totals.files} shards, {totals.checked} docs checked byte for byte, "
                     f"{time.monotonic() - started:.1f} s")
+    if sidecar.files:
+        console.say(f"{split}: case marks undone in every document, {totals.text_bytes} text bytes in the sidecar")
     if totals.unknown:
         console.say(f"warning: {totals.unknown} unknown tokens in {split}: without byte fallback text is lost")
     return totals
@@ -451,11 +510,15 @@ def write_manifest(args: argparse.Namespace, built: Built) -> None:
     path = args.out / "manifest.json"
     manifest = read_manifest(path)
     val, train = built.totals["val"], built.totals["train"]
+    suffix = stem.removeprefix(f"fineweb_{vocab_size}_bpe")
     ids = {"vocab_size": vocab_size, "bos_id": shards.BOS_ID, "eos_id": 2,
            "recommended_bigram_vocab_size": -(-vocab_size // 128) * 128 * 5}
     kind, folder = "sentencepiece_bpe", f"datasets/{args.name}"
-    tokenizer = {"name": f"sp_bpe_{vocab_size}", "kind": kind, **ids,
-                 "source_spec": {"name": f"sp_bpe_{vocab_size}", "vocab_size": vocab_size},
+    name, marks = f"sp_bpe_{vocab_size}{suffix}", {}
+    if suffix:
+        marks = {"text_transform": caseops.TRANSFORM, "reserve_text_transform_controls": True}
+    tokenizer = {"name": name, "kind": kind, **ids, **marks,
+                 "source_spec": {"name": name, "vocab_size": vocab_size, **marks},
                  "model_path": f"tokenizers/{stem}.model", "vocab_path": f"tokenizers/{stem}.vocab",
                  "tokenizer_sha256": built.tokenizer_sha256}
     stats = {}
@@ -465,6 +528,8 @@ def write_manifest(args: argparse.Namespace, built: Built) -> None:
     dataset = {"name": args.name, "tokenizer_name": tokenizer["name"], "tokenizer_kind": kind, "path": folder,
                "train_glob": f"{folder}/fineweb_train_*.bin", "val_glob": f"{folder}/fineweb_val_*.bin", **ids,
                "tokenizer_sha256": built.tokenizer_sha256, "stats": stats}
+    if suffix:
+        dataset["val_bytes_glob"] = f"{folder}/fineweb_val_bytes_*.bin"
     shards.write_json(path, {
         "version": "custom", "num_docs": stats["docs_total"], "num_val_docs": val.docs, "shuffle_seed": None,
         "shard_size": args.shard_tokens, "append_eos": False, "docs_jsonl": None,
@@ -493,6 +558,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", type=Path, help="SentencePiece .model to use")
     tokenizer.add_argument("--train-tokenizer", type=int, metavar="V", help="train one with V pieces on train text")
+    add("--caseops", action="store_true", help="case marks: train a tokenizer with them; one that has them uses them")
     add("--tokenizer-mb", type=float, default=256.0, help="text to train it on, in 10**6 bytes (default 256)")
     add("--shard-tokens", type=int, default=100_000_000, help="tokens a shard (default 100000000)")
     add("--text-field", default="text", help="JSON key or parquet column (default text)")
@@ -520,13 +586,20 @@ def get_model(args: argparse.Namespace) -> bytes:
     if args.tokenizer:
         if not args.tokenizer.is_file():
             raise BuildError(f"{args.tokenizer}: no such tokenizer")
-        return args.tokenizer.read_bytes()
+        model = args.tokenizer.read_bytes()
+        if args.caseops and not caseops.knows_marks(load_processor(model, str(args.tokenizer))):
+            raise BuildError(f"{args.tokenizer}: no pieces for case marks; leave out --caseops or take another one")
+        return model
     started = time.monotonic()
     documents = tokenizer_documents(args)
     first = next(documents, None)
     if first is None:
         raise BuildError("no train documents to train a tokenizer on" + too_few(args))
-    model = train_tokenizer(itertools.chain([first], documents), args.train_tokenizer, int(args.tokenizer_mb * 1e6))
+    documents, size = itertools.chain([first], documents), int(args.tokenizer_mb * 1e6)
+    if args.caseops:
+        model = train_tokenizer(map(caseops.mark_case, documents), args.train_tokenizer, size, caseops.MARKS)
+    else:
+        model = train_tokenizer(documents, args.train_tokenizer, size)
     console.say(f"tokenizer: {args.train_tokenizer} pieces trained, {time.monotonic() - started:.1f} s")
     return model
 

@@ -541,7 +541,7 @@ def test_bytes_are_exact(model: Path) -> None:
     """The byte table agrees with the decoder on each odd document, and with pieces counted one by one."""
     encoder = build_shards.Encoder(model.read_bytes())
     texts = [build_shards.clean("x", text) for text in ODD_DOCUMENTS]
-    totals = encoder.encode(texts, len(texts)).totals
+    totals = encoder.encode(build_shards.Batch(texts, len(texts), True)).totals
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert totals.token_bytes == sum(len(processor.decode(processor.encode(text)).encode()) for text in texts)
     assert (totals.docs, totals.checked) == (len(texts), len(texts))
@@ -579,7 +579,7 @@ def test_the_space_that_sentencepiece_adds_is_not_text(tmp_path: Path, options: 
     source = write_jsonl(tmp_path / "train.jsonl", DOCUMENTS)
     assert build(tmp_path, path, source) == 0
     texts = [build_shards.clean("x", text) for text in DOCUMENTS]
-    totals = build_shards.Encoder(path.read_bytes()).encode(texts, len(texts)).totals
+    totals = build_shards.Encoder(path.read_bytes()).encode(build_shards.Batch(texts, len(texts), True)).totals
     assert totals.token_bytes == sum(len(processor.decode(processor.encode(text)).encode()) for text in texts)
     if options.get("normalization_rule_name") == "identity":
         marks = sum(text.count("\u2581") for text in texts)  # read as spaces, of one byte for three
