@@ -51,7 +51,7 @@ $(installed): requirements.txt requirements-dev.txt
 	$(python) -m pip install -r requirements-dev.txt
 	touch $@
 
-$(demo)/.complete: data/demo_corpus.py data/build_shards.py data/shards.py | $(installed)
+$(demo)/.complete: data/demo_corpus.py data/build_shards.py data/caseops.py data/console.py data/shards.py | $(installed)
 	rm -rf $(demo)
 	$(python) data/demo_corpus.py $(demo_corpus_flags)
 	$(python) data/build_shards.py $(demo_shard_flags)

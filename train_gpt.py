@@ -1389,6 +1389,10 @@ class ValidationSet:
     def targets(self) -> int:
         return len(self.tokens) - 1
 
+    def batch(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs at `positions` and their targets, the tokens after them, int64."""
+        return self.tokens[positions].long(), self.tokens[positions + 1].long()
+
 
 # The official validation splits, 50,000 documents each: tokens -> (variant, bytes of text); CaseOps' bytes to within 1.
 OFFICIAL_SETS = {
@@ -4837,8 +4841,7 @@ def log_sizes(run: Runtime, path: Path, header: dict[str, Any]) -> None:
 # 12. Evaluation
 # ----------------------------------------------------------------------------------------------
 # A plan of windows says which targets each window scores; one function runs the model on them.
-# Every target of the validation set is scored exactly once and its bytes are counted exactly once;
-# both are checked on every evaluation.
+# Every evaluation checks that each target was scored, and its bytes counted, exactly once.
 
 
 def plan_windows(targets: int, length: int, stride: int) -> np.ndarray:
@@ -4849,6 +4852,19 @@ def plan_windows(targets: int, length: int, stride: int) -> np.ndarray:
     """
     ends = np.append(np.arange(length, targets, stride), targets)
     return np.stack([ends - length, np.append(0, ends[:-1]), ends], axis=1)
+
+
+def plan_document_windows(spans: np.ndarray, length: int, stride: int) -> np.ndarray:
+    """The fewest windows, as of `plan_windows`, in which every target sees its document (`spans` of `document_spans`)
+    from the start, or its latest length - stride + 1 tokens and more: what sliding windows show with DOC_ATTENTION.
+    """
+    starts, targets = np.sort(spans[:, 0]), int(spans[:, 1].max())
+    windows = [(0, 0, length)]
+    while (done := windows[-1][2]) < targets:
+        document = int(starts[np.searchsorted(starts, done, side="right") - 1])
+        begin = min(max(document, done + stride - length), targets - length)
+        windows.append((begin, done, begin + length))
+    return np.array(windows)
 
 
 class Score(NamedTuple):
@@ -4883,6 +4899,7 @@ class NgramMixer:
     """
 
     def __init__(self, run: Runtime, validation: ValidationSet) -> None:
+        """Number all runs of tokens; nothing is counted yet."""
         self.cfg, self.orders = run.cfg, range(run.cfg.ngram_min_order, run.cfg.ngram_max_order + 1)
         tokens = validation.tokens.to(exact_device(run.ranks.device)).long()
         place = torch.arange(len(tokens), device=tokens.device)
@@ -4891,12 +4908,10 @@ class NgramMixer:
         for n in range(2, self.orders[-1] + 1):
             longer = F.pad(self.labels[n - 1], (1, -1)).long() * run.cfg.vocab_size + tokens
             self.labels[n] = longer.unique(return_inverse=True)[1].int()
-        self.follows = {n: self.zeros(n) for n in self.orders}  # times that the last token of a run of n was scored
-        self.contexts = {n: self.zeros(n - 1) for n in self.orders}  # times that any token was, after a run of n - 1
-
-    def zeros(self, n: int) -> Tensor:
-        """A counter for every run of n tokens."""
-        return torch.zeros(int(self.labels[n].max()) + 1, dtype=torch.int32, device=self.age.device)
+        counters = partial(torch.zeros, dtype=torch.int32, device=tokens.device)
+        runs = {n: int(labels.max()) + 1 for n, labels in self.labels.items()}
+        self.follows = {n: counters(runs[n]) for n in self.orders}  # times that the last token of a run of n was scored
+        self.contexts = {n: counters(runs[n - 1]) for n in self.orders}  # times that any was, after a run of n - 1
 
     def known(self, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Whether order n reaches back to no other document at `positions`, and the number of its context there."""
@@ -4907,9 +4922,8 @@ class NgramMixer:
         targets = torch.arange(int(windows[0, 1]), int(windows[-1, 2]), device=self.age.device) + 1
         for n in self.orders:
             within, context = self.known(n, targets)
-            once = within.int()
-            self.contexts[n].index_add_(0, context, once)
-            self.follows[n].index_add_(0, self.labels[n][targets], once)
+            self.contexts[n].index_add_(0, context, within.int())
+            self.follows[n].index_add_(0, self.labels[n][targets], within.int())
 
     def mix(self, positions: Tensor, nll: Tensor, entropy: Tensor) -> Tensor:
         """Negative log-likelihood (n,) of the tokens at `positions` in the mixture; nll and entropy are the model's."""
@@ -4937,23 +4951,20 @@ def score_windows(
     """
     length, device = run.cfg.eval_len, run.ranks.device
     batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, model.micro_batch) // length)
-    filler = np.repeat([[0, 0, 0]], -len(windows) % batch, axis=0).reshape(-1, 3)
-    plan = torch.from_numpy(np.concatenate([windows, filler])).to(device)
-    offsets = torch.arange(length + 1, device=device)
+    plan = torch.from_numpy(np.pad(windows, ((0, -len(windows) % batch), (0, 0)))).to(device)
     weights, order = model.fast_weights(False), model.order
     exact = exact_device(device)
     sums = torch.zeros(3 if mixer is None else 4, dtype=torch.float64, device=exact)
     for chunk in plan.split(batch) if len(plan) else ():  # a rank may have no share of a short chunk
-        positions = chunk[:, :1] + offsets
-        tokens = validation.tokens[positions].long()
-        scored = (positions[:, :-1] >= chunk[:, 1:2]) & (positions[:, :-1] < chunk[:, 2:])
-        counted = validation.token_bytes[positions[:, 1:]] * scored
-        pair = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        positions = chunk[:, :1] + torch.arange(length, device=device)
+        scored = (positions >= chunk[:, 1:2]) & (positions < chunk[:, 2:])
+        counted = validation.token_bytes[positions + 1] * scored
+        tokens, targets = validation.batch(positions)
         if mixer is None:
-            nll, mixed = model.fast_nll(*pair, weights, order), []
+            nll, mixed = model.fast_nll(tokens, targets, weights, order), []
         else:
-            nll, entropy = model.fast_nll_and_entropy(*pair, weights, order)
-            mixed = [mixer.mix(*(t[scored].to(exact) for t in (positions[:, 1:], nll, entropy))).sum()]
+            nll, entropy = model.fast_nll_and_entropy(tokens, targets, weights, order)
+            mixed = [mixer.mix(*(t[scored].to(exact) for t in (positions + 1, nll, entropy))).sum()]
         sums += torch.stack([*(t.to(exact).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)), *mixed])
     return sums
 
@@ -4966,11 +4977,13 @@ def scores(validation: ValidationSet, sums: Tensor, seconds: float) -> list[Scor
     return [Score(total, int(targets), int(counted), seconds) for total in (nats, *mixed)]
 
 
-def evaluate(run: Runtime, model: GPT, validation: ValidationSet, stride: int) -> Score:
-    """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`."""
+def evaluate(run: Runtime, model: GPT, validation: ValidationSet, stride: int, by_document: bool = False) -> Score:
+    """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`, or begin at documents."""
     clock = Clock(run.ranks.device)
     clock.start()
     windows = plan_windows(validation.targets, run.cfg.eval_len, stride)
+    if by_document:
+        windows = plan_document_windows(document_spans(validation), run.cfg.eval_len, stride)
     share = run.ranks.share(len(windows))
     sums = run.ranks.sum_(score_windows(run, model, validation, windows[share.start : share.stop]))
     return scores(validation, sums, clock.stop())[0]
@@ -4986,8 +4999,7 @@ class TestTimeTrainer:
             raise UserError(f"TTT_BATCH_SEQS={cfg.ttt_batch_seqs} is no multiple of the {world} ranks")
         self.run, self.cfg, self.model, self.validation = run, cfg, model, validation
         self.parameters, self.trained = list(model.parameters()), 0
-        layered = [*model.banks.values(), *(model.rest[s.name] for s in model.rest_specs if s.per_layer)]
-        self.layered = {id(parameter) for parameter in layered}
+        self.layered = [*model.banks.values(), *(model.rest[s.name] for s in model.rest_specs if s.per_layer)]
         sgd = partial(torch.optim.SGD, momentum=cfg.ttt_momentum)
         maker = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, weight_decay=0.0)}[cfg.ttt_optimizer]
         self.optimizer = maker(self.parameters, lr=cfg.ttt_lr)
@@ -5006,24 +5018,19 @@ class TestTimeTrainer:
     def step(self, starts: np.ndarray) -> None:
         """One step on the windows at `starts`; short batches are filled up with windows of weight 0."""
         cfg, ranks = self.cfg, self.run.ranks
-        weight = torch.zeros(cfg.ttt_batch_seqs, device=ranks.device)
-        weight[: len(starts)] = 1 / len(starts)
+        weight = (torch.arange(cfg.ttt_batch_seqs, device=ranks.device) < len(starts)) / len(starts)
         share = ranks.share(cfg.ttt_batch_seqs)
         filled = np.resize(starts, cfg.ttt_batch_seqs)[share.start : share.stop]
-        positions = torch.from_numpy(filled).to(ranks.device)[:, None] + torch.arange(
-            cfg.eval_len + 1, device=ranks.device
-        )
-        tokens = self.validation.tokens[positions].long()
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        offsets = torch.arange(cfg.eval_len, device=ranks.device)
+        inputs, targets = self.validation.batch(torch.from_numpy(filled).to(ranks.device)[:, None] + offsets)
         self.optimizer.zero_grad()
         nll = self.model.fast_nll(inputs, targets, self.model.fast_weights(False), self.model.order)
         (nll.mean(1) * weight[share.start : share.stop]).sum().backward()
         grads = [parameter.grad for parameter in self.parameters]
         bucket = ranks.sum_(torch.cat([grad.flatten() for grad in grads]))
         torch._foreach_copy_(grads, [b.view_as(g) for g, b in zip(grads, bucket.split([g.numel() for g in grads]))])
-        for parameter in self.parameters:
-            if id(parameter) in self.layered:
-                parameter.grad[: cfg.ttt_freeze_blocks] = 0
+        for parameter in self.layered:
+            parameter.grad[: cfg.ttt_freeze_blocks] = 0
         if cfg.ttt_grad_clip:
             nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
         self.optimizer.step()
@@ -5103,15 +5110,12 @@ class DocumentAdditions:
 
 def document_spans(validation: ValidationSet) -> np.ndarray:
     """First target and end of each document, longest first; the BOS of the next one is a document's last target."""
-    starts = (validation.tokens[:-1] == validation.bos_id).nonzero()[:, 0].cpu().numpy()
-    starts = np.union1d([0], starts)
+    starts = np.union1d([0], (validation.tokens[:-1] == validation.bos_id).nonzero()[:, 0].cpu().numpy())
     spans = np.stack([starts, np.append(starts[1:], validation.targets)], 1)
     return spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
 
 
-def score_batch(
-    run: Runtime, additions: DocumentAdditions, validation: ValidationSet, spans: np.ndarray, table: Tensor
-) -> None:
+def score_batch(additions: DocumentAdditions, validation: ValidationSet, spans: np.ndarray, table: Tensor) -> None:
     """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored.
 
     `table` (2, targets) takes the nats of a target and the times that it was scored.
@@ -5119,7 +5123,7 @@ def score_batch(
     Windows hold the latest tokens of a document up to the chunk's end, in one of two widths, since each is a graph to
     compile (some 40 s); nothing of another document is in them, and what comes after the chunk is blank.
     """
-    cfg, device, last = run.cfg, run.ranks.device, len(validation.tokens) - 1
+    cfg, device, last = additions.cfg, validation.tokens.device, validation.targets - 1
     starts, ends = np.pad(spans, ((0, cfg.ttt_batch_size - len(spans)), (0, 0))).T  # the rest are empty documents
     additions.reset()
     for first in range(0, int((ends - starts).max()), cfg.ttt_chunk_size):
@@ -5131,9 +5135,7 @@ def score_batch(
         begin, scored_from, stop, goes_on = (column.unsqueeze(1) for column in plan.unbind(1))
         positions = begin + torch.arange(width, device=device)
         visible, scored = positions < stop, (positions >= scored_from) & (positions < stop)
-        blank, tokens = validation.bos_id, validation.tokens
-        ids = tokens[positions.clamp(max=last)].long().where(visible, blank)
-        targets = tokens[(positions + 1).clamp(max=last)].long().where(visible, blank)
+        ids, targets = (t.where(visible, validation.bos_id) for t in validation.batch(positions.clamp(max=last)))
         nll = additions.fast_nll(ids, targets, additions.model.order)
         place = positions[scored].to(table.device)
         table[0, place] += nll.detach()[scored].to(table)
@@ -5149,7 +5151,7 @@ def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tens
     model.requires_grad_(False)
     additions, spans, size = DocumentAdditions(run, model), document_spans(validation), run.cfg.ttt_batch_size
     for begin in range(run.ranks.rank * size, len(spans), run.ranks.world * size):
-        score_batch(run, additions, validation, spans[begin : begin + size], table)
+        score_batch(additions, validation, spans[begin : begin + size], table)
     model.requires_grad_(True)
     return run.ranks.sum_(table)
 
@@ -5187,10 +5189,8 @@ DEGRADATION_LIMIT = 0.01  # bpb that quantization may cost; the published system
 def log_degradation(run: Runtime, before: Score, after: Score) -> None:
     """What quantization cost, and a warning where that is more than any published system accepts."""
     lost = after.bpb - before.bpb
-    advice = (
-        f" WARNING: above {DEGRADATION_LIMIT}; raise MATRIX_BITS or TARGET_BYTES" if lost > DEGRADATION_LIMIT else ""
-    )
-    run.log(f"quantization_degradation bpb:{lost:+.8f}{advice}")
+    advice = f" WARNING: above {DEGRADATION_LIMIT}; raise MATRIX_BITS or TARGET_BYTES"
+    run.log(f"quantization_degradation bpb:{lost:+.8f}{advice if lost > DEGRADATION_LIMIT else ''}")
     run.log.event("degradation", bpb=lost)
 
 
@@ -5212,10 +5212,11 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produce
     log_score(run, f"final_{kind}_roundtrip", score)
     if produced.before:
         log_degradation(run, produced.before, score)
-    if cfg.eval_stride:
-        with run.timed("sliding window", "eval"):
-            score = evaluate(run, model, validation, cfg.eval_stride)
-        log_score(run, f"final_{kind}_sliding_window", score, f" stride:{cfg.eval_stride}")
+    for name, is_wanted in (("document windows", cfg.doc_attention), ("sliding window", True)):
+        if cfg.eval_stride and is_wanted:
+            with run.timed(name, "eval"):
+                score = evaluate(run, model, validation, cfg.eval_stride, name == "document windows")
+            log_score(run, f"final_{kind}_{name.replace(' ', '_')}", score, f" stride:{cfg.eval_stride}")
     if cfg.ttt_enabled or cfg.ngram_enabled:
         log_online(run, model, validation)
     if cfg.ttt_lora_enabled:
@@ -5232,9 +5233,8 @@ def log_online(run: Runtime, model: GPT, validation: ValidationSet) -> None:
         trainer = TestTimeTrainer(run, model, validation) if cfg.ttt_enabled else None
         mixer = NgramMixer(run, validation) if cfg.ngram_enabled else None
         results = evaluate_online(run, model, validation, trainer, mixer)
-    about = f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens}"
+    about = f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens}" + (f" lr:{cfg.ttt_lr:g}" if trainer else "")
     if trainer:
-        about += f" lr:{cfg.ttt_lr:g}"
         log_score(run, "legal_ttt", results[0], about)
     if mixer:
         about += f" orders:{cfg.ngram_min_order}-{cfg.ngram_max_order}"

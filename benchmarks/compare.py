@@ -71,7 +71,8 @@ BASE = {"MAX_WALLCLOCK_SECONDS": "60", "WARMUP_STEPS": "5", "VAL_LOSS_EVERY": "0
         "EVAL_STRIDE": "256"}  # fmt: skip
 LENGTHS = "warmdown_iters muon_momentum_warmup_steps swa_every lawa_freq post_qat_seconds".split()  # shrink with a run
 SCORES = {  # part of a score's name -> column, the first that fits
-    "ttt_lora": "document TTT", "ngram": "n-gram", "ttt": "TTT", "sliding_window": "sliding", "roundtrip": "round trip",
+    "ttt_lora": "document TTT", "ngram": "n-gram", "ttt": "TTT", "sliding_window": "sliding",
+    "document_windows": "by documents", "roundtrip": "round trip",
 }  # fmt: skip
 
 Row = dict[str, Any]  # what is known of one run; the keys are those of `row_of` and FACTS

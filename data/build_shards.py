@@ -4,11 +4,13 @@
 Usage:
     python3 data/build_shards.py --train docs.jsonl.zst --name fineweb10B_sp1024 --train-tokenizer 1024
     python3 data/build_shards.py --train a.parquet texts/ --val b.jsonl --name mine_sp4096 --tokenizer sp4096.model
+    python3 data/build_shards.py --train docs.jsonl --name mine_caseops --train-tokenizer 8192 --caseops
 
 Inputs: files or folders of .txt (one document each), .jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst (one JSON object a line)
 and .parquet. Without --val the first --val-docs documents of --train are the validation split. Output under --out:
 datasets/<name>/fineweb_{train,val}_%06d.bin, tokenizers/fineweb_<V>_bpe.{model,vocab} and manifest.json. The dataset
-folder appears only when the build has succeeded.
+folder appears only when the build has succeeded. A tokenizer with case marks (caseops.py) gets marked text, and the
+validation shards a sidecar, fineweb_val_bytes_%06d.bin, with the bytes of the original text for each token.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import io
@@ -31,16 +34,18 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import sentencepiece
 
+import caseops
+import console
 import shards
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
 BATCH_BYTES = 1_000_000  # enough work for a worker to hide the cost of handing it over
-MAX_VOCAB = 65_536  # ids are stored in 16 bits
+MAX_VOCAB = 65_536  # ids are stored in 16 bits, and so are the bytes of a token
 
 
 class BuildError(Exception):
@@ -49,13 +54,14 @@ class BuildError(Exception):
 
 @dataclasses.dataclass
 class Totals:
-    """Counts of one split. text_bytes: utf-8 of the input; token_bytes: what the tokens decode to."""
+    """Counts of one split. text_bytes: utf-8 of the input; token_bytes: what the tokens decode to; unknown: tokens."""
 
     docs: int = 0
     tokens: int = 0
     text_bytes: int = 0
     token_bytes: int = 0
     checked: int = 0
+    unknown: int = 0
     files: int = 0
 
     def plus(self, other: Totals) -> Totals:
@@ -66,10 +72,19 @@ class Totals:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """What a worker returns: ids uint16 [n] of a batch of documents, and its counts."""
+    """What a worker returns: ids uint16 [n] of a batch of documents, their sidecar uint16 [n] if asked, its counts."""
 
     ids: np.ndarray
+    sidecar: np.ndarray
     totals: Totals
+
+
+class Batch(NamedTuple):
+    """What a worker gets: documents, how many of them to decode again, and whether a sidecar is wanted."""
+
+    texts: list[str]
+    check: int
+    with_sidecar: bool
 
 
 # ---------------------------------------------------------------------------------------------- reading documents
@@ -117,8 +132,8 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8"))
-            except ValueError as error:
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
                 raise BuildError(f"{place}: not a line of JSON in utf-8 ({error})") from error
             text = record.get(field) if isinstance(record, dict) else None
             if not isinstance(text, str):
@@ -149,7 +164,7 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
 def read_text(path: Path) -> Iterator[tuple[str, str]]:
     """(place, text) of a .txt file: one document."""
     try:
-        yield str(path), path.read_bytes().decode("utf-8")
+        yield str(path), path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BuildError(f"{path}: not utf-8 ({error})") from error
 
@@ -192,8 +207,11 @@ def clean(place: str, text: object) -> str:
 # ------------------------------------------------------------------------------------------------------ tokenizer
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int) -> bytes:
-    """Train a BPE model with the challenge's settings on the first max_bytes of text; returns the model file."""
+def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, marks: str = "") -> bytes:
+    """Train a BPE model with the challenge's settings on the first max_bytes of text; returns the model file.
+
+    marks: characters that are pieces of their own, right after the special ones.
+    """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -210,6 +228,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int) -
             bos_id=shards.BOS_ID,
             eos_id=2,
             unk_id=3,
+            user_defined_symbols=list(marks),
             hard_vocab_limit=False,
             max_sentence_length=2**30,  # a sentence is a whole document here; the default would drop long ones
             num_threads=1,  # the result must not depend on the machine
@@ -245,19 +264,28 @@ def load_processor(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     return processor
 
 
-def save_tokenizer(model: bytes, folder: Path, overwrite: bool) -> str:
-    """Write .model and .vocab under their official names; returns the common stem."""
+def tokenizer_path(model: bytes, folder: Path, overwrite: bool) -> Path:
+    """Where the model belongs, under its official name; another one that is there already is an error."""
     processor = load_processor(model, "tokenizer")
-    stem = f"fineweb_{processor.vocab_size()}_bpe"
-    target = folder / f"{stem}.model"
+    target = folder / f"fineweb_{processor.vocab_size()}_bpe{suffix_of(processor)}.model"
     if target.exists() and target.read_bytes() != model and not overwrite:
         raise BuildError(f"{target} is another tokenizer that other shards may need; see --overwrite, or another --out")
+    return target
+
+
+def suffix_of(processor: sentencepiece.SentencePieceProcessor) -> str:
+    """What the names of tokenizers and datasets with case marks end with."""
+    return f"_{caseops.TRANSFORM}_reserved" if caseops.knows_marks(processor) else ""
+
+
+def save_tokenizer(model: bytes, target: Path) -> None:
+    """Write .model and .vocab."""
+    processor = load_processor(model, "tokenizer")
     with shards.replacing(target) as file:
         file.write(model)
     lines = (f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(processor.vocab_size()))
-    with shards.replacing(folder / f"{stem}.vocab") as file:
+    with shards.replacing(target.with_suffix(".vocab")) as file:
         file.write("".join(lines).encode())
-    return stem
 
 
 # ------------------------------------------------------------------------------------------------------- encoding
@@ -269,26 +297,64 @@ class Encoder:
     def __init__(self, model: bytes) -> None:
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.table = shards.byte_table(self.processor)
+        self.is_marked = caseops.knows_marks(self.processor)
+        pieces = map(self.processor.id_to_piece, range(self.processor.vocab_size()))
+        self.sizes = np.array([1 if self.processor.is_byte(i) else len(p.encode()) for i, p in enumerate(pieces)])
+        # By default SentencePiece puts a space before each text and drops it again when it decodes.
+        self.before, _, self.after = self.processor.normalize("a").partition("a")
 
-    def encode(self, texts: list[str], check: int) -> Encoded:
+    def encode(self, batch: Batch) -> Encoded:
         """BOS and ids of each text; the first `check` texts are decoded again and compared byte for byte."""
+        texts = [self._marked(text) for text in batch.texts] if self.is_marked else batch.texts
         rows = self.processor.encode(texts, out_type=int, num_threads=1)
         ids = np.array([index for row in rows for index in (shards.BOS_ID, *row)], dtype=np.uint16)
-        # BOS is a boundary, so the sum over the batch equals the sum over its documents.
-        totals = Totals(len(texts), len(ids), sum(len(text.encode()) for text in texts), self.table.count(ids),
-                        min(check, len(texts)))
-        for text, row in zip(texts[:check], rows):
+        for text, row in zip(texts[:batch.check], rows):
             self._check(text, row)
-        return Encoded(ids, totals)
+        text_bytes, sidecar = sum(len(text.encode()) for text in batch.texts), ids[:0]
+        if batch.with_sidecar and self.is_marked:
+            sidecar = np.concatenate([self._original_bytes(text, row) for text, row in zip(texts, rows)])
+            assert int(sidecar.sum()) == text_bytes, f"{sidecar.sum()} bytes in the sidecar, {text_bytes} in the text"
+        # BOS is a boundary, so the sum over the batch equals the sum over its documents.
+        counted = text_bytes if self.is_marked else self.table.count(ids)
+        unknown = int(np.count_nonzero(ids == self.processor.unk_id()))
+        checked = min(batch.check, len(texts))
+        return Encoded(ids, sidecar, Totals(len(texts), len(ids), text_bytes, counted, checked, unknown))
+
+    def _marked(self, text: str) -> str:
+        """The text with case marks, from which it was restored."""
+        marked = caseops.mark_case(text)
+        if caseops.restore_case(marked) != text:
+            raise BuildError(f"case marks do not give back the document that begins {text[:60]!r}; please report this")
+        return marked
+
+    def _original_bytes(self, marked: str, row: list[int]) -> np.ndarray:
+        """Sidecar of a document, uint16: 0 for BOS, then the bytes of the text without marks for each token."""
+        normalized, offsets = self.processor.normalize(marked, with_offsets=True)
+        is_inner = (np.frombuffer(normalized.encode(), dtype=np.uint8) & 0xC0) == 0x80  # bytes within a character
+        ends = np.cumsum(self.sizes[row]) if row else np.zeros(1, dtype=int)
+        if not row or ends[-1] != len(is_inner):
+            raise BuildError(f"the tokens do not spell the document that begins {marked[:60]!r}: {ends[-1]} bytes of "
+                             f"{len(is_inner)} after normalisation; it cannot be counted, so leave it out")
+        characters = np.concatenate(([0], np.cumsum(np.append(~is_inner[1:], True))))[ends]
+        counts = caseops.original_bytes(marked, np.asarray(offsets)[characters])
+        if counts.max() >= MAX_VOCAB:
+            raise BuildError(f"a token stands for {counts.max()} bytes of the document that begins {marked[:60]!r}; "
+                             f"the sidecar holds {MAX_VOCAB - 1} at most: shorten its white space")
+        return np.concatenate(([0], counts)).astype(np.uint16)
+
+    def _normalized(self, text: str) -> str:
+        """What the ids of a text should decode to."""
+        normalized = self.processor.normalize(text).removeprefix(self.before).removesuffix(self.after)
+        return normalized.replace("\u2581", " ")
 
     def _check(self, text: str, row: list[int]) -> None:
-        counted = self.table.count(np.array(row, dtype=np.uint16))
+        counted, unknown = self.table.count(np.array(row, dtype=np.uint16)), row.count(self.processor.unk_id())
         decoded = self.processor.decode(row)
-        if counted != len(decoded.encode()) or decoded != self.processor.normalize(text).replace("\u2581", " "):
-            size, unknown = len(decoded.encode()), row.count(self.processor.unk_id())
+        if unknown or counted != len(decoded.encode()) or decoded != self._normalized(text):
             raise BuildError(
-                f"byte check failed: {size} bytes decoded, {counted} counted, {unknown} unknown tokens "
-                f"in the document that begins {text[:60]!r}; a tokenizer needs byte fallback"
+                f"byte check failed: {len(decoded.encode())} bytes decoded, {counted} counted, {unknown} unknown "
+                f"tokens in the document that begins {text[:60]!r}; a tokenizer needs byte fallback and must not add "
+                "to the text or take from it"
             )
 
 
@@ -297,40 +363,41 @@ _worker: list[Encoder] = []  # one per worker process; building it for each batc
 
 def start_worker(model: bytes) -> None:
     """Initializer of a worker process."""
+    console.follow_parent()
     _worker.append(Encoder(model))
 
 
-def encode_batch(texts: list[str], check: int) -> Encoded:
+def encode_batch(batch: Batch) -> Encoded:
     """Task of a worker process."""
-    return _worker[0].encode(texts, check)
+    return _worker[0].encode(batch)
 
 
-def batches(documents: Iterable[str], check_docs: int) -> Iterator[tuple[list[str], int]]:
-    """Batches of about BATCH_BYTES, each with the number of its first documents to check."""
+def batches(documents: Iterable[str], check_docs: int, with_sidecar: bool) -> Iterator[Batch]:
+    """Batches of about BATCH_BYTES; of all documents the first check_docs are decoded again."""
     batch: list[str] = []
     size = 0
     for text in documents:
         batch.append(text)
         size += len(text)
         if size >= BATCH_BYTES:
-            yield batch, min(check_docs, len(batch))
+            yield Batch(batch, min(check_docs, len(batch)), with_sidecar)
             check_docs -= min(check_docs, len(batch))
             batch, size = [], 0
     if batch:
-        yield batch, min(check_docs, len(batch))
+        yield Batch(batch, min(check_docs, len(batch)), with_sidecar)
 
 
-def encode_all(work: Iterable[tuple[list[str], int]], model: bytes, workers: int) -> Iterator[Encoded]:
+def encode_all(work: Iterable[Batch], model: bytes, workers: int) -> Iterator[Encoded]:
     """Encode batches in order. Only a few are in flight, so memory stays bounded however large the input is."""
     if workers == 1:
         encoder = Encoder(model)
-        yield from (encoder.encode(*item) for item in work)
+        yield from map(encoder.encode, work)
         return
     pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(model,))
     pending: deque[Future[Encoded]] = deque()
     try:
         for item in work:
-            pending.append(pool.submit(encode_batch, *item))
+            pending.append(pool.submit(encode_batch, item))
             if len(pending) >= 3 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -342,21 +409,30 @@ def encode_all(work: Iterable[tuple[list[str], int]], model: bytes, workers: int
 
 
 def write_split(split: str, documents: Iterable[str], model: bytes, folder: Path, args: argparse.Namespace) -> Totals:
-    """Encode and write one split; returns its counts."""
+    """Encode and write one split; returns its counts. All validation documents are checked: scores are per byte."""
     totals, started = Totals(), time.monotonic()
-    with shards.ShardWriter(folder, split, args.shard_tokens) as writer:
-        for encoded in encode_all(batches(documents, args.check_docs), model, args.workers):
+    settings = args.shard_tokens, hashlib.sha256(model).digest()
+    check_docs = sys.maxsize if split == "val" and args.check_docs else args.check_docs
+    work = batches(documents, check_docs, with_sidecar=split == "val")
+    with (shards.ShardWriter(folder, split, *settings) as writer,
+          shards.ShardWriter(folder, f"{split}_bytes", *settings) as sidecar):
+        for encoded in encode_all(work, model, args.workers):
             writer.add(encoded.ids)
+            sidecar.add(encoded.sidecar)
             totals = totals.plus(encoded.totals)
             if writer.files > totals.files:
                 totals.files = writer.files
-                print(f"{split}: {writer.tokens} tokens written, {time.monotonic() - started:.1f} s", flush=True)
+                console.say(f"{split}: {writer.tokens} tokens written, {time.monotonic() - started:.1f} s")
     totals.files = writer.files
     if totals.docs:
-        print(f"{split}: {totals.docs} docs, {totals.text_bytes} text bytes, {totals.token_bytes} bytes after "
-              f"normalisation, {totals.tokens} tokens, {totals.token_bytes / totals.tokens:.4f} bytes/token, "
-              f"{totals.files} shards, {totals.checked} docs checked byte for byte, {time.monotonic() - started:.1f} s",
-              flush=True)
+        console.say(f"{split}: {totals.docs} docs, {totals.text_bytes} text bytes, {totals.token_bytes} bytes after "
+                    f"normalisation, {totals.tokens} tokens, {totals.token_bytes / totals.tokens:.4f} bytes/token, "
+                    f"{totals.files} shards, {totals.checked} docs checked byte for byte, "
+                    f"{time.monotonic() - started:.1f} s")
+    if sidecar.files:
+        console.say(f"{split}: case marks undone in every document, {totals.text_bytes} text bytes in the sidecar")
+    if totals.unknown:
+        console.say(f"warning: {totals.unknown} unknown tokens in {split}: without byte fallback text is lost")
     return totals
 
 
@@ -424,34 +500,42 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise BuildError(f"{path}: not JSON ({error}); the shards are complete, remove it and build again") from error
+        raise BuildError(f"{path}: not JSON ({error}); remove it or choose another --out") from error
 
 
-def write_manifest(args: argparse.Namespace, stem: str, splits: dict[str, Totals], split: Split) -> None:
+def write_manifest(args: argparse.Namespace, built: Built) -> None:
     """Add this dataset and its tokenizer to <out>/manifest.json, in the layout of the hub's manifest."""
+    stem = built.tokenizer.stem
     vocab_size = int(stem.split("_")[1])
     path = args.out / "manifest.json"
     manifest = read_manifest(path)
-    val, train = splits["val"], splits["train"]
+    val, train = built.totals["val"], built.totals["train"]
+    suffix = stem.removeprefix(f"fineweb_{vocab_size}_bpe")
     ids = {"vocab_size": vocab_size, "bos_id": shards.BOS_ID, "eos_id": 2,
            "recommended_bigram_vocab_size": -(-vocab_size // 128) * 128 * 5}
     kind, folder = "sentencepiece_bpe", f"datasets/{args.name}"
-    tokenizer = {"name": f"sp_bpe_{vocab_size}", "kind": kind, **ids,
-                 "source_spec": {"name": f"sp_bpe_{vocab_size}", "vocab_size": vocab_size},
-                 "model_path": f"tokenizers/{stem}.model", "vocab_path": f"tokenizers/{stem}.vocab"}
+    name, marks = f"sp_bpe_{vocab_size}{suffix}", {}
+    if suffix:
+        marks = {"text_transform": caseops.TRANSFORM, "reserve_text_transform_controls": True}
+    tokenizer = {"name": name, "kind": kind, **ids, **marks,
+                 "source_spec": {"name": name, "vocab_size": vocab_size, **marks},
+                 "model_path": f"tokenizers/{stem}.model", "vocab_path": f"tokenizers/{stem}.vocab",
+                 "tokenizer_sha256": built.tokenizer_sha256}
     stats = {}
     for unit in ("docs", "files", "tokens"):
         counts = {"val": getattr(val, unit), "train": getattr(train, unit)}
         stats.update({f"{unit}_total": sum(counts.values()), **{f"{unit}_{key}": n for key, n in counts.items()}})
     dataset = {"name": args.name, "tokenizer_name": tokenizer["name"], "tokenizer_kind": kind, "path": folder,
                "train_glob": f"{folder}/fineweb_train_*.bin", "val_glob": f"{folder}/fineweb_val_*.bin", **ids,
-               "stats": stats}
+               "tokenizer_sha256": built.tokenizer_sha256, "stats": stats}
+    if suffix:
+        dataset["val_bytes_glob"] = f"{folder}/fineweb_val_bytes_*.bin"
     shards.write_json(path, {
         "version": "custom", "num_docs": stats["docs_total"], "num_val_docs": val.docs, "shuffle_seed": None,
         "shard_size": args.shard_tokens, "append_eos": False, "docs_jsonl": None,
         "docs_meta": {"remote_repo_id": None, "remote_root": None, "num_docs": stats["docs_total"],
                       "docs_sha256": None, "source_manifest": None, "source_sidecar": None,
-                      "documents_sha256": split.documents_sha256.hexdigest(),
+                      "documents_sha256": built.documents_sha256,
                       "inputs": [str(item) for item in [*args.val, *args.train]]},
         "tokenizer_specs": entry_of(manifest.get("tokenizer_specs", []), tokenizer["source_spec"]),
         "tokenizers": entry_of(manifest.get("tokenizers", []), tokenizer),
@@ -474,10 +558,11 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", type=Path, help="SentencePiece .model to use")
     tokenizer.add_argument("--train-tokenizer", type=int, metavar="V", help="train one with V pieces on train text")
+    add("--caseops", action="store_true", help="case marks: train a tokenizer with them; one that has them uses them")
     add("--tokenizer-mb", type=float, default=256.0, help="text to train it on, in 10**6 bytes (default 256)")
     add("--shard-tokens", type=int, default=100_000_000, help="tokens a shard (default 100000000)")
     add("--text-field", default="text", help="JSON key or parquet column (default text)")
-    add("--check-docs", type=int, default=1000, help="documents per split to check byte for byte (default 1000)")
+    add("--check-docs", type=int, default=1000, help="train documents to check byte for byte (1000; 0: nor val)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it")
     overlap = parser.add_mutually_exclusive_group()
     overlap.add_argument("--allow-overlap", dest="on_overlap", action="store_const", const="allow", default="error",
@@ -491,7 +576,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     args.val_docs = 50_000 if args.val_docs is None else args.val_docs
     if min(args.val_docs, args.shard_tokens, args.workers, args.tokenizer_mb) <= 0 or args.check_docs < 0:
         parser.error("--val-docs, --shard-tokens, --workers and --tokenizer-mb must be positive, --check-docs >= 0")
-    if not args.name or Path(args.name).name != args.name:
+    if not args.name or args.name.startswith(".") or Path(args.name).name != args.name:
         parser.error("--name must be a plain folder name")
     return args
 
@@ -501,14 +586,21 @@ def get_model(args: argparse.Namespace) -> bytes:
     if args.tokenizer:
         if not args.tokenizer.is_file():
             raise BuildError(f"{args.tokenizer}: no such tokenizer")
-        return args.tokenizer.read_bytes()
+        model = args.tokenizer.read_bytes()
+        if args.caseops and not caseops.knows_marks(load_processor(model, str(args.tokenizer))):
+            raise BuildError(f"{args.tokenizer}: no pieces for case marks; leave out --caseops or take another one")
+        return model
     started = time.monotonic()
     documents = tokenizer_documents(args)
     first = next(documents, None)
     if first is None:
         raise BuildError("no train documents to train a tokenizer on" + too_few(args))
-    model = train_tokenizer(itertools.chain([first], documents), args.train_tokenizer, int(args.tokenizer_mb * 1e6))
-    print(f"tokenizer: {args.train_tokenizer} pieces trained, {time.monotonic() - started:.1f} s", flush=True)
+    documents, size = itertools.chain([first], documents), int(args.tokenizer_mb * 1e6)
+    if args.caseops:
+        model = train_tokenizer(map(caseops.mark_case, documents), args.train_tokenizer, size, caseops.MARKS)
+    else:
+        model = train_tokenizer(documents, args.train_tokenizer, size)
+    console.say(f"tokenizer: {args.train_tokenizer} pieces trained, {time.monotonic() - started:.1f} s")
     return model
 
 
@@ -517,59 +609,119 @@ def too_few(args: argparse.Namespace) -> str:
     return "" if args.val else f"; the input has no more than the {args.val_docs} documents of --val-docs"
 
 
-def build(args: argparse.Namespace, staging: Path) -> tuple[str, dict[str, Totals], Split]:
-    """Write tokenizer and shards; the shards go to the staging folder."""
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a build has made: path of the tokenizer, hashes in hex, and the counts by split."""
+
+    tokenizer: Path
+    tokenizer_sha256: str
+    documents_sha256: str
+    totals: dict[str, Totals]
+
+
+def build(args: argparse.Namespace, staging: Path) -> Built:
+    """Write shards to the staging folder, and the tokenizer once they are complete."""
     model = get_model(args)
     load_processor(model, str(args.tokenizer or "the new tokenizer"))
+    tokenizer = tokenizer_path(model, args.out / "tokenizers", args.overwrite)
     val, train = open_splits(args)
     split = Split(args.on_overlap)
     streams = {"val": split.val(val), "train": split.train(train)}  # lazy, and val comes first
     totals = {name: write_split(name, texts, model, staging, args) for name, texts in streams.items()}
     if split.overlap:
-        print(f"overlap: {split.overlap} train documents are also in val ({args.on_overlap})")
+        console.say(f"overlap: {split.overlap} train documents are also in val ({args.on_overlap})")
     if split.overlap and args.on_overlap == "error":
         raise BuildError(f"{split.overlap} train documents are also in val; see --drop-overlap and --allow-overlap")
     for name, counts in totals.items():
         if not counts.docs:
             raise BuildError(f"no documents in the {name} split" + (too_few(args) if name == "train" else ""))
-    return save_tokenizer(model, args.out / "tokenizers", args.overwrite), totals, split
+    save_tokenizer(model, tokenizer)
+    return Built(tokenizer, hashlib.sha256(model).hexdigest(), split.documents_sha256.hexdigest(), totals)
+
+
+def settle(target: Path) -> Path:
+    """Finish or undo what publish() may have left half done; returns the older dataset's other name."""
+    older = target.with_name(f".{target.name}.older")
+    if older.exists() and not target.exists():
+        os.replace(older, target)
+    shutil.rmtree(older, ignore_errors=True)
+    return older
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Let the finished dataset take the place of an older one."""
+    """Let the finished dataset take the place of an older one, which is there until then."""
     shards.claim_folder(staging, "build_shards.py")
     if target.exists():
-        shutil.rmtree(target)
+        os.replace(target, settle(target))
     os.replace(staging, target)
+
+
+@contextlib.contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside the target for this process alone; it is gone afterwards.
+
+    The system drops the lock when a process dies, so that what a killed build left is known to be nobody's.
+    """
+    staging, lock = target.with_name(f".{target.name}.building"), target.with_name(f".{target.name}.lock")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_owner = lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except BlockingIOError:
+            is_owner = False
+        except OSError as error:  # some network file systems have no locks
+            console.warn(f"warning: cannot lock {lock} ({error.strerror}): run no other build of this name meanwhile")
+            is_owner = True
+        if not is_owner:
+            raise BuildError(f"another build of {target} is running, or was until now")
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            settle(target)
+            staging.mkdir()
+            yield staging
+        finally:
+            settle(target)
+            shutil.rmtree(staging, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """Build into a staging folder and publish it if all went well."""
-    target = args.out / "datasets" / args.name
-    if target.exists() and any(target.iterdir()) and not args.overwrite:
-        raise BuildError(f"{target} is not empty; old and new shards must not mix, see --overwrite")
-    staging = target.with_name(f".{args.name}.{os.getpid()}.building")
-    staging.mkdir(parents=True)
-    try:
-        stem, totals, split = build(args, staging)
+    named = args.out / "datasets" / args.name
+    target = named.resolve()  # a link to another disk stays one
+    read_manifest(args.out / "manifest.json")  # a broken one is found before the work, not after it
+    with staging_folder(target) as staging:
+        if target.exists() and any(target.iterdir()) and not args.overwrite:
+            raise BuildError(f"{target} is not empty; old and new shards must not mix, see --overwrite")
+        built = build(args, staging)
         publish(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    write_manifest(args, stem, totals, split)
-    print(f"fingerprint: train_shards: {totals['train'].files} val_tokens: {totals['val'].tokens} "
-          f"val_docs: {totals['val'].docs} documents_sha256: {split.documents_sha256.hexdigest()[:16]}")
-    print(f"DATA_PATH={target} TOKENIZER_PATH={args.out / 'tokenizers' / stem}.model")
+    try:
+        write_manifest(args, built)
+    except OSError as error:
+        raise BuildError(f"the shards are complete, but {args.out}/manifest.json cannot be written: {error}") from error
+    val, train = built.totals["val"], built.totals["train"]
+    console.say(f"fingerprint: train_shards: {train.files} val_tokens: {val.tokens} val_docs: {val.docs} "
+                f"documents_sha256: {built.documents_sha256[:16]} tokenizer_sha256: {built.tokenizer_sha256[:16]}")
+    console.say(f"DATA_PATH={named} TOKENIZER_PATH={built.tokenizer}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    args = parse_args(arguments)
     try:
-        run(parse_args(arguments))
-    except (BuildError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        run(args)
+    except BuildError as error:
+        console.warn(f"error: {error}")
         return 1
+    except OSError as error:
+        console.warn(f"error: {error}; check space and rights of {args.out}; older data is untouched")
+        return 1
+    except KeyboardInterrupt as stop:
+        console.warn("interrupted; a dataset takes its place only when it is complete")
+        return console.exit_status(stop)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run_tool(main))

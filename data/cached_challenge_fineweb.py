@@ -23,14 +23,15 @@ import os
 import re
 import shutil
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import console
 import shards
+from console import say
 
 try:
     import huggingface_hub
@@ -171,15 +172,6 @@ class Hub:
         return DownloadError(text)
 
 
-_print_lock = threading.Lock()
-
-
-def say(text: str) -> None:
-    """Print a line at once; worker threads must not mix their lines."""
-    with _print_lock:
-        print(text, flush=True)
-
-
 def first_line(error: BaseException) -> str:
     """Short form of an error; those of the hub client span many lines."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -192,12 +184,21 @@ def remembered(path: Path, fetch: Callable[[], Any]) -> Any:
     except MissingFileError:
         raise
     except DownloadError as error:
-        if not path.exists():
+        kept = read_json(path)
+        if kept is None:
             raise
         say(f"warning: {error}; using {path}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return kept
     shards.write_json(path, value)
     return value
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def index_path(data_dir: Path, repo_id: str, kind: str) -> Path:
@@ -287,10 +288,14 @@ def plan_from_listing(files: list[str], dataset: str) -> Plan:
 def make_plan(hub: Hub, variant: str, skip_manifest: bool, data_dir: Path) -> Plan:
     """Find the variant in the repo's manifest or, failing that, among its files."""
     manifest = None if skip_manifest else load_manifest(hub, data_dir)
-    listed = [item["name"] for item in (manifest or {}).get("datasets", [])]
-    dataset = match_dataset(variant, listed)
-    if manifest is not None and dataset is not None:
-        return plan_from_manifest(manifest, dataset, hub.prefix)
+    try:
+        listed = [item["name"] for item in (manifest or {}).get("datasets", [])]
+        dataset = match_dataset(variant, listed)
+        if manifest is not None and dataset is not None:
+            return plan_from_manifest(manifest, dataset, hub.prefix)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DownloadError(f"the manifest of {hub.repo_id} has another form than expected ({type(error).__name__}: "
+                            f"{error}); use --skip-manifest") from error
     files = remembered(index_path(data_dir, hub.repo_id, "manifest_listing"), hub.list_files)
     folders = dataset_folders(files)
     dataset = match_dataset(variant, sorted(folders))
@@ -399,15 +404,19 @@ def fetch_all_shards(hub: Hub, plan: Plan, folder: Path, workers: int) -> None:
 
 def report(folder: Path, plan: Plan, official: bool) -> None:
     """Print the fingerprint that reviewers compare, and warn of the known kinds of wrong data."""
-    train, val = shards.list_shards(folder, "train"), shards.list_shards(folder, "val")
-    val_tokens = sum(shards.read_header(path) for path in val)
+    train, val, sidecars = (shards.list_shards(folder, split) for split in ("train", "val", "val_bytes"))
+    val_tokens = sum(shards.read_header(path).count for path in val)
     val_docs = shards.count_documents(val, plan.bos_id)
+    counted = sum(shards.read_header(path).count for path in sidecars)
+    if sidecars and counted != val_tokens:
+        raise shards.ShardError(f"{folder}: {counted} byte counts for {val_tokens} validation tokens; remove "
+                                "fineweb_val_* and fetch them again")
     if len(train) != len(plan.train):
         say(f"note: {folder} holds {len(train)} train shards, not the {len(plan.train)} asked for; training reads all")
     if official and val_docs != OFFICIAL_VAL_DOCS:
         say(f"warning: {val_docs} validation documents instead of {OFFICIAL_VAL_DOCS}: not the official split, "
             "scores cannot be compared")
-    if train and shards.read_header(train[0]) == LEAKY_SHARD_TOKENS:
+    if train and shards.read_header(train[0]).count == LEAKY_SHARD_TOKENS:
         say(f"warning: shards of {LEAKY_SHARD_TOKENS} tokens are the mark of a preparation script that left 80% of "
             "the validation documents in train")
     say(f"fingerprint: train_shards: {len(train)} val_tokens: {val_tokens} val_docs: {val_docs}")
@@ -474,6 +483,8 @@ def run(args: argparse.Namespace) -> None:
             if remote not in plan.optional and remote != documents[1]:
                 raise
     fetch_all_shards(hub, plan, folder, args.workers)
+    for model in (target for target in targets.values() if target.suffix == ".model"):
+        shards.record_tokenizer(folder, model)
     official = short_name(plan.dataset) in REPO_OF_VARIANT or "caseops" in plan.dataset
     report(folder, plan, official)
 
@@ -484,17 +495,19 @@ def main(arguments: list[str] | None = None) -> int:
     disable_progress_bars()
     try:
         run(args)
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here")
-        os._exit(130)  # a plain exit would wait for the downloads that are under way
+    except KeyboardInterrupt as stop:
+        console.warn("interrupted; the same command goes on from here")
+        for remnant in args.data_dir.glob(f"**/.*.{os.getpid()}.tmp"):
+            remnant.unlink(missing_ok=True)
+        os._exit(console.exit_status(stop))  # a plain exit would wait for the downloads that are under way
     except (DownloadError, shards.ShardError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        console.warn(f"error: {error}")
         return 1
     except OSError as error:
-        print(f"error: {error}; check space and rights of {args.data_dir}", file=sys.stderr)
+        console.warn(f"error: {error}; check space and rights of {args.data_dir}")
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run_tool(main))

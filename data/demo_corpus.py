@@ -35,7 +35,9 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data import topics
+from typing import BinaryIO
 
+import console
 import shards
 
 COMMON_WORDS = frozenset(
@@ -67,7 +69,7 @@ class Document:
 
 def digest(text: str) -> bytes:
     """Hash that orders and compares texts."""
-    return hashlib.sha256(text.encode("utf-8")).digest()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
 def is_english(paragraph: str) -> bool:
@@ -164,7 +166,7 @@ def read_all(workers: int) -> Iterator[Document]:
     """Documents in a fixed order: language reference, prose, then modules."""
     yield from (Document(f"pydoc/{name}", paragraphs_of(text)) for name, text in sorted(topics.topics.items()))
     prose, code = find_files()
-    pool = concurrent.futures.ProcessPoolExecutor(workers)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=console.follow_parent)
     try:
         for documents in pool.map(read_chunk, [*chunks(prose), *chunks(code)]):
             yield from documents
@@ -209,14 +211,13 @@ def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     return train, val
 
 
-def write_jsonl(path: Path, documents: list[Document]) -> None:
+def write_jsonl(file: BinaryIO, path: Path, documents: list[Document]) -> None:
     """Write one split and print its size."""
-    with shards.replacing(path) as file:
-        for document in documents:
-            record = {"text": document.text, "source": document.source}
-            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
+    for document in documents:
+        record = {"text": document.text, "source": document.source}
+        file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
     size = sum(len(document.text.encode("utf-8")) for document in documents)
-    print(f"{path}: {len(documents)} documents, {size} text bytes")
+    console.say(f"{path}: {len(documents)} documents, {size} text bytes")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -228,17 +229,30 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.max_mb <= 0 or args.workers < 1:
         parser.error("--max-mb must be positive and --workers at least 1")
-    started = time.monotonic()
-    limit = int(args.max_mb * 1e6)
-    train, val = split(unique(read_all(args.workers), limit))
-    if not train or not val:
-        print("error: too little English text in this installation; raise --max-mb", file=sys.stderr)
+    try:
+        return write_corpus(args)
+    except OSError as error:
+        console.warn(f"error: {error}; check space and rights of {args.out}")
         return 1
-    write_jsonl(args.out / "train.jsonl", train)
-    write_jsonl(args.out / "val.jsonl", val)
-    print(f"{time.monotonic() - started:.1f} s")
+    except KeyboardInterrupt as stop:
+        console.warn("interrupted")
+        return console.exit_status(stop)
+
+
+def write_corpus(args: argparse.Namespace) -> int:
+    """Gather, split and write; returns the exit status."""
+    started = time.monotonic()
+    train, val = split(unique(read_all(args.workers), int(args.max_mb * 1e6)))
+    if not train or not val:
+        console.warn("error: too little English text in this installation; raise --max-mb")
+        return 1
+    train_path, val_path = args.out / "train.jsonl", args.out / "val.jsonl"
+    with shards.replacing(train_path) as train_file, shards.replacing(val_path) as val_file:
+        write_jsonl(train_file, train_path, train)  # both or neither: a new half beside an old one could overlap
+        write_jsonl(val_file, val_path, val)
+    console.say(f"{time.monotonic() - started:.1f} s")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run_tool(main))

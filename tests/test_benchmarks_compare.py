@@ -363,7 +363,7 @@ def test_runs_end_to_end_and_are_not_repeated(
     log = [json.loads(line) for line in next(Path("logs").glob("compare_good_*.jsonl")).read_text().splitlines()]
     scores = [event["val_bpb"] for event in log if event["event"] == "score"]
     assert [rows[0]["before"], *rows[0]["scores"].values()] == scores
-    assert list(rows[0]["scores"]) == ["round trip", "sliding"]
+    assert list(rows[0]["scores"]) == ["round trip", "by documents", "sliding"]
     assert rows[0]["train_limit_s"] == 60 and rows[0]["steps"] == 12 and rows[0]["wall_s"] > rows[0]["train_s"]
 
     tried: list[str] = []

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data import topics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,10 +41,12 @@ COMMIT = "0123456789" * 4
 # ------------------------------------------------------------------------------------------------------- fake hub
 
 
-def shard_bytes(ids: list[int]) -> bytes:
-    """A shard, spelled out here so that the format has a second witness."""
+def shard_bytes(ids: list[int], tokenizer: bytes | None = None) -> bytes:
+    """A shard, spelled out here so that the format has a second witness; the tokenizer's hash is words 3 to 10."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = 20240520, 1, len(ids)
+    if tokenizer is not None:
+        header[3:11] = np.frombuffer(hashlib.sha256(tokenizer).digest(), dtype="<i4")
     return header.tobytes() + np.array(ids, dtype="<u2").tobytes()
 
 
@@ -183,7 +186,7 @@ class Client:
         """Where the shards of the usual variant land."""
         return self.folder / "data/datasets/fineweb10B_sp1024"
 
-    def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, stdout: Any = subprocess.PIPE, **env: str) -> subprocess.Popen[str]:
         """Start the script."""
         inherited = {key: value for key, value in os.environ.items()
                      if not key.startswith(("HF_", "MATCHED_")) and key not in ("DATA_DIR",)
@@ -193,7 +196,7 @@ class Client:
         command = [sys.executable, str(DATA / "cached_challenge_fineweb.py"), "--data-dir", str(self.folder / "data")]
         # A shell's background jobs begin with SIGINT ignored, and so would the script of tests that run in one.
         return subprocess.Popen([*command, *arguments], env={**inherited, **settings}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                stdout=stdout, stderr=subprocess.PIPE,
                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     def run(self, *arguments: str, fails: bool = False, **env: str) -> str:
@@ -279,6 +282,16 @@ def test_temporary_server_error(hub: Hub, client: Client) -> None:
     assert f"error: fetching {other} of {REPO} failed" in out and "503" in out
 
 
+@pytest.mark.parametrize("manifest", [b"[]", b'{"datasets": 3}', b'{"datasets": [{"path": "x"}]}', b"null", b"{",
+                                      b'{"datasets": [{"name": "sp1024", "stats": {"files_train": "many"}}]}'])
+def test_odd_manifests(hub: Hub, client: Client, manifest: bytes) -> None:
+    """A manifest of another form gets one line, and --skip-manifest helps."""
+    hub.files["datasets/manifest.json"] = manifest
+    if manifest not in (b"null", b"[]"):
+        assert "use --skip-manifest" in client.run("1", fails=True)
+    assert "train_shards: 1" in client.run("1", "--skip-manifest")
+
+
 def test_unknown_variant_lists_what_there_is(client: Client) -> None:
     """The message names the repo, what it has, and where the variant can be found."""
     out = client.run("--variant", "sp4096", fails=True)
@@ -327,6 +340,44 @@ def test_caseops_variant_with_sidecar(hub: Hub, client: Client) -> None:
         "fineweb_train_000000.bin", "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"]
 
 
+def test_the_tokenizer_of_downloaded_shards_is_recorded(hub: Hub, client: Client) -> None:
+    """Official shards do not say which tokenizer made them; `sha256sum -c` can check what is written beside them."""
+    client.run("2")
+    marker = client.dataset / ".tokenizer.sha256"
+    assert marker.read_text() == f"{hashlib.sha256(b'model').hexdigest()}  ../../tokenizers/fineweb_1024_bpe.model\n"
+    subprocess.run(["sha256sum", "-c", "--status", marker.name], cwd=client.dataset, check=True)
+    hub.files["datasets/tokenizers/fineweb_1024_bpe.model"] = b"another model"
+    out = client.run("2", fails=True, HF_HOME=str(client.folder / "hf2"))
+    assert f"holds shards of the tokenizer with SHA-256 {hashlib.sha256(b'model').hexdigest()}" in out
+    assert marker.read_text().startswith(hashlib.sha256(b"model").hexdigest())
+
+
+def test_shards_with_another_tokenizer_in_their_headers(hub: Hub, client: Client) -> None:
+    """Shards that name their tokenizer must name the one that came with them."""
+    name = f"{FOLDER}/fineweb_val_000000.bin"
+    hub.files[name] = shard_bytes([1, 7], b"model")
+    assert "val_tokens: 2" in client.run("1")
+    hub.files[f"{FOLDER}/fineweb_train_000001.bin"] = shard_bytes([1, 7], b"another model")
+    out = client.run("2", fails=True)
+    assert f"the tokenizer with SHA-256 {hashlib.sha256(b'another model').hexdigest()}" in out
+
+
+def test_copies_and_gaps_in_a_downloaded_folder(hub: Hub, client: Client) -> None:
+    """A copy beside the shards is an error; a gap is what an interrupted download leaves, and is filled."""
+    client.run("3")
+    (client.dataset / "fineweb_train_000001.bin").unlink()
+    assert "train_shards: 3" in client.run("3")
+    copy = client.dataset / "fineweb_val_000000 (1).bin"
+    copy.write_bytes(shard_bytes([1, 7]))
+    assert f"error: {copy} looks like a shard" in client.run("3", fails=True)
+
+
+def test_byte_counts_for_other_tokens(hub: Hub, client: Client) -> None:
+    """A sidecar of another length than the validation tokens is refused."""
+    hub.files[f"{FOLDER}/fineweb_val_bytes_000000.bin"] = shard_bytes([0, 2, 3])
+    assert "3 byte counts for 5 validation tokens" in client.run("1", fails=True)
+
+
 def test_downloads_run_in_parallel(hub: Hub, client: Client) -> None:
     """Each train shard is only served while the two others are being asked for."""
     hub.barrier = threading.Barrier(3)
@@ -334,7 +385,8 @@ def test_downloads_run_in_parallel(hub: Hub, client: Client) -> None:
     assert not hub.barrier.broken
 
 
-def test_interrupted_run_leaves_no_partial_file(hub: Hub, client: Client) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_leaves_no_partial_file(hub: Hub, client: Client, number: signal.Signals) -> None:
     """Ctrl-C in the middle of a shard: no file under its name; the same command then finishes."""
     name = f"{FOLDER}/fineweb_train_000000.bin"
     hub.stall = (name, threading.Event())
@@ -342,12 +394,27 @@ def test_interrupted_run_leaves_no_partial_file(hub: Hub, client: Client) -> Non
     deadline = time.monotonic() + 30
     while name not in hub.gets and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
+    assert process.returncode == 128 + number, out + err
     assert not (client.dataset / Path(name).name).exists()
     hub.stall[1].set()
     assert "train_shards: 1" in client.run("1")
+
+
+def test_a_lost_console_and_terminal_do_not_end_a_download(hub: Hub, client: Client) -> None:
+    """A full disk under standard output, and SIGHUP in the middle of a shard; threads and retries print, too."""
+    name = f"{FOLDER}/fineweb_train_000000.bin"
+    hub.stall, hub.failures[f"{FOLDER}/fineweb_train_000001.bin"] = (name, threading.Event()), 1
+    with open("/dev/full", "w") as full:
+        process = client.start("3", stdout=full)
+    deadline = time.monotonic() + 30
+    while name not in hub.gets and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    hub.stall[1].set()
+    assert process.communicate(timeout=60)[1].startswith("warning: standard output is lost ([Errno 28]")
+    assert process.returncode == 0 and len(contents(client.dataset)) == 4
 
 
 def test_other_repo_is_not_mixed_in(hub: Hub, client: Client) -> None:
@@ -443,6 +510,21 @@ def test_formats(tmp_path: Path, model: Path, suffix: str) -> None:
     assert read_split(tmp_path, "train").tolist() == reference_ids(model, DOCUMENTS)
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "train.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, model: Path, name: str) -> None:
+    """Some editors put one before the first line."""
+    (tmp_path / name).write_text('{"text": "one"}' if name.endswith("l") else "one", encoding="utf-8-sig")
+    assert build(tmp_path, model, tmp_path / name) == 0
+    assert read_split(tmp_path, "train").tolist() == reference_ids(model, ["one"])
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b"])
+def test_names_that_are_no_folder_of_their_own(tmp_path: Path, model: Path, name: str) -> None:
+    """`--name .. --overwrite` would have replaced the whole data folder."""
+    with pytest.raises(SystemExit):
+        build(tmp_path, model, tmp_path, "--name", name, "--overwrite")
+
+
 def test_folder_of_text_files(tmp_path: Path, model: Path) -> None:
     """A folder is read in sorted order, one document a .txt file; other files are left alone."""
     folder = tmp_path / "texts"
@@ -459,7 +541,7 @@ def test_bytes_are_exact(model: Path) -> None:
     """The byte table agrees with the decoder on each odd document, and with pieces counted one by one."""
     encoder = build_shards.Encoder(model.read_bytes())
     texts = [build_shards.clean("x", text) for text in ODD_DOCUMENTS]
-    totals = encoder.encode(texts, len(texts)).totals
+    totals = encoder.encode(build_shards.Batch(texts, len(texts), True)).totals
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert totals.token_bytes == sum(len(processor.decode(processor.encode(text)).encode()) for text in texts)
     assert (totals.docs, totals.checked) == (len(texts), len(texts))
@@ -479,17 +561,60 @@ def test_byte_check_refuses_a_lossy_tokenizer(tmp_path: Path, capsys: pytest.Cap
     assert "byte check failed" in capsys.readouterr().err
 
 
+def train_model(path: Path, **options: object) -> Path:
+    """A small tokenizer with byte fallback and otherwise SentencePiece's own defaults."""
+    settings = {"byte_fallback": True, "model_type": "bpe", "vocab_size": 420, "pad_id": 0, "bos_id": 1, "eos_id": 2,
+                "unk_id": 3, "max_sentence_length": 10**6, "minloglevel": 2, **options}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(DOCUMENTS[:9]), model_prefix=str(path), **settings)
+    return path.with_suffix(".model")
+
+
+@pytest.mark.parametrize("options", [{}, {"remove_extra_whitespaces": False},
+                                     {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}])
+def test_the_space_that_sentencepiece_adds_is_not_text(tmp_path: Path, options: dict[str, object]) -> None:
+    """By default it puts one before each text and drops it in decoding; the counts are those of the text alone."""
+    path = train_model(tmp_path / "default", **options)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert processor.encode("word", out_type=str)[0].startswith("\u2581"), "the space is there"
+    source = write_jsonl(tmp_path / "train.jsonl", DOCUMENTS)
+    assert build(tmp_path, path, source) == 0
+    texts = [build_shards.clean("x", text) for text in DOCUMENTS]
+    totals = build_shards.Encoder(path.read_bytes()).encode(build_shards.Batch(texts, len(texts), True)).totals
+    assert totals.token_bytes == sum(len(processor.decode(processor.encode(text)).encode()) for text in texts)
+    if options.get("normalization_rule_name") == "identity":
+        marks = sum(text.count("\u2581") for text in texts)  # read as spaces, of one byte for three
+        assert totals.token_bytes == totals.text_bytes - 2 * marks, "nothing else is normalised away, or added"
+
+
+def test_a_tokenizer_that_adds_to_the_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A space after each text is decoded as text that nobody wrote; it would flatter bits per byte."""
+    path = train_model(tmp_path / "suffix", treat_whitespace_as_suffix=True)
+    assert build(tmp_path, path, write_jsonl(tmp_path / "train.jsonl", ["some text"])) == 1
+    assert "byte check failed" in capsys.readouterr().err
+
+
+def test_all_of_validation_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last validation document counts as the first does; --check-docs is for train, and 0 means no check at all."""
+    lossy = train_model(tmp_path / "lossy", byte_fallback=False, add_dummy_prefix=False)
+    source = write_jsonl(tmp_path / "all.jsonl", ["a text", "\u4f60\u597d", "train text"])
+    arguments = tmp_path, lossy, source, "--val-docs", "2"
+    assert build(*arguments, "--check-docs", "1", val=False) == 1
+    assert "byte check failed: 5 bytes decoded, 0 counted, 1 unknown" in capsys.readouterr().err
+    assert build(*arguments, "--check-docs", "0", val=False) == 0
+    assert "warning: 1 unknown tokens in val: without byte fallback text is lost" in capsys.readouterr().out
+
+
 def test_documents_cross_shard_borders(tmp_path: Path, model: Path) -> None:
     """All shards but the last are full, and the documents run on from one to the next."""
     source = write_jsonl(tmp_path / "train.jsonl", DOCUMENTS)
     assert build(tmp_path, model, source, "--shard-tokens", "1000") == 0
     folder = tmp_path / "out/datasets/d"
-    sizes = [shards.read_header(path) for path in shards.list_shards(folder, "train")]
+    sizes = [shards.read_header(path).count for path in shards.list_shards(folder, "train")]
     expected = reference_ids(model, DOCUMENTS)
     assert sizes == [1000] * (len(expected) // 1000) + [len(expected) % 1000]
     assert read_split(tmp_path, "train").tolist() == expected
     assert shards.count_documents(shards.list_shards(folder, "train")) == len(DOCUMENTS)
-    assert shards.list_shards(folder, "train")[0].read_bytes() == shard_bytes(expected[:1000])
+    assert shards.list_shards(folder, "train")[0].read_bytes() == shard_bytes(expected[:1000], model.read_bytes())
 
 
 def test_worker_count_does_not_matter(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,6 +637,8 @@ def test_first_documents_are_val(tmp_path: Path, model: Path, capsys: pytest.Cap
     manifest = json.loads((tmp_path / "out/manifest.json").read_text(encoding="utf-8"))
     stats = manifest["datasets"][0]["stats"]
     assert (stats["docs_val"], stats["docs_train"]) == (5, len(DOCUMENTS) - 5)
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    assert manifest["tokenizers"][0]["tokenizer_sha256"] == manifest["datasets"][0]["tokenizer_sha256"] == digest
     assert stats["tokens_train"] == len(reference_ids(model, DOCUMENTS[5:]))
     assert (tmp_path / "out" / manifest["tokenizers"][0]["model_path"]).read_bytes() == model.read_bytes()
     assert build(tmp_path, model, source, "--val-docs", "99", "--overwrite", val=False) == 1
@@ -556,6 +683,8 @@ BAD_INPUTS = {
     "not utf-8": ("bad.jsonl", b'{"text": "\xff"}\n', r"bad\.jsonl:1: not a line of JSON in utf-8"),
     "surrogate": ("bad.jsonl", b'{"text": "\\ud800"}\n', r"bad\.jsonl:1: text holds half of a surrogate pair"),
     "empty": ("bad.jsonl", b"\n", r"no documents in the train split"),
+    "nested": ("bad.jsonl", b"[" * 99999, r"bad\.jsonl:1: not a line of JSON"),
+    "utf-16": ("bad.jsonl", '{"text": "ok"}'.encode("utf-16"), r"bad\.jsonl:1: not a line of JSON in utf-8"),
     "latin-1 text": ("bad.txt", b"caf\xe9", r"bad\.txt: not utf-8"),
     "cut xz": ("bad.jsonl.xz", lzma.compress(b'{"text": "ok"}\n' * 99)[:-20], r"bad\.jsonl\.xz: cannot be read"),
     "no zstd": ("bad.jsonl.zst", b"plain", r"bad\.jsonl\.zst: cannot be read"),
@@ -585,6 +714,22 @@ def test_existing_data_is_kept(tmp_path: Path, model: Path, capsys: pytest.Captu
     assert build(tmp_path, model, source, "--name", "e") == 1
     assert "another tokenizer that other shards may need" in capsys.readouterr().err
     assert tokenizer.read_bytes() == b"another one" and not (tmp_path / "out/datasets/e").exists()
+
+
+@pytest.mark.parametrize("stray", ["fineweb_val_000000 (1).bin", "fineweb_val_000000.old.bin", "fineweb_val_00001.bin",
+                                   "Copy of fineweb_val_000000.bin", "FINEWEB_VAL_000001.BIN", "fineweb_val_000002.bin"])
+def test_strays_and_gaps(tmp_path: Path, stray: str) -> None:
+    """What looks like a shard and is not named like one, and a missing number, are named; other files are not."""
+    names = ["fineweb_val_000000.bin", "fineweb_train_000000.bin", "fineweb_val_bytes_000000.bin", "notes.bin",
+             "._fineweb_val_000000.bin", "fineweb_val_000000.bin.gz"]
+    for name in names:
+        (tmp_path / name).write_bytes(shard_bytes([1]))
+    for split in ("train", "val", "val_bytes"):
+        assert [path.name for path in shards.list_shards(tmp_path, split)] == [f"fineweb_{split}_000000.bin"]
+    (tmp_path / stray).write_bytes(shard_bytes([1]))
+    with pytest.raises(shards.ShardError, match="looks like a shard|000001.bin is missing, but fineweb_val_000002") as raised:
+        shards.list_shards(tmp_path, "val")
+    assert stray in str(raised.value)
 
 
 @pytest.mark.parametrize("raw, message", [

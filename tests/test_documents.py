@@ -1,5 +1,6 @@
 """DOC_ATTENTION: attention that does not cross documents (descendants of PR #634)."""
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -226,6 +227,9 @@ def test_a_run_trains_and_scores_with_it(
     name = "final_int6_sliding_window_exact"
     final = {key: [line for line in log if line.startswith(name)] for key, log in logs.items()}
     assert final["run"] == final["again"] != final["dense"]
+    by_document = re.compile(r"final_int6_document_windows_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8} stride:16$")
+    final = {key: [line for line in log if by_document.match(line)] for key, log in logs.items()}
+    assert final["run"] == final["again"] and len(final["run"]) == 1 and final["dense"] == []
 
 
 def test_a_back_end_without_documents_is_refused() -> None:

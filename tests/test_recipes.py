@@ -151,6 +151,13 @@ def test_the_matched_pair_differs_in_the_activation_alone() -> None:
     assert different == {"MLP_ACTIVATION", "ASQU_BETA_INIT", "ASQU_LR"}
 
 
+def test_sp8192_caseops_is_sp8192_on_other_data() -> None:
+    """The same settings, so that the two scores say what the case marks are worth."""
+    marked, plain = (t.read_recipe(RECIPES[0].parent / f"{name}.env") for name in ("sp8192_caseops", "sp8192"))
+    assert {k: v for k, v in marked.items() if k not in ("DATA_PATH", "TOKENIZER_PATH")} == plain
+    assert all("8192" in marked[k] and "caseops" in marked[k] for k in ("DATA_PATH", "TOKENIZER_PATH"))
+
+
 def test_ttt_ngram_is_xsa_vr_ga_scored_in_more_ways() -> None:
     """Training and export are the same system's."""
     more, same = (t.read_recipe(RECIPES[0].parent / f"{name}.env") for name in ("ttt_ngram", "xsa_vr_ga"))

@@ -84,6 +84,8 @@ CANONICAL = [
     r"^DIAGNOSTIC post_ema val_loss:\S+ val_bpb:\S+", r"^final_int6_roundtrip val_loss:\S+ val_bpb:\S+ eval_time:\d+ms",
     r"^final_int6_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
     r"^quantization_degradation bpb:[+-]\d\.\d{8}$",
+    r"^final_int6_document_windows val_loss:\S+ val_bpb:\S+ stride:16 eval_time:\d+ms",
+    r"^final_int6_document_windows_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} stride:16$",
     r"^final_int6_sliding_window val_loss:\S+ val_bpb:\S+ stride:16 eval_time:\d+ms",
     r"^final_int6_sliding_window_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}", r"^never activated: ",
     r"^budget train: ", r"^budget eval: ", r"^budget untimed: ",
@@ -131,7 +133,7 @@ def test_the_ledger_books_every_phase_once(full: Path) -> None:
     """Training holds steps, Hessians and GPTQ; evaluation holds reading the artifact and both scores."""
     ledger = {e["budget"]: e for e in events(full / "logs/full.jsonl") if e["event"] == "ledger"}
     assert {"steps", "hessians", "gptq"} <= set(ledger["train"]["phases"])
-    assert {"read artifact", "roundtrip", "sliding window"} == set(ledger["eval"]["phases"])
+    assert {"read artifact", "roundtrip", "document windows", "sliding window"} == set(ledger["eval"]["phases"])
     assert {"warmup", "validation@5", "validation@12"} <= set(ledger["untimed"]["phases"])
     assert not any(e["over"] for e in ledger.values())
     assert sum(ledger["eval"]["phases"].values()) == pytest.approx(ledger["eval"]["seconds"])
