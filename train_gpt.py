@@ -3853,11 +3853,10 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
         collect_hessians(run, trainer, 0, 1)  # compiles
         with calibration.running():
             hessians = collect_hessians(run, trainer, 0, 3)
-    quantize_shared(run, quant_jobs(model), hessians, 6.0)  # loads libraries
+    exporter = Exporter(run, model, hessians)
+    exporter.fit()  # loads libraries
     with rounding.running():
-        jobs = quant_jobs(model)
-        sigmas = fill_sigmas(cfg, jobs, kept_tensors(model)) if cfg.fits_clip else cfg.matrix_clip_sigmas
-        quantize_shared(run, jobs, hessians, sigmas)
+        exporter.fit()
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
     seconds = batches * calibration.total / 3 + passes * rounding.total
     return run.ranks.agree(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
@@ -4401,6 +4400,14 @@ def ideal_bytes(coded: Iterable[Coded], kept: Mapping[str, Tensor]) -> float:
     return sum(entropy_bytes(c.codes) + 2 * c.scale.numel() for c in coded) + 2 * halves
 
 
+def bisect(size: Callable[[float], float], low: float, high: float, limit: float) -> float:
+    """The least x in (low, high] with size(x) <= limit, to 1/4096 of the range; size falls, and x = high is not tried."""
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) > limit else (low, middle)
+    return high
+
+
 SIGMAS_RANGE = (4.0, 20.0)  # of 6 bits: below 4 the grid clips more than it gains; at 20 a weight has 2.6 bits
 FILL = (0.995, 0.9985, 1.0)  # least, aimed-at and greatest part of TARGET_BYTES that the artifact takes
 
@@ -4409,16 +4416,13 @@ def fill_sigmas(cfg: Config, jobs: list[QuantJob], kept: Mapping[str, Tensor], r
     """The clip k whose rounded codes fill the limit, by bisection of their entropy; `ratio`: actual over estimated."""
     limit = FILL[1] * cfg.target_bytes - code_bytes()
 
-    def size(sigmas: float) -> float:
-        scales = [job_scale(cfg, job, {}, sigmas) for job in jobs]
+    def size(log_sigmas: float) -> float:
+        scales = [job_scale(cfg, job, {}, math.exp(log_sigmas)) for job in jobs]
         rounded = (Coded(round_to_grid(j.tensor, scale, j.bits), scale) for j, scale in zip(jobs, scales, strict=True))
         return ratio * ideal_bytes(rounded, kept)
 
-    low, high = SIGMAS_RANGE[0], SIGMAS_RANGE[1] * (2 ** (cfg.matrix_bits - 1) - 1) / 31
-    for _ in range(12):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if size(middle) > limit else (low, middle)
-    return high
+    finest, coarsest = SIGMAS_RANGE[0], SIGMAS_RANGE[1] * (2 ** (cfg.matrix_bits - 1) - 1) / 31
+    return math.exp(bisect(size, math.log(finest), math.log(coarsest), limit))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -4693,10 +4697,17 @@ class Exporter:
         self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
         self.ratio = 1.0  # of the size over the entropy, when last encoded
 
-    def quantize(self) -> None:
+    def fit(self, ratio: float = 1.0) -> None:
+        """Quantize; a clip that is ours to choose is first chosen by the expected size, `ratio` times its estimate."""
+        jobs = quant_jobs(self.model, self.layer_bits)
+        if self.cfg.fits_clip and not self.layer_bits:
+            (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
+        self.coded = quantize_shared(self.run, jobs, self.hessians, self.sigmas)
+
+    def quantize(self, ratio: float = 1.0) -> None:
+        """`fit` on the clock."""
         with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
-            jobs = quant_jobs(self.model, self.layer_bits)
-            self.coded = quantize_shared(self.run, jobs, self.hessians, self.sigmas)
+            self.fit(ratio)
 
     def encode(self) -> int:
         """Encode the current codes, on rank 0; returns the artifact's size, on every rank."""
@@ -4719,17 +4730,12 @@ class Exporter:
 
     def fill(self) -> None:
         """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
-        if not self.cfg.fits_clip:
-            self.quantize()
-            self.encode()
-            return
         ratio = 1.0
         for _ in range(3):
-            with self.run.timed("clip", "train"):
-                jobs = quant_jobs(self.model)
-                (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
-            self.quantize()
+            self.quantize(ratio)
             share = (self.encode() + code_bytes()) / self.cfg.target_bytes
+            if not self.cfg.fits_clip:
+                return
             self.run.log(f"fit: clip_sigmas:{self.sigmas:.3f} artifact:{self.size} share_of_limit:{share:.4f}")
             finest = self.sigmas <= SIGMAS_RANGE[0] * 1.001  # a small model: there is nothing more to spend bytes on
             if share <= FILL[2] and (share >= FILL[0] or finest):
@@ -4744,29 +4750,21 @@ class Exporter:
         costs = {n: self.coded[n].scale.float().square().unsqueeze(-1).expand_as(self.coded[n].codes) for n in names}
         ones = {n: self.coded[n].codes.abs() == 1 for n in names}
         ranked = torch.cat([costs[n][ones[n]] for n in names]).sort().values
-        full, low, high = dict(self.coded), 0.0, 1.0
+        full = dict(self.coded)
 
-        def zero(share: float) -> None:
+        def zeroed_size(share: float) -> float:
             threshold = ranked[min(int(share * len(ranked)), len(ranked) - 1)]
             for n in names:
                 codes = full[n].codes.masked_fill(ones[n] & (costs[n] <= threshold), 0)
-                self.coded[n] = Coded(codes, full[n].scale)
+                self.coded[n] = full[n]._replace(codes=codes)
+            return self.expected()
 
-        for _ in range(4):
-            lower, upper = low, high
-            for _ in range(12):  # by entropy, and then by the coder
-                middle = (lower + upper) / 2
-                zero(middle)
-                lower, upper = (lower, middle) if self.expected() <= 0.999 * self.limit else (middle, upper)
-            zero(upper)
-            low, high = (low, upper) if self.encode() <= self.limit else (upper, high)
-            if self.limit * 0.998 <= self.size <= self.limit or high - low < 1e-3:
+        for _ in range(4):  # by entropy, and then by the coder, which corrects what is expected of it
+            share = bisect(zeroed_size, 0.0, 1.0, 0.999 * self.limit)
+            zeroed_size(share)
+            if self.encode() <= self.limit:
                 break
-        if self.size > self.limit and upper != high:
-            upper = high
-            zero(upper)
-            self.encode()
-        self.run.log(f"selective_prune: +-1 codes zeroed:{upper:.4f} artifact:{self.size}")
+        self.run.log(f"selective_prune: +-1 codes zeroed:{share:.4f} artifact:{self.size}")
 
     def lower_layers(self) -> None:
         """Give one layer after another five bits, from the centre outwards, until the artifact fits (PR #638)."""
