@@ -154,7 +154,7 @@ class Config:
     loop_start: int = opt(3, "first looped layer, counted from 0", low=0)
     loop_end: int = opt(5, "last looped layer", low=0)
     enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0, high=1)
-    lora_rank: int = opt(0, "rank of each pass's own addition to looped matrices, from the start (0: none)", low=0, high=65_536)
+    lora_rank: int = opt(0, "LoRA rank of each pass over the looped matrices, at the start (0: none)", low=0, high=4096)
     logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
@@ -397,13 +397,15 @@ ALIASES: dict[str, tuple[str, float | None]] = {
 # A name with one of these words, or that ends in one of the others, is meant for a training script: such scripts read
 # some 460 names, and one that passes here for a setting of another program would do nothing in silence.
 OWN_WORDS = set(
-    "ADAM ASQU ATTN BIGRAM CASEOPS CE CHECKPOINT COMPRESSOR DTG EMA EMBED EMBEDDING EVAL FP16 GATE GATED GPTQ GRAD INT4 "
-    "INT5 INT6 INT8 JEPA LAWA LAYER LAYERS LOGIT LOOP LOOPS LOOPING LORA LOWBIT LQER LR MATRIX MLP MOMENTUM MTP MUON "
-    "NGRAM PARALLEL PREQUANT QAT QK QUANT RECUR RECURRENCE RESUME ROPE SLIDING SMEAR SOFTCAP SWA TRIGRAM TTT VE WARMDOWN WD XSA".split()
+    "ADAM ASQU ATTN BIGRAM CASEOPS CE CHECKPOINT COMPRESSOR DTG EMA EMBED EMBEDDING EVAL FP16 GATE GATED GPTQ GRAD "
+    "INT4 INT5 INT6 INT8 JEPA LAWA LAYER LAYERS LOGIT LOOP LOOPS LOOPING LORA LOWBIT LQER LR MATRIX MLP MOMENTUM MTP "
+    "MUON NGRAM PARALLEL PREQUANT QAT QK QUANT RECUR RECURRENCE RESUME ROPE SLIDING SMEAR SOFTCAP SWA TRIGRAM TTT VE "
+    "WARMDOWN WD XSA".split()
 )
 OWN_ENDINGS = tuple(
-    "_BITS _BLOCKS _CLIP _DECAY _DEPTH _DIM _DIMS _ENABLED _EPOCHS _EVAL _FRAC _FRACTION _HEADS _INIT _ITERS _LAMBDA _LEN "
-    "_MULT _PATTERNS _RANK _RATIO _SCALE _SCALING _SCHEDULE _SIGMA _SIGMAS _SIZE _START _STEP _STEPS _WEIGHT".split()
+    "_BITS _BLOCKS _CLIP _DECAY _DEPTH _DIM _DIMS _ENABLED _EPOCHS _EVAL _FRAC _FRACTION _HEADS _INIT _ITERS _LAMBDA "
+    "_LEN _MULT _PATTERNS _RANK _RATIO _SCALE _SCALING _SCHEDULE _SIGMA _SIGMAS _SIZE _START _STEP _STEPS "
+    "_WEIGHT".split()
 )
 # Prefixes of other software: never ours, even where a word of ours follows.
 FOREIGN_PREFIXES = tuple(
@@ -414,7 +416,7 @@ FOREIGN_PREFIXES = tuple(
 
 
 def read_recipe(path: Path) -> dict[str, str]:
-    """KEY=value lines of a recipe. Quotes round a value are taken off; a # that is first or after a space is a comment."""
+    """KEY=value lines of a recipe. Quotes round a value come off; a # at the start or after a space is a comment."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as problem:
@@ -445,7 +447,7 @@ def is_meant_for_training(name: str, known: list[str]) -> bool:
 
 
 def check_names(mapping: Mapping[str, str], strict: bool) -> None:
-    """Refuse unknown variables, all in one message: every one in a recipe, in the environment those that look like ours."""
+    """Refuse unknown variables in one message: all of a recipe's, and those of the environment that look like ours."""
     known, found = [*Config.variables(), *ALIASES], []
     for name in sorted(set(mapping) - set(known)):
         if strict or (mapping[name] and is_meant_for_training(name, known)):
@@ -453,8 +455,8 @@ def check_names(mapping: Mapping[str, str], strict: bool) -> None:
             near = near or [longer for longer in known if longer.startswith(f"{name}_")][:2]
             found.append(f"{name}={mapping[name]}" + f" (did you mean {' or '.join(near)}?)" * bool(near))
     if found:
-        raise UserError(f"no such variable{'s' * (len(found) > 1)}: {', '.join(found)}; python train_gpt.py --help lists "
-                        "all. Unset what is not meant for this run")  # fmt: skip
+        raise UserError(f"no such variable: {', '.join(found)}; python train_gpt.py --help lists all. Unset what is "
+                        "not meant for this run")  # fmt: skip
 
 
 def given_values(mapping: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
@@ -559,7 +561,7 @@ def training_rules(cfg: Config) -> Rules:
         (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
-        (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor][2],
+        (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor].strongest,
          f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
     ]  # fmt: skip
 
@@ -860,7 +862,7 @@ FILE_MARKS = {"ARTIFACT_PATH": b"PGOLF", "WEIGHTS_PATH": b"PK"}  # how the files
 
 
 def refuse_to_replace(cfg: Config) -> None:
-    """UserError if the run would replace weights, an artifact, a log with steps or scores, or a file of another kind."""
+    """UserError if the run would replace weights, an artifact, a log with steps or scores, or a foreign file."""
     taken = []
     for variable, path in cfg.outputs.items():
         if variable == "RUN_ID":
@@ -872,8 +874,8 @@ def refuse_to_replace(cfg: Config) -> None:
                 raise UserError(f"{variable}={path}: not a file that a run has written; set another one or remove it")
         taken += [f"{variable}={cfg.run_id if variable == 'RUN_ID' else path}"] if is_taken else []
     if taken and not (cfg.overwrite or cfg.resume):
-        raise UserError(f"{' '.join(taken)}: an earlier run left its files there. Set another one, OVERWRITE=1 to replace "
-                        "them, or RESUME=1 to go on with a training run")  # fmt: skip
+        raise UserError(f"{' '.join(taken)}: an earlier run left its files there. Set another one, OVERWRITE=1 to "
+                        "replace them, or RESUME=1 to go on with a training run")  # fmt: skip
 
 
 class Log:
@@ -1066,7 +1068,7 @@ def log_header(run: Runtime) -> None:
     """Source with its sha256, versions, and every hyperparameter with where it came from."""
     cfg, log, source = run.cfg, run.log, Path(__file__).read_bytes()
     if run.ranks.is_main:
-        write_whole(Path(f"logs/{cfg.log_name}.py"), source, "log")  # beside it: tools that grep a log must not hit code
+        write_whole(Path(f"logs/{cfg.log_name}.py"), source, "log")  # not in the log, which tools grep
     log(f"source: sha256:{hashlib.sha256(source).hexdigest()} bytes:{len(source)} copy:logs/{cfg.log_name}.py")
     log(f"Running Python {sys.version.split()[0]} PyTorch {torch.__version__} command: {' '.join(sys.argv)}")
     device = run.ranks.device
@@ -1104,12 +1106,12 @@ def log_ledger(run: Runtime) -> None:
 # 3. Data
 # ----------------------------------------------------------------------------------------------
 # Shards are 256 little-endian int32 (magic, version, token count, the SHA-256 of the tokenizer's file or zeros, zeros)
-# and then that many uint16 tokens. Every document starts with BOS; documents run across shard borders. A batch is a pure
-# function of its number, so warm-up, restarts and any number of ranks see the same data.
+# and then that many uint16 tokens. Every document starts with BOS; documents run across shard borders. A batch is a
+# pure function of its number, so warm-up, restarts and any number of ranks see the same data.
 #
 # Nothing in a shard of the official sets says which tokenizer made it, and with a wrong one the bits per byte are wrong
-# by half without any other sign. So the text of validation documents is encoded again: the right tokenizer gives the same
-# tokens, another one at most 4% of them.
+# by a third without any other sign. So the text of validation documents is encoded again: the right tokenizer gives the
+# same tokens, another one at most 4% of them.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MICRO_BATCH_TOKENS = 98_304  # one GPU's share of the record batch: 786,432 over 8; fits 80 GB with room
@@ -1159,8 +1161,8 @@ def shard_paths(cfg: Config, split: str) -> list[Path]:
     paths = [path for path in found if split == "val_bytes" or "_bytes_" not in path.name]
     for number, path in enumerate(paths):
         if path.name != f"fineweb_{split}_{number:06d}.bin":
-            raise UserError(f"DATA_PATH={cfg.shard_folder}: found {path.name} where fineweb_{split}_{number:06d}.bin should "
-                            "be; fetch what is missing, move away what is not a shard")  # fmt: skip
+            raise UserError(f"DATA_PATH={cfg.shard_folder}: found {path.name} where fineweb_{split}_{number:06d}.bin "
+                            "should be; fetch what is missing, move away what is not a shard")  # fmt: skip
     if not paths and split != "val_bytes":
         raise UserError(
             f"DATA_PATH={cfg.shard_folder}: no fineweb_{split}_*.bin there; get them with "
@@ -1182,8 +1184,8 @@ class TokenStream:
         pieces, position = [], start % self.total
         while count > 0:
             index = int(np.searchsorted(self.ends, position, side="right"))
-            shard = self.shards[index]
-            piece = shard.read(shard.count - int(self.ends[index]) + position, min(count, int(self.ends[index]) - position))
+            shard, rest = self.shards[index], int(self.ends[index]) - position
+            piece = shard.read(shard.count - rest, min(count, rest))
             if int(piece.max()) >= self.vocab_size:
                 raise UserError(f"{shard.path}: token {piece.max()}, set VOCAB_SIZE={self.vocab_size} higher")
             pieces.append(piece)
@@ -1339,7 +1341,7 @@ class ByteTable:
         return [place for place in found if place.stop > place.start]
 
     def same_tokens(self, tokens: np.ndarray, text: str) -> int:
-        """How many of `tokens` come again when `text` is encoded: those before the first difference and after the last."""
+        """How many of `tokens` come again when `text` is encoded: before the first difference and after the last."""
         again = np.array(self.pieces.encode(text), np.int64)
         length = min(len(tokens), len(again))
         head = np.flatnonzero(tokens[:length] != again[:length])
@@ -1350,7 +1352,7 @@ class ByteTable:
         """UserError unless this is the tokenizer of `tokens`; says in words what was compared.
 
         Text encoded again gives the same tokens. The table counts its bytes exactly; the counts of a sidecar (n,) are
-        those of the text without case marks (private-use characters), but for letters whose cases differ in length.
+        those of the text without case marks (private-use characters) and with the white space that was normalized away.
         """
         where, places = f"TOKENIZER_PATH={self.path}: not the tokenizer of these shards", self.passages(tokens)
         same, plain = 0, 0
@@ -1368,7 +1370,7 @@ class ByteTable:
         if sidecar is None:
             return f"bytes exact on {len(places)} documents, {share:.2%} of {total} tokens the same when encoded again"
         noted = sum(int(sidecar[place].sum()) for place in places)
-        if abs(noted - plain) > 0.01 * plain:
+        if not 0.99 * plain <= noted <= 1.2 * plain:
             raise UserError(f"the byte sidecar counts {noted} bytes where the text has {plain}; fetch it again")
         return f"bytes by sidecar, {share:.2%} of {total} tokens the same when encoded again"
 
@@ -1402,20 +1404,19 @@ OFFICIAL_SETS = {
 }
 
 
-def check_tokenizer(shards: list[Shard], table: ByteTable) -> None:
-    """UserError where a shard notes another tokenizer than the one in hand."""
-    for shard in shards:
-        if shard.tokenizer not in ("", table.sha256):
-            raise UserError(f"TOKENIZER_PATH={table.path} (sha256 {table.sha256[:16]}): {shard.path} was built with another "
-                            f"tokenizer, sha256 {shard.tokenizer[:16]}; set that one or fetch the shards again")  # fmt: skip
+def check_tokenizer(cfg: Config, stream: TokenStream, sha256: str) -> None:
+    """UserError where a shard notes another tokenizer than that of `sha256`."""
+    for shard in stream.shards:
+        if shard.tokenizer not in ("", sha256):
+            raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_file} (sha256 {sha256[:16]}): {shard.path} was built with "
+                            f"another tokenizer, sha256 {shard.tokenizer[:16]}; set that one")  # fmt: skip
 
 
 def load_validation(run: Runtime) -> ValidationSet:
     """Validation tokens and their byte counts (from the sidecar where there is one), checked and logged."""
     cfg, log = run.cfg, run.log
     table, stream = ByteTable(cfg.tokenizer_file, cfg.vocab_size), TokenStream(cfg, "val")
-    training = [] if cfg.eval_only else TokenStream(cfg, "train").shards
-    check_tokenizer([*stream.shards, *training], table)
+    check_tokenizer(cfg, stream, table.sha256)
     tokens = stream.read(0, stream.total)
     documents = int((tokens == table.bos_id).sum())
     if not documents:
@@ -1431,8 +1432,8 @@ def load_validation(run: Runtime) -> ValidationSet:
     total = int(counts[1:].sum())
     official = OFFICIAL_SETS.get(len(tokens), ("", total))
     if abs(total - official[1]) > 1:
-        raise UserError(f"{cfg.shard_folder}: {total} bytes in {len(tokens)} tokens; {official[0]} has {official[1]}: the "
-                        "shards, the sidecar or the tokenizer are not the official ones; fetch them again")  # fmt: skip
+        raise UserError(f"{cfg.shard_folder}: {total} bytes in {len(tokens)} tokens; {official[0]} has {official[1]}: "
+                        "shards, sidecar or tokenizer are not the official ones; fetch them again")  # fmt: skip
     digest = hashlib.sha256(tokens.astype("<u2").tobytes() + counts.astype("<u2").tobytes()).hexdigest()
     identity = {"tokenizer_sha256": table.sha256, "val_sha256": digest}
     log.event("data", split="val", tokens=len(tokens), documents=documents, bytes=total, **identity)
@@ -2304,19 +2305,30 @@ def compiled(cfg: Config, function: Callable) -> Callable:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def micro_batch_tokens(run: Runtime, model: GPT) -> int:
-    """Most tokens that a micro-batch may have on every rank's GPU: 98,304, or what the memory holds.
+def tokens_that_fit(peaks: list[int], length: int, kept: int, limit: float) -> tuple[float, str]:
+    """Tokens of a micro-batch that `limit` bytes hold, and why, from the peaks of one and of two sequences of `length`.
 
-    Two uncompiled micro-steps, of one and two sequences, tell what a token takes. It takes that twice: a phase is warmed
-    up while the CUDA graphs of those before it keep their memory. Evaluation, which has no gradients, takes less.
+    A token takes its bytes twice: a phase is warmed up while the CUDA graphs of those before it keep their memory.
+    Beside them are `kept` bytes, a GiB for libraries, and a twentieth that fragments.
+    """
+    each = max(peaks[1] - peaks[0], 1) / length
+    fixed = peaks[0] - each * length + kept + 2**30
+    why = f"a token takes {each / 2**10:.0f} KiB twice, the rest {fixed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB"
+    return (0.95 * limit - fixed) / (2 * each), why
+
+
+def micro_batch_tokens(run: Runtime, model: GPT) -> int:
+    """Most tokens of a micro-batch, on every rank: 98,304, or what the GPU's memory holds by two uncompiled micro-steps.
+
+    Evaluation, which keeps no activations, takes less. UserError where not one sequence fits.
     """
     cfg, device, peaks = run.cfg, run.ranks.device, []
     if device.type != "cuda":
         return MICRO_BATCH_TOKENS
     length, parameters = max(cfg.train_seq_len, cfg.eval_len), 4 * sum(p.numel() for p in model.parameters())
-    gpu = torch.cuda.get_device_properties(device).total_memory
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    limit = min(free, torch.cuda.memory.get_per_process_memory_fraction(device) * gpu) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.memory.get_per_process_memory_fraction(device) * total
+    limit = min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.memory_allocated(device)
     for rows in (1, 2):
         ids = torch.arange(rows * length, device=device).view(rows, length) % cfg.vocab_size
         torch.cuda.empty_cache()
@@ -2326,16 +2338,14 @@ def micro_batch_tokens(run: Runtime, model: GPT) -> int:
             model.nll(ids, ids, model.weights(False), final_order(cfg)).mean().backward()
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
         model.zero_grad()
-    each = max(peaks[1] - peaks[0], 1) / length
-    copies = 6 + cfg.lawa_k * cfg.lawa_enabled  # of the parameters: gradients, momentum, Adam's moments, averages, warm-up's copy
-    fixed = peaks[0] - each * length + copies * parameters + 2**30  # and a GiB for libraries
-    tokens = -int(run.ranks.agree(-(0.95 * limit - fixed) / (2 * each))[0])
+    copies = 6 + cfg.lawa_k * cfg.lawa_enabled  # gradients, momentum, Adam's moments, average, what warm-up keeps
+    tokens, why = tokens_that_fit(peaks, length, copies * parameters, limit)
+    tokens = -int(run.ranks.agree(-tokens)[0])
     if tokens < length / 2:
-        raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len}: a sequence takes {(fixed + each * length) / 2**30:.1f} GiB and the "
-                        f"GPU has {limit / 2**30:.1f} for it; lower TRAIN_SEQ_LEN, EVAL_SEQ_LEN, MODEL_DIM or NUM_LAYERS")
+        raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len} EVAL_SEQ_LEN={cfg.eval_seq_len}: not one sequence fits: "
+                        f"{why}; lower them, MODEL_DIM or NUM_LAYERS")  # fmt: skip
     tokens = min(max(tokens, length), MICRO_BATCH_TOKENS)
-    run.log(f"micro_batch:{tokens} tokens at most, because a token takes {each / 2**10:.0f} KiB twice, the rest "
-            f"{fixed / 2**30:.1f} GiB, and {limit / 2**30:.1f} GiB are there")  # fmt: skip
+    run.log(f"micro_batch:{tokens} tokens at most, because {why}")
     return tokens
 
 
@@ -3470,8 +3480,8 @@ class Optimizers:
 
     def gathered_state(self) -> dict[str, Any]:
         """`state_dict` with the momentum of all ranks' layers, for a checkpoint; every rank calls it."""
-        whole = [arrived(all_gather(self.ranks, shard))[: self.cfg.num_layers] for shard in tensor_leaves(self.muon.state)]
-        return {"muon": whole, "adam": self.adam.state_dict()}
+        whole = [arrived(all_gather(self.ranks, shard)) for shard in tensor_leaves(self.muon.state)]
+        return {"muon": [full[: self.cfg.num_layers] for full in whole], "adam": self.adam.state_dict()}
 
     def load_gathered_state(self, state: dict[str, Any]) -> None:
         """Take this rank's part of a `gathered_state`."""
@@ -3853,7 +3863,7 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
         collect_hessians(run, trainer, 0, 1)  # compiles
         with calibration.running():
             hessians = collect_hessians(run, trainer, 0, 3)
-    exporter = Exporter(run, model, hessians)
+    exporter = Exporter(run, model, hessians, {})
     exporter.fit()  # loads libraries
     with rounding.running():
         exporter.fit()
@@ -3878,7 +3888,7 @@ class Trained(NamedTuple):
 
 
 class Training:
-    """The training loop, and where it stands. A checkpoint holds that, the weights, their averages, and the optimizers."""
+    """The training loop, and where it stands. A checkpoint holds that, the weights, averages and optimizers."""
 
     def __init__(self, run: Runtime, trainer: Trainer, validation: ValidationSet, budget: float) -> None:
         """`budget` seconds of the clock."""
@@ -3891,7 +3901,7 @@ class Training:
         self.identity = run_identity(run, trainer.loader.stream, validation)
 
     def loop(self, noted: list[str]) -> None:
-        """Steps until ITERATIONS or the clock ends. A signal in `noted`, or data that one rank cannot read, stops all."""
+        """Steps until ITERATIONS or the clock ends. A signal in `noted`, or data that a rank cannot read, stops all."""
         cfg, ranks = self.cfg, self.run.ranks
         self.clock.start()
         while True:
@@ -3958,9 +3968,9 @@ class Training:
             if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
                 raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], self.step)
             about = {"architecture": self.cfg.architecture(), "steps": self.step, "order": order, "state": state}
-            standing = {"seconds": self.clock.total, "phase": self.phase, "graphs": self.graphs, "saved_at": time.time(),
-                        "active": sorted(self.active), "ledger": [list(row) for row in run.ledger],
-                        "clip_sigmas": self.model.clip_sigmas.item()}  # fmt: skip
+            active, ledger = sorted(self.active | self.averager.active()), [*map(list, run.ledger)]
+            standing = {"seconds": self.clock.total, "saved_at": time.time(), "phase": self.phase, "active": active,
+                        "graphs": self.graphs, "ledger": ledger, "clip_sigmas": self.model.clip_sigmas.item()}  # fmt: skip
             weights = {"raw": raw, "average": self.averager.weights()}
             parts = {"optimizers": optimizers, "averager": self.averager.state()}
             buffer = io.BytesIO()
@@ -3991,8 +4001,9 @@ class Training:
             lost = max(beat, 0.0) + standing["seconds"] / max(self.step, 1)  # and the step that had begun
         (lost,) = run.ranks.agree(lost)
         self.clock.total = standing["seconds"] + lost
-        run.log(f"resumed: step:{self.step} train_time:{1000 * self.clock.total:.0f}ms of which lost:{1000 * lost:.0f}ms")
-        run.log.event("resume", step=self.step, train_time_ms=round(1000 * self.clock.total), lost_ms=round(1000 * lost))
+        spent_ms, lost_ms = (round(1000 * seconds) for seconds in (self.clock.total, lost))
+        run.log(f"resumed: step:{self.step} train_time:{spent_ms}ms of which lost:{lost_ms}ms")
+        run.log.event("resume", step=self.step, train_time_ms=spent_ms, lost_ms=lost_ms)
         self.save("running")
 
 
@@ -4184,7 +4195,7 @@ def refuse_other_data(saved: Mapping[str, Any], validation: ValidationSet, where
     """UserError where a saved model belongs to another tokenizer than that in hand, or to another set (`keys`)."""
     for key in ("tokenizer_sha256", *keys):
         if saved.get(key) != validation.identity[key]:
-            what = "tokenizer: set its TOKENIZER_PATH" if key == "tokenizer_sha256" else "validation set: set its DATA_PATH"
+            what = "tokenizer: set its TOKENIZER_PATH" if "token" in key else "validation set: set its DATA_PATH"
             raise UserError(f"{where} belongs to another {what} ({key} {str(saved.get(key))[:16]}, here "
                             f"{validation.identity[key][:16]})")  # fmt: skip
 
@@ -4401,7 +4412,7 @@ def ideal_bytes(coded: Iterable[Coded], kept: Mapping[str, Tensor]) -> float:
 
 
 def bisect(size: Callable[[float], float], low: float, high: float, limit: float) -> float:
-    """The least x in (low, high] with size(x) <= limit, to 1/4096 of the range; size falls, and x = high is not tried."""
+    """The least x in (low, high] with size(x) <= limit, to 1/4096 of the range; size falls; x = high is not tried."""
     for _ in range(12):
         middle = (low + high) / 2
         low, high = (middle, high) if size(middle) > limit else (low, middle)
@@ -4451,13 +4462,23 @@ def join_bytes(raw: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(2, -1).T.copy().view(np.float16).reshape(-1))
 
 
+class Codec(NamedTuple):
+    """A coder: module, name of its level argument, strongest level, and how at most `size` bytes are read."""
+
+    module: str
+    argument: str
+    strongest: int
+    read: Callable[[Any, bytes, int], bytes]  # module, data, size
+
+
 MOST_WINDOW = 2**27  # bytes of memory that a stream may ask its decoder for
-CODECS = {  # name -> module, the name of its level argument, its strongest level, the reader of at most so many bytes
-    "zlib": ("zlib", "level", 9, lambda m, data, size: m.decompressobj().decompress(data, size)),
-    "lzma": ("lzma", "preset", 9, lambda m, data, size: m.LZMADecompressor(memlimit=MOST_WINDOW).decompress(data, size)),
-    "zstd": ("zstandard", "level", 22,
-             lambda m, data, size: m.ZstdDecompressor(max_window_size=MOST_WINDOW).stream_reader(data).read(size)),
-    "brotli": ("brotli", "quality", 11, lambda m, data, size: read_brotli(m.Decompressor(), data, size)),
+CODECS = {
+    "zlib": Codec("zlib", "level", 9, lambda m, data, size: m.decompressobj().decompress(data, size)),
+    "lzma": Codec("lzma", "preset", 9,
+                  lambda m, data, size: m.LZMADecompressor(memlimit=MOST_WINDOW).decompress(data, size)),
+    "zstd": Codec("zstandard", "level", 22,
+                  lambda m, data, size: m.ZstdDecompressor(max_window_size=MOST_WINDOW).stream_reader(data).read(size)),
+    "brotli": Codec("brotli", "quality", 11, lambda m, data, size: read_brotli(m.Decompressor(), data, size)),
 }  # fmt: skip
 
 
@@ -4474,19 +4495,19 @@ def read_brotli(decoder: Any, data: bytes, size: int) -> bytes:
 def codec(name: str) -> Any:
     """The module of a coder; UserError where its package is missing."""
     try:
-        return importlib.import_module(CODECS[name][0])
+        return importlib.import_module(CODECS[name].module)
     except ImportError:
         raise UserError(f"coder {name}: its package is not installed; pip install -r requirements.txt") from None
 
 
 def encode_stream(cfg: Config, raw: bytes) -> tuple[str, bytes]:
     """(coder, bytes) of a stream by COMPRESSOR; auto and ans take the smallest of the coders that are installed."""
-    installed = [name for name, (module, *_) in CODECS.items() if importlib.util.find_spec(module)]
+    installed = [name for name, row in CODECS.items() if importlib.util.find_spec(row.module)]
     options = []
     for name in [cfg.compressor] if cfg.compressor in CODECS else installed:
-        _, argument, strongest, _ = CODECS[name]
-        level = cfg.compressor_level if cfg.compressor in CODECS and cfg.compressor_level >= 0 else strongest
-        options.append((name, codec(name).compress(raw, **{argument: level})))
+        row = CODECS[name]
+        level = cfg.compressor_level if cfg.compressor in CODECS and cfg.compressor_level >= 0 else row.strongest
+        options.append((name, codec(name).compress(raw, **{row.argument: level})))
     return min(options, key=lambda option: len(option[1]))
 
 
@@ -4499,7 +4520,7 @@ def codec_errors() -> tuple[type[Exception], ...]:
 
 def decode_stream(coder: str, data: bytes, size: int) -> bytes:
     """The `size` bytes of a stream; ValueError where it has others, before it can fill the memory."""
-    raw = CODECS[coder][3](codec(coder), data, size + 1)
+    raw = CODECS[coder].read(codec(coder), data, size + 1)
     if len(raw) != size:
         raise ValueError(f"a stream holds {len(raw)} bytes or more, not {size}")
     return raw
@@ -4607,7 +4628,7 @@ MOST_HEADER_BYTES = 2**20
 
 
 def tensor_table(cfg: Config) -> tuple[list[list], list[list]]:
-    """[name, shape] of the coded tensors and of the kept ones, as an architecture has them and an artifact lists them."""
+    """[name, shape] of the coded tensors and of the kept ones that an architecture has, as an artifact lists them."""
     banks = [[spec.name, [cfg.num_layers, spec.rows, spec.cols]] for spec in bank_specs(cfg)]
     rest = rest_specs(cfg)
     kept = [[spec.name, list(spec.shape)] for spec in rest if not spec.coded]
@@ -4619,8 +4640,8 @@ def saved_config(saved: Any, where: str) -> Config:
     refuse_other_version(saved, where)
     values = {}
     for name, value in saved.items():
-        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(int(value) if value in (0, 1) else value)
-        values[name] = parse_value(name.upper(), text, Config.variables()[name.upper()])
+        words = value if isinstance(value, list | tuple) else [int(value) if isinstance(value, bool) else value]
+        values[name] = parse_value(name.upper(), ",".join(map(str, words)), Config.variables()[name.upper()])
     cfg = replace(Config(), **values)
     validate(cfg, model_rules)
     return cfg
@@ -4629,7 +4650,7 @@ def saved_config(saved: Any, where: str) -> Config:
 def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
     """Header of an artifact, its architecture, and the offset of its first stream.
 
-    UserError for anything that this script does not write: nothing is allocated by what a header says before it has been
+    UserError for anything that this script does not write: nothing is allocated by what a header says before that is
     compared with what its architecture implies, and a model of more than 16 weights a byte is none.
     """
     if not blob.startswith(MAGIC) or len(blob) < len(MAGIC) + 12:
@@ -4650,7 +4671,7 @@ def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
             {*coders[1:]} <= CODECS.keys() and coders[0] in ("ans", *CODECS),
             all(type(size) is int and size >= 0 for size in sizes) and end + sum(sizes) + 8 == len(blob),
             header["order"] in ([*range(cfg.num_layers)], [*final_order(cfg)]),
-            header["matrix_bits"] in range(2, 9) and {*map(type, header["identity"].values())} == {str},
+            header["matrix_bits"] in range(2, 9) and {*map(type, header["identity"].values())} <= {str},
         ]
     except DAMAGE as problem:
         raise UserError(f"{path}: its header is none of this script ({str(problem)[:200]})") from None
@@ -4669,8 +4690,10 @@ def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
     try:
         codes = ans_decode(code_data, sizes) if coders[0] == "ans" else decode_stream(coders[0], code_data, sum(sizes))
         codes = torch.from_numpy(np.frombuffer(codes, np.int8).copy())
-        scales = join_bytes(decode_stream(coders[1], scale_data, 2 * sum(n * rows for _, (n, rows, _) in header["coded"])))
-        kept = join_bytes(decode_stream(coders[2], kept_data, 2 * sum(math.prod(shape) for _, shape in header["kept"])))
+        rows, count = (sum(math.prod(shape[:2]) for _, shape in header["coded"]),
+                       sum(math.prod(shape) for _, shape in header["kept"]))  # fmt: skip
+        scales, kept = (join_bytes(decode_stream(coder, data, 2 * length)) for coder, data, length in
+                        ((coders[1], scale_data, rows), (coders[2], kept_data, count)))  # fmt: skip
     except (*DAMAGE, *codec_errors()) as problem:
         raise UserError(f"{path}: its streams are damaged ({str(problem)[:200]})") from None
     if not (scales.isfinite().all() and kept.isfinite().all()):
@@ -5263,6 +5286,7 @@ def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
         return Produced()
     model = build_model(run, cfg, validation.bos_id)
     trainer = Trainer(run, model)
+    check_tokenizer(cfg, trainer.loader.stream, validation.identity["tokenizer_sha256"])
     saved = read_weights(run, model, validation) if cfg.export_only or cfg.resume else None
     if cfg.resume:
         refuse_other_run(run, saved["identity"], run_identity(run, trainer.loader.stream, validation))
@@ -5297,6 +5321,7 @@ def report_inactive(run: Runtime, active: set[str]) -> None:
 
 
 def main() -> None:
+    """The run, from the environment to the last line of its log."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a console without Unicode shows a path in escapes
     if {"-h", "--help"} & set(sys.argv[1:]):

@@ -21,7 +21,7 @@ from benchmarks.common import markdown
 def read_codes(path: Path) -> tuple[np.ndarray, list[int], list[torch.Tensor]]:
     """All codes, the sizes of their segments, and the codes as tensors (n, rows, cols)."""
     blob = path.read_bytes()
-    header, offset = t.read_header(blob, path)
+    header, _, offset = t.read_header(blob, path)
     _, coder, size = header["streams"][0]
     if coder != "ans":
         raise SystemExit(f"{path}: the codes are coded with {coder}; export with COMPRESSOR=auto")
@@ -46,7 +46,7 @@ def rows_of(codes: np.ndarray, sizes: list[int], entropy: float) -> list[list[st
     raw, rows = codes.tobytes(), [["entropy", f"{entropy:,.0f}", "", "", ""]]
     coders = {
         f"{name}-{level}": (partial(t.codec(name).compress, raw, **{argument: level}), t.codec(name).decompress)
-        for name, (_, argument, level) in t.CODECS.items()
+        for name, (_, argument, level, _) in t.CODECS.items()
     }
     coders["ans"] = partial(t.ans_encode, codes, sizes), lambda blob: t.ans_decode(blob, sizes).tobytes()
     for name, (encode, decode) in coders.items():

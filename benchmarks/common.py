@@ -88,7 +88,8 @@ def start(env: Mapping[str, str], ranks: int) -> subprocess.Popen:
     for suffix in (".jsonl", ".txt"):  # what an older run left must not be read as this one's
         logged(env["RUN_ID"], suffix).unlink(missing_ok=True)
     with logged(env["RUN_ID"], ".console.txt").open("wb") as console:
-        return subprocess.Popen(command(ranks, env), env=dict(env), stdout=console, stderr=subprocess.STDOUT)
+        env = {**env, "OVERWRITE": "1"}
+        return subprocess.Popen(command(ranks, env), env=env, stdout=console, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen, run_id: str, begin: float) -> Finished:

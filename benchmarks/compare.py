@@ -50,6 +50,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sentencepiece
+
 import train_gpt as t
 from benchmarks.common import (
     ROOT,
@@ -182,7 +184,7 @@ def vocabulary(env: Mapping[str, str]) -> dict[str, str]:
     path = env.get("TOKENIZER_PATH", "")
     if not Path(path).is_file():
         return {}
-    return {"VOCAB_SIZE": str(t.ByteTable(Path(path), 65_536).pieces.vocab_size())}
+    return {"VOCAB_SIZE": str(sentencepiece.SentencePieceProcessor(model_file=path).vocab_size())}
 
 
 def shortened(cfg: t.Config, written_for: float) -> dict[str, str]:

@@ -217,7 +217,7 @@ def time_artifact(timings: Timings, model: t.GPT, coded: dict[str, t.Coded], kep
     cores = f"{CORES} cores"
     blob = timings.phase(
         f"encoding the artifact, {cores}",
-        few_cores()(partial(t.encode_artifact, cfg, coded, kept, {})),
+        few_cores()(partial(t.encode_artifact, cfg, coded, kept, {"identity": {}})),
         partial(timings.second_call, partial(count_codes, coded)),
         "codes to the host and one histogram",
         Target(20),

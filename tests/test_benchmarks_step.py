@@ -183,7 +183,7 @@ def test_curves_start_alike_and_are_compared(toy: Path, capsys: pytest.CaptureFi
 def test_curve_is_that_of_training(run: t.Runtime) -> None:
     """The losses of a real run of as many steps, whose learning rate falls by steps."""
     cfg = t.replace(run.cfg, iterations=6, warmup_steps=0, late_qat_threshold=0.0)
-    real = t.Runtime(cfg, run.ranks, run.log, [])
+    real = t.Runtime(cfg, run.ranks, run.log, [], run.signals)
     losses: list[float] = []
     trainer = t.Trainer(real, t.build_model(real, cfg, 1))
     step = trainer.step
@@ -220,12 +220,13 @@ def test_coders_are_compared_on_an_artifact(run: t.Runtime, capsys: pytest.Captu
     jobs, kept = t.quant_jobs(model), t.kept_tensors(model)
     coded = t.quantize_jobs(run.cfg, jobs, {}, 6.0)
     Path("a.pgolf").write_bytes(t.encode_artifact(run.cfg, coded, kept, {"identity": {"tokenizer_sha256": "a"}}))
-    Path("b.pgolf").write_bytes(t.encode_artifact(t.replace(run.cfg, compressor="zlib"), coded, kept, {"identity": {"tokenizer_sha256": "a"}}))
+    other = t.replace(run.cfg, compressor="zlib")
+    Path("b.pgolf").write_bytes(t.encode_artifact(other, coded, kept, {"identity": {"tokenizer_sha256": "a"}}))
     capsys.readouterr()
     coding_size.main(["a.pgolf"])
     output = capsys.readouterr().out
     head, entropy, *rows = tables(output)[0]
-    assert [row[0] for row in rows] == [*(f"{name}-{level}" for name, (_, _, level) in t.CODECS.items()), "ans"]
+    assert [row[0] for row in rows] == [*(f"{name}-{level}" for name, (_, _, level, _) in t.CODECS.items()), "ans"]
     floor = float(entropy[1].replace(",", ""))
     assert floor == pytest.approx(sum(t.entropy_bytes(c.codes) for c in coded.values()), abs=1)
     for row in rows:

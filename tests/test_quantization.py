@@ -267,10 +267,10 @@ def test_the_steps_of_qat_see_banks_on_a_sane_grid(run: t.Runtime, changes: dict
     trainer, errors = t.Trainer(run, model), []
     plain_step = trainer.step
 
-    def step(number: int, phase: t.Phase, *rest: float) -> Tensor:
-        up = model.banks["up"].detach()
+    def step(number: int, plan: t.StepPlan) -> Tensor:
+        up, phase = model.banks["up"].detach(), t.phases(run.cfg)[plan.phase]
         errors.append(((model.weights(phase.fake_quant)["up"] - up).norm() / up.norm()).item())
-        return plain_step(number, phase, *rest)
+        return plain_step(number, plan)
 
     trainer.step = step
     t.train(run, trainer, t.load_validation(run))

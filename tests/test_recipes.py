@@ -114,8 +114,8 @@ def test_each_feature_of_the_export_acts(
     whole = (tmp_path / f"logs/{name}.pgolf").read_bytes()
     for key, value in EXPORTS[name].items():
         level = {"COMPRESSOR_LEVEL": -1} if key == "COMPRESSOR" else {}
-        finished(tmp_path, monkeypatch, recipe_env(name, **{**few, key: value, **level, "RUN_ID": "without"}))
-        assert (tmp_path / "logs/without.pgolf").read_bytes() != whole, f"{key}={value} changes nothing"
+        finished(tmp_path, monkeypatch, recipe_env(name, **{**few, key: value, **level, "RUN_ID": f"without {key}"}))
+        assert (tmp_path / f"logs/without {key}.pgolf").read_bytes() != whole, f"{key}={value} changes nothing"
 
 
 def test_xsa_gptq_keeps_its_reserve_inside_the_clock(

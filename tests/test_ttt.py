@@ -142,7 +142,8 @@ def test_two_ranks_score_as_one(corpus: dict[str, str], tmp_path: Path, monkeypa
     monkeypatch.setattr(t.os, "environ", env)
     t.main()
     artifact = str(tmp_path / "logs/one.pgolf")
-    again = {**ENVIRONMENT, **env, "EVAL_ONLY": "1", "ARTIFACT_PATH": artifact, "RUN_ID": "two", "OMP_NUM_THREADS": "1"}
+    again = {**ENVIRONMENT, **env, "EVAL_ONLY": "1", "ARTIFACT_PATH": artifact, "RUN_ID": "two", "OMP_NUM_THREADS": "1",
+             "OVERWRITE": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", t.__file__]
     done = subprocess.run(torchrun, env=again, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
