@@ -411,6 +411,9 @@ def report(folder: Path, plan: Plan, official: bool) -> None:
     if sidecars and counted != val_tokens:
         raise shards.ShardError(f"{folder}: {counted} byte counts for {val_tokens} validation tokens; remove "
                                 "fineweb_val_* and fetch them again")
+    if "caseops" in plan.dataset and not sidecars:
+        raise DownloadError(f"{plan.dataset} came without fineweb_val_bytes_*.bin; its tokenizer alone would count "
+                            "case marks as text, and bits per byte would be wrong by some 7%: use a repo that has them")
     if len(train) != len(plan.train):
         say(f"note: {folder} holds {len(train)} train shards, not the {len(plan.train)} asked for; training reads all")
     if official and val_docs != OFFICIAL_VAL_DOCS:

@@ -338,6 +338,10 @@ def test_caseops_variant_with_sidecar(hub: Hub, client: Client) -> None:
     assert "val_tokens: 5 val_docs: 2" in out
     assert sorted(contents(client.folder / "data/datasets" / name)) == [
         "fineweb_train_000000.bin", "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"]
+    (client.folder / "data/datasets" / name / "fineweb_val_bytes_000000.bin").unlink()
+    del hub.files[f"datasets/datasets/{name}/fineweb_val_bytes_000000.bin"]
+    out = client.run("--variant", name.partition("_")[2], "1", fails=True, HF_HOME=str(client.folder / "hf2"))
+    assert "came without fineweb_val_bytes_*.bin" in out
 
 
 def test_the_tokenizer_of_downloaded_shards_is_recorded(hub: Hub, client: Client) -> None:
