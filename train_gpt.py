@@ -206,7 +206,6 @@ class Config:
 
     ema_enabled: bool = opt(True, "export an exponential moving average of the weights", group="Averaging and QAT")
     ema_decay: float = opt(0.997, "decay of the average per step", low=0, high=1)
-    late_ema_decay: float = opt(0.0, "the same once late QAT has begun (0: EMA_DECAY)", low=0, high=1)
     swa_enabled: bool = opt(False, "export the mean of snapshots (of the EMA where that is on)")
     swa_every: int = opt(50, "steps between SWA snapshots", low=1)
     swa_start_frac: float = opt(0.2, "SWA starts when the learning-rate scale falls below this", low=0)
@@ -556,8 +555,6 @@ def training_rules(cfg: Config) -> Rules:
          f"rising, lengths that divide TRAIN_SEQ_LEN={cfg.train_seq_len}; SHORT_SEQ_LEN=0 SHORT_SEQ_FRAC=0 for none"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
          f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
-        (not cfg.late_ema_decay or (cfg.ema_enabled and cfg.late_qat_threshold > 0 and not cfg.qat_enabled),
-         f"LATE_EMA_DECAY={cfg.late_ema_decay}: needs EMA_ENABLED=1 and late QAT (not QAT_ENABLED)"),
         (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
@@ -3666,17 +3663,15 @@ class Averager:
         self.snapshots: list[list[Tensor]] = []  # LAWA: the latest LAWA_K; SWA: one, the running mean
         self.count = 0
 
-    def update(self, step: int, lr_scale: float, late: bool = False) -> None:
+    def update(self, step: int, lr_scale: float) -> None:
         """Take in the parameters after `step` steps. EMA: e <- d e + (1 - d) w (PR #287).
 
         d starts low and reaches EMA_DECAY after some 10 / (1 - d) steps, so that short runs do not average in the
-        initial weights; runs of several thousand steps end with the same average as under a constant decay. A faster
-        decay once late QAT has begun (`late`) forgets weights that were not trained on the grid.
+        initial weights; runs of several thousand steps end with the same average as under a constant decay.
         """
         cfg = self.cfg
         if self.ema:
-            decay = cfg.late_ema_decay if late and cfg.late_ema_decay else cfg.ema_decay
-            torch._foreach_lerp_(self.ema, self.live, 1 - min(decay, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(self.ema, self.live, 1 - min(cfg.ema_decay, (1 + step) / (10 + step)))
         if cfg.swa_enabled and lr_scale < cfg.swa_start_frac and step % cfg.swa_every == 0:
             self.count += 1
             self.snapshots = self.snapshots or [[torch.zeros_like(p) for p in self.live]]
@@ -3943,7 +3938,7 @@ class Training:
         if made := graphs_compiled() - before:
             self.graphs += made
             run.log(f"WARNING: step {self.step} compiled {made} graphs inside the clock; warm-up should have made them")
-        self.averager.update(self.step, plan.lr_scale, self.phase == "late_qat")
+        self.averager.update(self.step, plan.lr_scale)
         self.active |= {self.phase, "warmdown" if plan.lr_scale < 1 else self.phase}
         report_step(run, self.step, loss, plan, self.clock)
         if is_due(cfg.val_loss_every, self.step) or is_due(cfg.checkpoint_every, self.step):

@@ -198,31 +198,6 @@ def test_ema_reaches_its_decay_in_long_runs() -> None:
     torch.testing.assert_close(averager.weights()["banks.out"], before + 0.1)
 
 
-def test_late_ema_switches_with_late_qat(run: t.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LATE_EMA_DECAY takes over once late QAT has begun, in the averager and in the loop; 0 changes nothing."""
-    for late, share in ((False, 0.1), (True, 0.5)):
-        model, averager = small(EMA_DECAY=0.9, LATE_EMA_DECAY=0.5)
-        before = averager.weights()["banks.out"].clone()
-        with torch.no_grad():
-            model.banks["out"].add_(1.0)
-        averager.update(1000, 1.0, late)
-        torch.testing.assert_close(averager.weights()["banks.out"], before + share)
-    seen: list[bool] = []
-    update = t.Averager.update
-
-    def noted(self: t.Averager, step: int, lr_scale: float, late: bool = False) -> None:
-        seen.append(late)
-        update(self, step, lr_scale, late)
-
-    monkeypatch.setattr(t.Averager, "update", noted)
-    run = t.replace(run, cfg=t.replace(run.cfg, iterations=10, late_qat_threshold=0.5, late_ema_decay=0.5))
-    trainer = t.Trainer(run, t.build_model(run, run.cfg, 1))
-    t.train(run, trainer, t.load_validation(run))
-    assert seen == sorted(seen) and set(seen) == {False, True}, "it switches once, from off to on"
-    with pytest.raises(t.UserError, match="LATE_EMA_DECAY"):
-        small(LATE_EMA_DECAY=0.5, LATE_QAT_THRESHOLD=0)
-
-
 @pytest.mark.parametrize("over_ema", [0, 1])
 def test_swa_is_the_mean_of_its_snapshots(over_ema: int) -> None:
     """Snapshots every SWA_EVERY steps once the rate is below SWA_START_FRAC, of the weights or of their EMA."""
