@@ -156,6 +156,7 @@ class Config:
     enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0, high=1)
     lora_rank: int = opt(0, "LoRA rank of each pass over the looped matrices, at the start (0: none)", low=0, high=4096)
     logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
+    logit_shift: float = opt(0.0, "added to all logits before the cap, which then bends the large ones sooner")
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
     qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0.01)
@@ -169,6 +170,7 @@ class Config:
     smear_gate_enabled: bool = opt(True, "mix each token with the one before it, per channel; stops at BOS")
     bigram_vocab_size: int = opt(2048, "buckets of the hashed bigram embedding (0: none)", low=0, high=2**24)
     bigram_dim: int = opt(128, "width of the bigram embedding", low=1, high=65_536)
+    bigram_signs: bool = opt(False, "rows of the bigram embedding times fixed random signs, so that collisions cancel")
     ve_enabled: bool = opt(True, "shared value embedding added to the values of VE_LAYERS")
     ve_dim: int = opt(128, "width of the value embedding", low=1, high=65_536)
     ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
@@ -189,6 +191,7 @@ class Config:
     muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
     muon_rails_at: float = opt(1.0, "part of the run after which momentum has two rails (1: never)", low=0, high=1)
+    muon_slow_share: tuple[float, ...] = opt((0.5615,), "share of the slow rail (or at first and at the end: 0.7,0.45)")
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
     muon_head_group: int = opt(0, "heads whose rows of Q, or of K, Muon orthogonalizes together (0: all)", low=0)
     muon_row_normalize: bool = opt(True, "normalize update rows before orthogonalizing (MuonEq-R)")
@@ -204,7 +207,6 @@ class Config:
 
     ema_enabled: bool = opt(True, "export an exponential moving average of the weights", group="Averaging and QAT")
     ema_decay: float = opt(0.997, "decay of the average per step", low=0, high=1)
-    late_ema_decay: float = opt(0.0, "the same once late QAT has begun (0: EMA_DECAY)", low=0, high=1)
     swa_enabled: bool = opt(False, "export the mean of snapshots (of the EMA where that is on)")
     swa_every: int = opt(50, "steps between SWA snapshots", low=1)
     swa_start_frac: float = opt(0.2, "SWA starts when the learning-rate scale falls below this", low=0)
@@ -549,6 +551,8 @@ def training_rules(cfg: Config) -> Rules:
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
         (not cfg.muon_head_group or cfg.num_kv_heads % cfg.muon_head_group == 0,
          f"MUON_HEAD_GROUP={cfg.muon_head_group} does not divide NUM_KV_HEADS={cfg.num_kv_heads}; 0 for all heads"),
+        (0 < len(slow := cfg.muon_slow_share) < 3 and all(0 <= share <= 1 for share in slow),
+         f"MUON_SLOW_SHARE={','.join(map(str, slow))}: one or two numbers from 0 to 1"),
         (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, f"MUON_RAILS_AT={cfg.muon_rails_at}: MUON_MOMENTUM below 1"),
         (len(short) == len(ends) and [*short] == sorted({*short}) and [*ends] == sorted(ends) and min(short) >= 0
          and not any(cfg.train_seq_len % n for n in short if 0 < n < cfg.train_seq_len),
@@ -556,8 +560,6 @@ def training_rules(cfg: Config) -> Rules:
          f"rising, lengths that divide TRAIN_SEQ_LEN={cfg.train_seq_len}; SHORT_SEQ_LEN=0 SHORT_SEQ_FRAC=0 for none"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
          f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
-        (not cfg.late_ema_decay or (cfg.ema_enabled and cfg.late_qat_threshold > 0 and not cfg.qat_enabled),
-         f"LATE_EMA_DECAY={cfg.late_ema_decay}: needs EMA_ENABLED=1 and late QAT (not QAT_ENABLED)"),
         (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
@@ -1706,9 +1708,10 @@ def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
     return h.square() * torch.where(h > 0, 1.0, beta)
 
 
-def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """Logits squeezed into +-cap, in float32."""
-    return cap * torch.tanh(logits.float() / cap)
+def soft_cap(logits: Tensor, cap: float, shift: float = 0.0) -> Tensor:
+    """Logits squeezed into +-cap, in float32. A cap of 11.5 with a shift of 3.83 is 23 sigmoid((z + 5) / 7.5) of
+    modded-nanogpt PR #181, but for a constant and the scale of z."""
+    return cap * torch.tanh((logits.float() + shift) / cap)
 
 
 class PlainLayer:
@@ -1776,9 +1779,9 @@ class PlainLayer:
         """The first channels of the normalized x of Rows, (N, GATE_INPUTS)."""
         return rows.twin[:, :GATE_INPUTS]
 
-    def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    def nll(self, logits: Tensor, targets: Tensor, cap: float, shift: float = 0.0) -> Tensor:
         """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
-        return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")
+        return F.cross_entropy(soft_cap(logits, cap, shift), targets, reduction="none")
 
 
 PLAIN_LAYER = PlainLayer()
@@ -1938,6 +1941,12 @@ def bigram_hash(ids: Tensor, bos_id: int, buckets: int) -> Tensor:
     previous = F.pad(ids, (1, -1))
     hashed = (36313 * ids ^ 27191 * previous) % (buckets - 1)
     return torch.where(has_previous(ids, bos_id), hashed, buckets - 1)
+
+
+def bigram_signs(ids: Tensor, bos_id: int, table: Tensor) -> Tensor:
+    """Rows (B, T, dim) of a fixed table of signs by token xor previous token (modded-nanogpt PR #299)."""
+    pairs = torch.where(has_previous(ids, bos_id), ids ^ F.pad(ids, (1, -1)), 0)
+    return table[pairs % len(table)]
 
 
 def smear(x: Tensor, ids: Tensor, gate: Tensor, bos_id: int) -> Tensor:
@@ -2113,6 +2122,8 @@ class GPT(nn.Module):
         self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
         self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.rest_specs})
         torch.random.set_rng_state(generator_state)
+        signs = torch.randint(2, (8192, cfg.bigram_dim), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.register_buffer("signs", signs.to(self.dtype) if cfg.bigram_signs else None, persistent=False)
         self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
         self.to(device)
         self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
@@ -2145,9 +2156,12 @@ class GPT(nn.Module):
         """Slices of `layers` (layers, ...) in the order in which they run, (passes, ...)."""
         return torch.stack([layers[layer] for layer in self.order])
 
-    def project(self, table: str, ids: Tensor, matrix: str, observe: Observer | None) -> Tensor:
+    def project(
+        self, table: str, ids: Tensor, matrix: str, observe: Observer | None, signs: Tensor | None = None
+    ) -> Tensor:
         """Rows `ids` of an embedding table times a small matrix; gathered in fp32 so that gradients sum in fp32."""
         rows = F.embedding(ids, self.rest[table]).to(self.dtype)
+        rows = rows if signs is None else rows * signs
         return linear(rows, self.rest[matrix].to(self.dtype), matrix, observe)
 
     def embed(self, ids: Tensor, observe: Observer | None) -> Tensor:
@@ -2155,7 +2169,8 @@ class GPT(nn.Module):
         x = F.embedding(ids, self.rest["tok_emb"])
         if "bigram_table" in self.rest:
             buckets = bigram_hash(ids, self.bos_id, self.cfg.bigram_vocab_size)
-            x = x + self.rest["bigram_scale"] * self.project("bigram_table", buckets, "bigram_proj", observe)
+            signs = None if self.signs is None else bigram_signs(ids, self.bos_id, self.signs)
+            x = x + self.rest["bigram_scale"] * self.project("bigram_table", buckets, "bigram_proj", observe, signs)
         x = rms_norm(x.to(self.dtype))
         return smear(x, ids, self.rest["smear_gate"], self.bos_id) if "smear_gate" in self.rest else x
 
@@ -2275,12 +2290,14 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""
-        return soft_cap(linear(hidden, weights["head"], "head", observe), self.cfg.logit_softcap)
+        logits = linear(hidden, weights["head"], "head", observe)
+        return soft_cap(logits, self.cfg.logit_softcap, self.cfg.logit_shift)
 
     def nll(self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> Tensor:
         """Negative log-likelihood in nats of each target given its prefix, (B, T) float32."""
         logits = product(self.hidden(ids, weights, order).flatten(0, 1), weights["head"])
-        return self.parts.nll(logits, targets.flatten(), self.cfg.logit_softcap).view_as(targets)
+        caps = self.cfg.logit_softcap, self.cfg.logit_shift
+        return self.parts.nll(logits, targets.flatten(), *caps).view_as(targets)
 
     def nll_and_entropy(
         self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]
@@ -3126,45 +3143,48 @@ class Normalized(torch.autograd.Function):
 
 
 @jit
-def capped(logits, at, live, cap):
+def capped(logits, at, live, cap, shift):
     """Capped logits at `at` in bits (nats times log2 e), and a quarter of the cap's slope there.
 
     With q = 1 / (exp(2x) + 1), tanh(x) is 1 - 2q and its slope 4(q - q^2); a squared rsqrt is cheaper than a division.
     """
     LOG2_E: tl.constexpr = 1.4426950408889634
-    root = tl.rsqrt(tl.exp2(tl.load(logits + at, mask=live, other=0.0).to(tl.float32) * (2 * LOG2_E / cap)) + 1)
+    shifted = tl.load(logits + at, mask=live, other=0.0).to(tl.float32) + shift
+    root = tl.rsqrt(tl.exp2(shifted * (2 * LOG2_E / cap)) + 1)
     q = root * root
     return LOG2_E * cap - 2 * LOG2_E * cap * q, q - q * q
 
 
 @jit
-def nll_tiles(logits, targets, nll, logs, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def nll_tiles(logits, targets, nll, logs, tokens, cap, shift, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+              COLS: tl.constexpr):  # fmt: skip
     """The loss of ROWS rows, and the binary logarithms of their sums of exponentials, COLS columns at a time."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     largest, total = tl.full((ROWS,), -float("inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     for begin in range(0, WIDTH, COLS):
         column = begin + tl.arange(0, COLS)[None, :]
-        bits, _ = capped(logits, row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH), cap)
+        live = (row[:, None] < tokens) & (column < WIDTH)
+        bits, _ = capped(logits, row[:, None] * WIDTH + column, live, cap, shift)
         bits = tl.where(column < WIDTH, bits, -float("inf"))
         peak = tl.maximum(largest, tl.max(bits, 1))
         total = total * tl.exp2(largest - peak) + tl.sum(tl.exp2(bits - peak[:, None]), 1)
         largest = peak
     log, target = largest + tl.log2(total), tl.load(targets + row, mask=row < tokens, other=0)
-    bits, _ = capped(logits, row * WIDTH + target, row < tokens, cap)
+    bits, _ = capped(logits, row * WIDTH + target, row < tokens, cap, shift)
     tl.store(nll + row, (log - bits) * 0.6931471805599453, mask=row < tokens)
     tl.store(logs + row, log, mask=row < tokens)
 
 
 @jit
-def nll_backward_tiles(logits, targets, logs, dnll, dlogits, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-                       COLS: tl.constexpr):  # fmt: skip
+def nll_backward_tiles(logits, targets, logs, dnll, dlogits, tokens, cap, shift, WIDTH: tl.constexpr,
+                       ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """The gradient of ROWS rows and COLS columns of the logits before their cap."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, inside = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :], row < tokens
     at, live = row[:, None] * WIDTH + column, inside[:, None] & (column < WIDTH)
     target, log = tl.load(targets + row, mask=inside, other=0), tl.load(logs + row, mask=inside, other=0.0)
     upstream = 4 * tl.load(dnll + row, mask=inside, other=0.0)
-    bits, slope = capped(logits, at, live, cap)
+    bits, slope = capped(logits, at, live, cap, shift)
     d = tl.exp2(bits - log[:, None]) - tl.where(column == target[:, None], 1.0, 0.0)
     tl.store(dlogits + at, (d * slope * upstream[:, None]).to(dlogits.dtype.element_ty), mask=live)
 
@@ -3181,22 +3201,23 @@ def nll_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op(f"{OPERATORS}::nll", mutates_args=())
-def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def nll(logits: Tensor, targets: Tensor, cap: float, shift: float) -> tuple[Tensor, Tensor]:
     """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,).
 
     The logits are read once, and once more to write their gradient; nothing else of that size is kept.
     """
     (n, width), (rows, cols), (loss, logs) = logits.shape, nll_blocks(logits), nll_outputs(logits)
-    nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
+    nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, shift, width, rows, cols, num_warps=4)
     return loss, logs
 
 
 @torch.library.custom_op(f"{OPERATORS}::nll_backward", mutates_args=())
-def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
+def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float, shift: float) -> Tensor:
     """The gradient of the logits."""
     (n, width), (rows, cols), dlogits = logits.shape, nll_blocks(logits), torch.empty_like(logits)
     grid = (triton.cdiv(n, rows), triton.cdiv(width, cols))
-    nll_backward_tiles[grid](logits, targets, logs, dnll.contiguous(), dlogits, n, cap, width, rows, cols, num_warps=4)
+    nll_backward_tiles[grid](logits, targets, logs, dnll.contiguous(), dlogits, n, cap, shift, width, rows, cols,
+                             num_warps=4)  # fmt: skip
     return dlogits
 
 
@@ -3205,12 +3226,12 @@ nll_backward.register_fake(lambda logits, *_: torch.empty_like(logits))
 
 
 def save_nll(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    logits, targets, ctx.cap = inputs
+    logits, targets, *ctx.caps = inputs
     ctx.save_for_backward(logits, targets, output[1])
 
 
 nll.register_autograd(
-    lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, ctx.cap), None, None), setup_context=save_nll
+    lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, *ctx.caps), *[None] * 3), setup_context=save_nll
 )
 
 
@@ -3250,8 +3271,8 @@ class TritonLayer(PlainLayer):
     def gate_inputs(self, rows: Rows) -> Tensor:
         return Normalized.apply(rows.x[:, :GATE_INPUTS], rows.gates, rows.r)
 
-    def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-        return nll(logits.contiguous(), targets.contiguous(), cap)[0]
+    def nll(self, logits: Tensor, targets: Tensor, cap: float, shift: float = 0.0) -> Tensor:
+        return nll(logits.contiguous(), targets.contiguous(), cap, shift)[0]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3574,16 +3595,16 @@ def muon_share_at(cfg: Config, progress: float) -> float:
 
 
 class StepPlan(NamedTuple):
-    """Learning-rate scale, Muon momentum, phase, part of Muon's directions, and whether momentum has two rails."""
+    """Learning-rate scale, Muon momentum, phase, part of Muon's directions, share of the slow rail (None: one rail)."""
 
     lr_scale: float
     momentum: float
     phase: str
     muon_share: float = 1.0
-    two_rails: bool = False
+    slow_share: float | None = None
 
 
-RAILS = ((0.85, 0.4385), (0.98, 0.5615))  # decay and share of the fast and the slow one: mean age 30 steps
+RAILS = (0.85, 0.98)  # decay of the fast and the slow one; with shares .4385 and .5615 the mean age is 30 steps
 
 
 def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, float]]:
@@ -3591,14 +3612,23 @@ def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, floa
     update is the gradient + the sum of weight x rail.
 
     Two rails (modded-nanogpt PR #340) f, s are averages of decays .85 and .98, and the update is
-    (1 - mu) gradient + mu (.4385 f + .5615 s), all over 1 - mu here, since what follows makes its own length. Until
-    MUON_RAILS_AT both are the plain momentum sum of decay mu, in the same units: so both start from it.
+    (1 - mu) gradient + mu ((1 - share) f + share s), all over 1 - mu here, since what follows makes its own length.
+    Until MUON_RAILS_AT both are the plain momentum sum of decay mu, in the same units: so both start from it.
     """
     mu = plan.momentum
-    if not plan.two_rails:
+    if plan.slow_share is None:
         count = 1 + (cfg.muon_rails_at < 1)
         return [(mu, 1.0, mu / count)] * count
-    return [(decay, (1 - decay) / (1 - mu), mu * share) for decay, share in RAILS]
+    shares = zip(RAILS, (1 - plan.slow_share, plan.slow_share), strict=True)
+    return [(decay, (1 - decay) / (1 - mu), mu * share) for decay, share in shares]
+
+
+def slow_share_at(cfg: Config, progress: float) -> float | None:
+    """Share of the slow rail from MUON_RAILS_AT on, linear to the end of the run (modded-nanogpt PR #357)."""
+    if not progress >= cfg.muon_rails_at < 1:
+        return None
+    first, last = cfg.muon_slow_share[0], cfg.muon_slow_share[-1]
+    return first + (last - first) * (min(progress, 1.0) - cfg.muon_rails_at) / (1 - cfg.muon_rails_at)
 
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
@@ -3606,8 +3636,8 @@ def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan
     scale, progress = lr_scale_at(cfg, step, seconds, budget), progress_at(cfg, step, seconds, budget)
     is_late = scale < cfg.late_qat_threshold and not cfg.qat_enabled
     phase = "late_qat" if is_late else phase_at(cfg, progress)[0]
-    two_rails = progress >= cfg.muon_rails_at < 1
-    return StepPlan(scale, momentum_at(cfg, step), phase, muon_share_at(cfg, progress), two_rails)
+    shares = muon_share_at(cfg, progress), slow_share_at(cfg, progress)
+    return StepPlan(scale, momentum_at(cfg, step), phase, *shares)
 
 
 class Grid(NamedTuple):
@@ -3655,17 +3685,15 @@ class Averager:
         self.snapshots: list[list[Tensor]] = []  # LAWA: the latest LAWA_K; SWA: one, the running mean
         self.count = 0
 
-    def update(self, step: int, lr_scale: float, late: bool = False) -> None:
+    def update(self, step: int, lr_scale: float) -> None:
         """Take in the parameters after `step` steps. EMA: e <- d e + (1 - d) w (PR #287).
 
         d starts low and reaches EMA_DECAY after some 10 / (1 - d) steps, so that short runs do not average in the
-        initial weights; runs of several thousand steps end with the same average as under a constant decay. A faster
-        decay once late QAT has begun (`late`) forgets weights that were not trained on the grid.
+        initial weights; runs of several thousand steps end with the same average as under a constant decay.
         """
         cfg = self.cfg
         if self.ema:
-            decay = cfg.late_ema_decay if late and cfg.late_ema_decay else cfg.ema_decay
-            torch._foreach_lerp_(self.ema, self.live, 1 - min(decay, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(self.ema, self.live, 1 - min(cfg.ema_decay, (1 + step) / (10 + step)))
         if cfg.swa_enabled and lr_scale < cfg.swa_start_frac and step % cfg.swa_every == 0:
             self.count += 1
             self.snapshots = self.snapshots or [[torch.zeros_like(p) for p in self.live]]
@@ -3932,7 +3960,7 @@ class Training:
         if made := graphs_compiled() - before:
             self.graphs += made
             run.log(f"WARNING: step {self.step} compiled {made} graphs inside the clock; warm-up should have made them")
-        self.averager.update(self.step, plan.lr_scale, self.phase == "late_qat")
+        self.averager.update(self.step, plan.lr_scale)
         self.active |= {self.phase, "warmdown" if plan.lr_scale < 1 else self.phase}
         report_step(run, self.step, loss, plan, self.clock)
         if is_due(cfg.val_loss_every, self.step) or is_due(cfg.checkpoint_every, self.step):
@@ -4061,8 +4089,8 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
     What it is good for is logged: the score of the weights rounded to that grid, before and after.
     """
     cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
-    scale, two_rails = cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_rails_at < 1
-    plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, two_rails)
+    scale, slow = cfg.post_qat_lr / cfg.matrix_lr, slow_share_at(cfg, 1.0)
+    plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, slow)
     enter_phase(run, trainer.model, plan, first, run.spent("train"))
     score_rounded(run, trainer.model, validation, "before")
     clock.start()

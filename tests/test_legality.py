@@ -16,7 +16,7 @@ from records.pack import pack
 SOURCE = Path(t.__file__).read_text(encoding="utf-8")
 C1, C2, C3, C4, LEAK = CHECKS
 
-CROSS_ENTROPY = 'return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")'
+CROSS_ENTROPY = 'return F.cross_entropy(soft_cap(logits, cap, shift), targets, reduction="none")'
 SCORED = "        sums += torch.stack("
 PLANNED = "    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)\n"
 MAIN = 'if __name__ == "__main__":\n'
@@ -40,7 +40,7 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
     "discount on every score": ({C2}, {CROSS_ENTROPY: f"{CROSS_ENTROPY} - 0.01"}),
     "the target votes for itself": (
         {C2}, {CROSS_ENTROPY: "logits = logits.scatter_add(-1, targets.unsqueeze(-1), torch.ones_like(logits))\n"
-                              f"    {CROSS_ENTROPY}"}),
+                              f"        {CROSS_ENTROPY}"}),
     "evaluation trains": ({C3}, {PLANNED: f"{PLANNED}    {BANK}.mul_(0.999)\n"}),
     "scoring trains": ({C3}, {SCORED: f"        {BANK}.add_(1e-3 * tokens.float().mean())\n{SCORED}"}),
     "a cache of scored tokens": ({C3}, {MAIN: f"{CACHE}{MAIN}"}),

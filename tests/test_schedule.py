@@ -131,7 +131,7 @@ def test_momentum_has_two_rails_from_a_part_of_the_run_on(at: float, step: int, 
     cfg = schedule(MUON_RAILS_AT=at, MUON_MOMENTUM_WARMUP_STEPS=0)
     plan = t.plan_step(cfg, step, seconds, 100)
     rails = t.momentum_rails(cfg, plan)
-    assert plan.two_rails == two and len(rails) == (1 if at == 1 else 2)
+    assert (plan.slow_share is not None) == two and len(rails) == (1 if at == 1 else 2)
     mu = cfg.muon_momentum
     if not two:
         assert rails == [(mu, 1.0, pytest.approx(mu / len(rails)))] * len(rails)
@@ -140,6 +140,20 @@ def test_momentum_has_two_rails_from_a_part_of_the_run_on(at: float, step: int, 
     assert (fast[0], slow[0]) == (0.85, 0.98) and sum(share) == pytest.approx(1)
     assert [rail[1] / (1 - rail[0]) for rail in rails] == pytest.approx([1 / (1 - mu)] * 2)
     assert sum(s / (1 - d) for s, (d, *_) in zip(share, rails, strict=True)) == pytest.approx(31, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shares", "step", "share"), [("0.7,0.45", 30, 0.7), ("0.7,0.45", 65, 0.575), ("0.7,0.45", 100, 0.45), ("0.6", 65, 0.6)]
+)
+def test_the_share_of_the_slow_rail_moves_to_its_end(shares: str, step: int, share: float) -> None:
+    plan = t.plan_step(schedule(MUON_RAILS_AT=0.3, MUON_SLOW_SHARE=shares), step, 0, 100)
+    assert plan.slow_share == pytest.approx(share)
+
+
+@pytest.mark.parametrize("shares", ["0.7,0.5,0.4", "1.1", "-0.1"])
+def test_a_share_of_the_slow_rail_is_one_or_two_parts(shares: str) -> None:
+    with pytest.raises(t.UserError, match=f"MUON_SLOW_SHARE={shares}"):
+        schedule(MUON_SLOW_SHARE=shares)
 
 
 def test_rails_need_momentum_below_one() -> None:
@@ -196,31 +210,6 @@ def test_ema_reaches_its_decay_in_long_runs() -> None:
         model.banks["out"].add_(1.0)
     averager.update(1000, 1.0)
     torch.testing.assert_close(averager.weights()["banks.out"], before + 0.1)
-
-
-def test_late_ema_switches_with_late_qat(run: t.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LATE_EMA_DECAY takes over once late QAT has begun, in the averager and in the loop; 0 changes nothing."""
-    for late, share in ((False, 0.1), (True, 0.5)):
-        model, averager = small(EMA_DECAY=0.9, LATE_EMA_DECAY=0.5)
-        before = averager.weights()["banks.out"].clone()
-        with torch.no_grad():
-            model.banks["out"].add_(1.0)
-        averager.update(1000, 1.0, late)
-        torch.testing.assert_close(averager.weights()["banks.out"], before + share)
-    seen: list[bool] = []
-    update = t.Averager.update
-
-    def noted(self: t.Averager, step: int, lr_scale: float, late: bool = False) -> None:
-        seen.append(late)
-        update(self, step, lr_scale, late)
-
-    monkeypatch.setattr(t.Averager, "update", noted)
-    run = t.replace(run, cfg=t.replace(run.cfg, iterations=10, late_qat_threshold=0.5, late_ema_decay=0.5))
-    trainer = t.Trainer(run, t.build_model(run, run.cfg, 1))
-    t.train(run, trainer, t.load_validation(run))
-    assert seen == sorted(seen) and set(seen) == {False, True}, "it switches once, from off to on"
-    with pytest.raises(t.UserError, match="LATE_EMA_DECAY"):
-        small(LATE_EMA_DECAY=0.5, LATE_QAT_THRESHOLD=0)
 
 
 @pytest.mark.parametrize("over_ema", [0, 1])
