@@ -39,6 +39,7 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import struct
 import sys
 import threading
@@ -722,6 +723,7 @@ class Runtime:
     ranks: Ranks
     log: Log
     ledger: list[tuple[str, str, float]]  # (budget, phase, seconds)
+    costs: list[str] = field(default_factory=list)  # what makes every step longer than it need be
 
     @classmethod
     @contextlib.contextmanager
@@ -751,6 +753,11 @@ class Runtime:
 
     def spent(self, budget: str) -> float:
         return sum(seconds for name, _, seconds in self.ledger if name == budget)
+
+    def warn_of_cost(self, text: str) -> None:
+        """Say what makes every step longer, with the price, now and again in the report."""
+        self.log(f"WARNING: {text}")
+        self.costs.append(text)
 
 
 def log_header(run: Runtime) -> None:
@@ -1037,6 +1044,7 @@ OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, 
 Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTENTION a mask -> y (B,T,H,D), causal
 Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 NORM_EPS = 1e-6
+ALLOWED_ERROR = 4.0  # of a back end, in errors of the plain definition in the same precision
 PART_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 in one call take 7 to 9% longer
 
 
@@ -1240,6 +1248,7 @@ class Rows(NamedTuple):
 
 
 Twinned = tuple[Tensor, Tensor]  # values and the tensor that takes their gradient: in plain parts the same
+Entered = tuple[Rows, Tensor, Twinned]  # at the entrance of a layer: the rows, the twin of x, and x0 for the next one
 
 
 class Adapted(NamedTuple):
@@ -1292,9 +1301,7 @@ class PlainLayer:
     `TritonLayer` computes the same functions by kernels, from fewer bytes.
     """
 
-    def enter(
-        self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
-    ) -> tuple[Rows, Tensor, Twinned]:
+    def enter(self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> Entered:
         """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the twin of x, and x0 for the next layer.
 
         `scale` is the factor on the normalized rows. What comes back lets kernels chain the gradients of a tensor with
@@ -1355,14 +1362,26 @@ PLAIN_LAYER = PlainLayer()
 LAYER: dict[str, Callable[[], PlainLayer]] = {"triton": lambda: TritonLayer(), "plain": lambda: PLAIN_LAYER}
 
 
-def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
-    """Largest ||got - want|| / ||want|| over pairs of tensors; NaN counts as infinite."""
+def relative_errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
+    """||got - want|| / ||want|| of each pair of tensors; NaN counts as infinite."""
     pairs = [(g.detach().to("cpu", torch.float64), w.detach()) for g, w in zip(got, want, strict=True)]
-    return max(float(((g - w).norm() / w.norm()).nan_to_num(nan=math.inf)) for g, w in pairs)
+    return [float(((g - w).norm() / w.norm()).nan_to_num(nan=math.inf)) for g, w in pairs]
 
 
-def probe(function: Callable, reference: Callable, shapes: list[tuple[int, ...]], device: torch.device) -> float:
-    """Largest relative error of output and gradients against `reference` in float64 on the CPU, on random tensors."""
+Errors = tuple[float, float]  # a relative error, and how large it may be
+
+
+def fault(error: float, allowed: float) -> str:
+    """What is wrong with a relative error; nothing where it is allowed."""
+    return "" if error <= allowed < math.inf else f"wrong by {error:.1e}, {allowed:.1e} allowed"
+
+
+def probe(function: Callable, plain: Callable, shapes: list[tuple[int, ...]], device: torch.device) -> Errors:
+    """Of the output of `function` on random tensors or the gradient that comes out worst, against `plain` in float64.
+
+    Allowed is ALLOWED_ERROR times the error of `plain` in the same precision, which grows with the length of the sums
+    as that of any back end. A gradient of a few numbers may be right by luck: none is held to less than the median.
+    """
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator) for shape in shapes]
 
@@ -1372,25 +1391,23 @@ def probe(function: Callable, reference: Callable, shapes: list[tuple[int, ...]]
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(where, dtype))
         return [y, *(i.grad for i in inputs)]
 
-    want = run(reference, torch.float64, torch.device("cpu"))
-    return relative_error(run(function, compute_dtype(device), device), want)
+    want = run(plain, torch.float64, torch.device("cpu"))
+    usual, errors = (relative_errors(run(f, compute_dtype(device), device), want) for f in (plain, function))
+    allowed = [ALLOWED_ERROR * max(error, statistics.median(usual)) for error in usual]
+    return max(zip(errors, allowed, strict=True), key=lambda pair: pair[0] - pair[1])
 
 
-def probe_attention(attend: Attend, cfg: Config, device: torch.device) -> float:
-    """`probe` of an attention back end against the plain definition."""
+def probe_attention(attend: Attend | DocumentAttention, cfg: Config, device: torch.device) -> Errors:
+    """`probe` of an attention back end; with DOC_ATTENTION there are three documents in a row of tokens."""
     shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
-    return probe(attend, sdpa(SDPBackend.MATH), shapes, device)
-
-
-def probe_document_attention(attention: DocumentAttention, cfg: Config, device: torch.device) -> float:
-    """The same with three documents in a row of tokens."""
-    shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+    if not cfg.doc_attention:
+        return probe(attend, sdpa(SDPBackend.MATH), shapes, device)
     documents = torch.arange(128).div(50, rounding_mode="floor").expand(2, 128)
-    ends = (lambda q, k, v, f=f: f(q, k, v, f.mask(documents.to(q.device))) for f in (attention, math_documents()))
+    ends = (lambda q, k, v, f=f: f(q, k, v, f.mask(documents.to(q.device))) for f in (attend, math_documents()))
     return probe(*ends, shapes, device)
 
 
-def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> float:
+def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
     """`probe` of a layer, every input's gradient included, of its output as the next layer's skip, and of the loss."""
     dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
     matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
@@ -1419,16 +1436,17 @@ class BackEnds(NamedTuple):
     variable: str
     makers: dict[str, Callable[[], Callable]]
     everywhere: tuple[str, ...]  # those that `auto` may take where there is no CUDA
-    probe: Callable[[Callable, Config, torch.device], float]
+    probe: Callable[[Callable, Config, torch.device], Errors]
+    prices: dict[str, str]  # by how much a step is longer than by the best, where it is (H100, benchmarks/RESULTS.md)
 
 
-ATTENTION_BACK_ENDS = BackEnds("ATTN_BACKEND", ATTENTION, ("flash", "math"), probe_attention)
-DOCUMENT_BACK_ENDS = BackEnds("ATTN_BACKEND", DOCUMENT_ATTENTION, ("math",), probe_document_attention)
-LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), probe_layer)
+LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), probe_layer, {"plain": "12 to 18%"})
 
 
 def attention_back_ends(cfg: Config) -> BackEnds:
-    return DOCUMENT_BACK_ENDS if cfg.doc_attention else ATTENTION_BACK_ENDS
+    chain = (DOCUMENT_ATTENTION, ("math",)) if cfg.doc_attention else (ATTENTION, ("flash", "math"))
+    prices = {"cudnn": "5%", "fa2": "18%", "flash": "18%", "math": "several times"}
+    return BackEnds("ATTN_BACKEND", *chain, probe_attention, prices)
 
 
 BACK_END_FAULTS = (
@@ -1436,26 +1454,37 @@ BACK_END_FAULTS = (
 )
 
 
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
-    """The first back end of a chain that is right on every rank; one asked for by name is taken or is an error."""
-    device = run.ranks.device
+    """The first back end of a chain that is right on every rank; one asked for by name is taken or is an error.
+
+    A slower one than the best is a warning, unless what was passed over are packages that this GPU has no use for.
+    """
+    device, refused, is_loss = run.ranks.device, [], False
     chain = list(ends.makers) if device.type == "cuda" else ends.everywhere
-    refused = []
     for name in chain if asked == "auto" else [asked]:
-        chosen, error, reason = None, math.nan, ""
+        chosen, error, allowed, reason, is_absent = None, math.nan, math.nan, "", False
         try:
             chosen = ends.makers[name]()
-            error = ends.probe(chosen, run.cfg, device)
-            reason = "" if error < 2e-2 else f"wrong by {error:.1e}"
+            error, allowed = ends.probe(chosen, run.cfg, device)
+            reason = fault(error, allowed)
         except BACK_END_FAULTS as e:
             reason = f"{type(e).__name__} {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''}"
+            is_absent = isinstance(e, ImportError)
         failures = run.ranks.sum_(torch.tensor(float(bool(reason)), device=device)).item()
         if not failures:
             why = "; ".join(refused) or "first choice"
-            run.log(f"{ends.variable.lower()}:{name} head_dim:{run.cfg.head_dim} error:{error:.1e} reason:{why}")
+            facts = f"head_dim:{run.cfg.head_dim} error:{error:.1e} allowed:{allowed:.1e}"
+            run.log(f"{ends.variable.lower()}:{name} {facts} reason:{why}")
             run.log.event("back_end", variable=ends.variable, name=name)
+            if is_loss and name in ends.prices:
+                run.warn_of_cost(f"{ends.variable}: by {name} a step takes {ends.prices[name]} longer ({why})")
             return chosen
         refused.append(f"{name}: {reason or 'failed on another rank'}")
+        is_loss = is_loss or not is_absent or is_hopper(device)
     raise UserError(f"{ends.variable}={asked}: not usable here ({'; '.join(refused)}); auto takes the best")
 
 
@@ -1884,6 +1913,11 @@ def programs(device: torch.device, blocks: int, per_processor: int = 1) -> tuple
     return (min(blocks, per_processor * torch.cuda.get_device_properties(device).multi_processor_count),)
 
 
+def per_row(x: Tensor) -> Tensor:
+    """Memory for a number per row."""
+    return x.new_empty(len(x), dtype=torch.float32)
+
+
 def tiled(factor: Tensor, rows: int, cols: int) -> Any:
     """A contiguous matrix as the bulk copy engine takes it, in tiles."""
     return TensorDescriptor.from_tensor(factor, [rows, cols])
@@ -1976,7 +2010,7 @@ def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnex
 def enter_outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     """Memory for what `enter` returns, given its inputs."""
     new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
-    return new, twin, x.new_empty(len(x), dtype=torch.float32), kept, following
+    return new, twin, per_row(x), kept, following
 
 
 @torch.library.custom_op(f"{OPERATORS}::enter", mutates_args=())
@@ -2310,7 +2344,7 @@ heads.register_autograd(differentiate_heads, setup_context=save_heads)
 
 @jit
 def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, COPIES: tl.constexpr, SIZE: tl.constexpr,
-                    COLS: tl.constexpr, ITEMS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+                    COLS: tl.constexpr, ITEMS: tl.constexpr):  # fmt: skip
     """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy and the heads' sum of dv."""
     item, d = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None], tl.arange(0, COLS)[None, :]
     live = (item < items) & (d < SIZE)
@@ -2322,24 +2356,23 @@ def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, COPIES: tl.co
         at = (item * GROUP + head) * SIZE + d
         value = tl.load(y + at, mask=live, other=0.0).to(tl.float32)
         share = tl.sum(value * own, 1)[:, None] * inverse
-        if BACKWARD:
+        if dz is not None:
             upstream = tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
             along = tl.sum(upstream * own, 1)[:, None] * inverse
             tl.store(out + at, (upstream - along * own).to(out.dtype.element_ty), mask=live)
             total -= share * upstream + along * value - tl.where(power > 1e-12, 2 * along * share, 0.0) * own
         else:
             tl.store(out + at, (value - share * own).to(out.dtype.element_ty), mask=live)
-    if BACKWARD:
+    if dz is not None:
         tl.store(dv + item * SIZE + d, total.to(dv.dtype.element_ty), mask=live)
 
 
-def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None, kv: int) -> tuple[Tensor, Tensor]:
+def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None, kv: int) -> tuple[Tensor, Tensor | None]:
     """z, or the gradients of y and of the twin of v, which has `kv` heads."""
     y, v, (n, heads, size) = y.contiguous(), v.contiguous(), y.shape
-    out, dv, dz_or_y = torch.empty_like(y), v if dz is None else v.new_empty((n, kv, size)), y if dz is None else dz
-    exclusive_tiles[(triton.cdiv(n * kv, 32),)](y, v, dz_or_y.contiguous(), out, dv, n * kv, heads // kv,
-                                                v.shape[1] // kv, size, triton.next_power_of_2(size), 32,
-                                                dz is not None, num_warps=4, num_stages=2)  # fmt: skip
+    out, dz, dv = torch.empty_like(y), *((None, None) if dz is None else (dz.contiguous(), v.new_empty((n, kv, size))))
+    grid, cols = (triton.cdiv(n * kv, 32),), triton.next_power_of_2(size)
+    exclusive_tiles[grid](y, v, dz, out, dv, n * kv, heads // kv, v.shape[1] // kv, size, cols, 32, num_warps=4)
     return out, dv
 
 
@@ -2545,11 +2578,9 @@ def feed_forward(
 
 
 @torch.library.custom_op(f"{OPERATORS}::feed_forward_backward", mutates_args=())
-def feed_forward_backward(
-    dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool
-) -> list[Tensor]:
-    """r times the gradient of the pre-activations, and the gradient of beta."""
-    return run_unit(dy.contiguous(), down.T.contiguous(), r, pre, beta, (True, beta_grad))
+def feed_forward_backward(dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, wanted: bool) -> list[Tensor]:
+    """r times the gradient of the pre-activations, and the gradient of beta where it is wanted."""
+    return run_unit(dy.contiguous(), down.T.contiguous(), r, pre, beta, (True, wanted))
 
 
 feed_forward.register_fake(
@@ -2644,18 +2675,13 @@ def nll_blocks(logits: Tensor) -> tuple[int, int]:
     return 4096 // cols, cols
 
 
-def nll_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Memory for what `nll` returns, given its inputs."""
-    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
-
-
 @torch.library.custom_op(f"{OPERATORS}::nll", mutates_args=())
 def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,).
 
     The logits are read once, and once more to write their gradient; nothing else of that size is kept.
     """
-    (n, width), (rows, cols), (loss, logs) = logits.shape, nll_blocks(logits), nll_outputs(logits)
+    (n, width), (rows, cols), loss, logs = logits.shape, nll_blocks(logits), per_row(logits), per_row(logits)
     nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
     return loss, logs
 
@@ -2669,7 +2695,7 @@ def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, ca
     return dlogits
 
 
-nll.register_fake(nll_outputs)
+nll.register_fake(lambda logits, *_: (per_row(logits), per_row(logits)))
 nll_backward.register_fake(lambda logits, *_: torch.empty_like(logits))
 
 
@@ -2686,13 +2712,13 @@ nll.register_autograd(
 class TritonLayer(PlainLayer):
     """The parts of a layer as kernels."""
 
+    exclusive = staticmethod(exclusive)
+
     def __init__(self) -> None:
         if triton is None:
             raise ImportError("Triton with tensor descriptors (3.4 or later) is not installed")
 
-    def enter(
-        self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
-    ) -> tuple[Rows, Tensor, Twinned]:
+    def enter(self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> Entered:
         x_new, twin, r, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
         return Rows(x_new, twin, r), kept, (x0[0], following)
 
@@ -2703,9 +2729,6 @@ class TritonLayer(PlainLayer):
         if heads_fit(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
             return heads(*rows, weight, gain, rotary, extra, follows)[:4]
         return super().heads(Rows(rows.x, self.normalized(rows)), weight, gain, rotary, extra, follows)
-
-    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
-        return exclusive(y, v, twin)
 
     def leave(self, rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
         return Rows(*leave(rows.x, z, weight, scale))
@@ -3204,13 +3227,13 @@ class Trainer:
         if not self.replays:
             return
         parameters, batch, reason = list(self.model.parameters()), self.batch(0, phase), ""
+        allowed = ALLOWED_ERROR * torch.finfo(self.model.dtype).eps / 2  # recorded, a product may take another kernel
         self.model.zero_grad()
         want = [self.gradients(phase, *batch).cpu().double(), flat([p.grad for p in parameters]).cpu().double()]
         pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
         try:
             graph = StepGraph(partial(self.gradients, phase), batch, parameters, pool)
-            error = relative_error([graph.replay(batch), flat(graph.grads)], want)
-            reason = "" if error < 2e-2 else f"wrong by {error:.1e}"
+            reason = fault(max(relative_errors([graph.replay(batch), flat(graph.grads)], want)), allowed)
         except RuntimeError as problem:
             reason = str(problem).strip().splitlines()[0][:200]
         if not reason:
@@ -3218,7 +3241,9 @@ class Trainer:
         elif self.run.cfg.sources["cuda_graph"] != "default":
             raise UserError(f"CUDA_GRAPH=1: a step cannot be recorded ({reason}); set CUDA_GRAPH=0")
         else:
-            self.run.log(f"WARNING: a step cannot be recorded as a CUDA graph ({reason}); launching one by one")
+            self.run.warn_of_cost(f"a step cannot be recorded as a CUDA graph ({reason}); launched one by one it takes "
+                                  "up to 25% longer, by how fast the host is")  # fmt: skip
+
 
     def step(self, number: int, phase: Phase, lr_scale: float, momentum: float, muon_share: float = 1.0) -> Tensor:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
@@ -4542,7 +4567,7 @@ def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
 
 
 def report_inactive(run: Runtime, active: set[str]) -> None:
-    """Name what was configured and never happened: a flag that did nothing must not pass for a feature."""
+    """Name what was configured and never happened, so that no flag passes for a feature, and what made steps longer."""
     cfg = run.cfg
     wanted = {
         "ema": (cfg.ema_enabled, "EMA_ENABLED=1"),
@@ -4559,6 +4584,8 @@ def report_inactive(run: Runtime, active: set[str]) -> None:
     if not (cfg.eval_only or cfg.export_only):
         run.log(f"never activated: {'; '.join(missing) or 'none'}")
         run.log.event("inactive", features=missing)
+    for text in dict.fromkeys(run.costs):
+        run.log(f"WARNING: {text}")
 
 
 def main() -> None:
