@@ -5,6 +5,7 @@ an `assert` has to say by itself what it saw. Without the interpreter they are c
 """
 
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -212,11 +213,29 @@ def leave_cases() -> None:
 
 
 def feed_forward_cases() -> None:
-    """With and without a learned beta."""
+    """With and without a learned beta, which may be negative, or 0 and still has its gradient."""
     for tokens, width, hidden in ((37, 40, 52), (16, 36, 32)):
         values = draw(x=(tokens, width), up=(hidden, width), down=(width, hidden), beta=(hidden,))
-        for fixed in ("", "beta"):
-            check_part(feed_forward_part, values, fixed)
+        assert values["beta"].min() < 0 < values["beta"].max()
+        zeros = {**values, "beta": values["beta"] * (torch.arange(hidden) % 3 > 0)}
+        for fixed, given in itertools.product(("", "beta"), (values, zeros)):
+            check_part(feed_forward_part, given, fixed)
+    values["up"][3] = torch.nan  # must not be rounded to a number
+    got = run_part(feed_forward_part, t.TritonLayer(), values, set(), "")
+    assert got["output 1"][:, 3].isnan().all() and got["output 0"].isnan().all(), got
+
+
+def sign_cases() -> None:
+    """The lowest bit of every activation says where its pre-activation was negative; none is off by 2^-7 or more."""
+    bfloat16_as_on_a_gpu()
+    values = draw(x=(37, 40), r=(37,), up=(56, 40), down=(40, 56), beta=(56,))
+    values = {name: value.bfloat16() for name, value in values.items()} | {"r": values["r"].abs()}
+    act = t.feed_forward(values["x"], values["x"], *(values[name] for name in ("r", "up", "down", "beta")))[1]
+    h = values["r"].double()[:, None] * (values["x"].double() @ values["up"].double().T)
+    assert torch.equal(act.view(torch.int16) % 2 == 1, h < 0)
+    exact = t.squared_unit(h, values["beta"].double())
+    assert ((act.double() - exact) / exact).abs().max() < 2**-7, t.relative_errors([act], [exact])
+    assert t.relative_errors([act], [exact])[0] < 3.5e-3
 
 
 @t.jit
@@ -354,7 +373,7 @@ def layers_in_bfloat16() -> None:
 
 CASES: dict[str, list[Callable[[], None]]] = {
     "parts": [enter_cases, heads_cases, zero_gain_cases, exclusive_cases, leave_cases, feed_forward_cases,
-              column_sums_cases, normalized_cases, nll_cases],
+              column_sums_cases, normalized_cases, nll_cases, sign_cases],
     "layers": [probed_layers, layers_in_bfloat16],
     "models": [partial(compare_models, variables, False) for variables in MODELS],
     "graphs": [partial(compare_models, variables, True) for variables in GRAPHS],
@@ -370,6 +389,9 @@ def default_layer() -> None:
         assert not t.fault(*found), (changes, found)
 
 
+SUMS = t.unit_tiles.arg_names.index("sums") if t.triton else 0  # which argument the sums for beta are
+
+
 def stack_bytes(cubin: bytes) -> int:
     """What a thread of a compiled kernel keeps in memory for want of registers."""
     tool = Path(t.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -379,7 +401,10 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 def compiled_for_hopper() -> None:
-    """Every kernel of a layer and of the loss, in bfloat16, by Triton's compiler and ptxas; nothing is launched."""
+    """Every kernel of a layer and of the loss, in bfloat16, by Triton's compiler and ptxas; nothing is launched.
+
+    None may spill registers but the feed-forward's where a beta is learned.
+    """
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     gpu = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: target)
     importlib.import_module("triton.runtime").driver.set_active(gpu)
@@ -387,13 +412,17 @@ def compiled_for_hopper() -> None:
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **words: Any) -> None:
         done = run(kernel, *arguments, grid=grid, warmup=True, **words)
-        stacks[kernel.fn.__name__] = max(stack_bytes(done.asm["cubin"]), stacks.get(kernel.fn.__name__, 0))
+        name = kernel.fn.__name__ + " for beta" * (kernel is t.unit_tiles and arguments[SUMS] is not None)
+        stacks[name] = max(stack_bytes(done.asm["cubin"]), stacks.get(name, 0))
 
     t.triton.JITFunction.run = compile_only
     for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu"}):
         t.probe_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
+    matrix, rows = torch.zeros(512, 512, dtype=torch.bfloat16), torch.zeros(512)
+    t.run_unit(matrix, matrix, rows, rows, matrix, False)
     every = {name for name in vars(t) if name.endswith("_tiles")}
-    assert stacks.keys() == every and max(stacks.values()) <= 160, (every, stacks)
+    assert stacks.keys() == every | {"unit_tiles for beta"}, (every, stacks)
+    assert stacks.pop("unit_tiles for beta") <= 160 and not any(stacks.values()), stacks
 
 
 # --- the tests ------------------------------------------------------------------------------------------
