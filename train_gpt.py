@@ -1239,12 +1239,14 @@ class Rows(NamedTuple):
     """The residual stream x (N, C), N = B T, at the entrance of a norm, and what stands for x normalized.
 
     In plain parts `twin` is the normalized x (N, C). In kernels it is memory without values that takes the gradient of
-    x as the normalized x makes it, which is r (N,) times the rows of x, with r held fixed.
+    x as the normalized x makes it, which is r (N,) times the rows of x, with r held fixed. None before a feed-forward,
+    whose kernels return the gradient of x as a whole.
     """
 
     x: Tensor
-    twin: Tensor
+    twin: Tensor | None
     r: Tensor | None = None
+    scale: float = 1.0  # that r includes
 
 
 Twinned = tuple[Tensor, Tensor]  # values and the tensor that takes their gradient: in plain parts the same
@@ -1894,6 +1896,9 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
 # dx = g - x (r^2 / (C scale^2)) <g, x>: one pass over g and x, in which the residual gradient is added too.
 # Hence the twins: memory that is never written or read and only carries g back, or the gradient of a skip
 # or of x0, to the one kernel that adds it up (inductor cannot add inside an operator).
+# The feed-forward needs no such pass. Its output is homogeneous of degree 2 in its input, so <g, x> is twice
+# the sum of a row's activations times their gradients, which the kernel has that makes these; then the
+# product that makes g ends with dx.
 
 TILE = (128, 256, 64)  # rows, columns, inner length of a product's tile; 8 warps, 3 stages: the best of 27 tried
 
@@ -1959,7 +1964,7 @@ def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr
 
 
 @jit
-def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnext, dx, dskip, dx0, sums, tokens, scale,
+def enter_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnext, dx, dskip, dx0, sums, tokens, scale,
                         WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
                         STAGES: tl.constexpr):  # fmt: skip
     """Gradients of x, skip and x0, walking over blocks of rows; sums (programs, 3, WIDTH) of mix's.
@@ -1967,15 +1972,14 @@ def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnex
     The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
     """
     column = tl.arange(0, COLS)[None, :]
-    if mix is not None:
-        every = mix + column + 0 * tl.arange(0, ROWS)[:, None]
-        within = column + 0 * tl.arange(0, ROWS)[:, None] < WIDTH
-        keep = tl.load(every, mask=within, other=0.0).to(tl.float32)
-        first = tl.load(every + 2 * WIDTH, mask=within, other=0.0).to(tl.float32)
-        dkeep, dfirst = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    every = mix + column + 0 * tl.arange(0, ROWS)[:, None]
+    within = column + 0 * tl.arange(0, ROWS)[:, None] < WIDTH
+    keep = tl.load(every, mask=within, other=0.0).to(tl.float32)
+    first = tl.load(every + 2 * WIDTH, mask=within, other=0.0).to(tl.float32)
+    dkeep, dfirst = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     if skip is not None:
         other = tl.load(every + WIDTH, mask=within, other=0.0).to(tl.float32)
-        dother = tl.zeros((ROWS, COLS), tl.float32)
+    dother = tl.zeros((ROWS, COLS), tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
         at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
@@ -1985,26 +1989,23 @@ def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dkept, dnex
         r = tl.load(factors + row, mask=row < tokens, other=0.0)
         shrink = r * r / (WIDTH * scale * scale) * tl.sum(g * value, 1)
         d = upstream + g - value * shrink[:, None]
-        if mix is not None:
-            dkeep += d * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
-            dfirst += d * tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
-            begun = d * first
-            if dnext is not None:
-                begun += tl.load(dnext + at, mask=live, other=0.0).to(tl.float32)
-            tl.store(dx0 + at, begun.to(dx0.dtype.element_ty), mask=live)
-            if skip is not None:
-                dother += d * tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
-                tl.store(dskip + at, (d * other).to(dskip.dtype.element_ty), mask=live)
-            d *= keep
+        dkeep += d * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+        dfirst += d * tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
+        begun = d * first
+        if dnext is not None:
+            begun += tl.load(dnext + at, mask=live, other=0.0).to(tl.float32)
+        tl.store(dx0 + at, begun.to(dx0.dtype.element_ty), mask=live)
+        if skip is not None:
+            dother += d * tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
+            tl.store(dskip + at, (d * other).to(dskip.dtype.element_ty), mask=live)
+        d *= keep
         if dkept is not None:
             d += tl.load(dkept + at, mask=live, other=0.0).to(tl.float32)
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=live)
     line, inside = sums + tl.program_id(0) * 3 * WIDTH + tl.arange(0, COLS), tl.arange(0, COLS) < WIDTH
-    if mix is not None:
-        tl.store(line, tl.sum(dkeep, 0), mask=inside)
-        tl.store(line + 2 * WIDTH, tl.sum(dfirst, 0), mask=inside)
-    if skip is not None:
-        tl.store(line + WIDTH, tl.sum(dother, 0), mask=inside)
+    tl.store(line, tl.sum(dkeep, 0), mask=inside)
+    tl.store(line + WIDTH, tl.sum(dother, 0), mask=inside)
+    tl.store(line + 2 * WIDTH, tl.sum(dfirst, 0), mask=inside)
 
 
 def enter_outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -2026,30 +2027,28 @@ def enter(
     return outputs
 
 
-def rows_gradients(dnew: Tensor, *rest: Any) -> list[Tensor]:
-    """Memory for what `rows_backward` returns, given its inputs."""
-    has_mix, has_skip = (tensor is not None for tensor in (rest[5], rest[8]))
-    shapes = (dnew.shape, dnew.shape if has_skip else (0,), dnew.shape if has_mix else (0,), (3, dnew.shape[1]))
-    return [dnew.new_empty(shape) for shape in shapes]
+def enter_gradients(dnew: Tensor, *rest: Any) -> list[Tensor]:
+    """Memory for what `enter_backward` returns, given its inputs."""
+    has_skip = rest[-2] is not None
+    dx, dx0, dskip = torch.empty_like(dnew), torch.empty_like(dnew), dnew.new_empty(dnew.shape if has_skip else 0)
+    (count,) = programs(dnew.device, triton.cdiv(len(dnew), 2), 8)
+    return [dx, dskip, dx0, dnew.new_empty((count, 3, dnew.shape[1]), dtype=torch.float32)]
 
 
-@torch.library.custom_op(f"{OPERATORS}::rows_backward", mutates_args=())
-def rows_backward(
-    dnew: Tensor, dtwin: Tensor, dkept: Tensor | None, dnext: Tensor | None, new: Tensor, r: Tensor,
-    mix: Tensor | None, x: Tensor | None, x0: Tensor | None, skip: Tensor | None, scale: float,
+@torch.library.custom_op(f"{OPERATORS}::enter_backward", mutates_args=())
+def enter_backward(
+    dnew: Tensor, dtwin: Tensor, dkept: Tensor | None, dnext: Tensor | None, new: Tensor, r: Tensor, mix: Tensor,
+    x: Tensor, x0: Tensor, skip: Tensor | None, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, skip, x0 and mix (empty where absent), given those of the new x, of its twin and, where these
-    found a use, of the twins of x and x0."""
-    n, width = new.shape
-    dx, dskip, dx0, dmix = rows_gradients(dnew, dtwin, dkept, dnext, new, r, mix, x, x0, skip)
-    grid = programs(new.device, triton.cdiv(n, 2), 8)
-    sums = new.new_zeros((0 if mix is None else grid[0], 3, width), dtype=torch.float32)
-    rows_backward_tiles[grid](x, skip, x0, mix, new, r, dnew, dtwin, dkept, dnext, dx, dskip, dx0, sums, n, scale,
-                              width, triton.next_power_of_2(width), 2, 2, num_warps=2)  # fmt: skip
-    return [dx, dskip, dx0, dmix.copy_(sums.sum(0))]
+    """Gradients of x, skip (empty without one) and x0, and each program's part of mix's, given those of the new x, of
+    its twin and, where they were used, of the twins of x and x0."""
+    (n, width), found = new.shape, enter_gradients(dnew, skip, scale)
+    enter_backward_tiles[(len(found[3]),)](x, skip, x0, mix, new, r, dnew, dtwin, dkept, dnext, *found, n, scale, width,
+                                           triton.next_power_of_2(width), 2, 2, num_warps=2)  # fmt: skip
+    return found
 
 
-rows_backward.register_fake(rows_gradients)
+enter_backward.register_fake(enter_gradients)
 enter.register_fake(enter_outputs)
 
 
@@ -2063,11 +2062,11 @@ def differentiate_enter(
     ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, dkept: Tensor | None, dnext: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, the twins of skip and x0, and mix."""
-    new, _, _, _, _, skip = saved = ctx.saved_tensors
+    new, _, mix, _, _, skip = saved = ctx.saved_tensors
     given = [torch.zeros_like(new) if d is None else d.contiguous() for d in (dnew, dtwin)]
     given += [d if d is None else d.contiguous() for d in (dkept, dnext)]
-    dx, dskip, dx0, dmix = rows_backward(*given, *saved, ctx.scale)
-    return dx, None, None if skip is None else dskip, None, dx0, dmix, None
+    dx, dskip, dx0, sums = enter_backward(*given, *saved, ctx.scale)
+    return dx, None, None if skip is None else dskip, None, dx0, sums.sum(0).to(mix.dtype), None
 
 
 enter.register_autograd(differentiate_enter, setup_context=save_enter)
@@ -2288,10 +2287,10 @@ def heads(
 
 def heads_gradients(dq: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for what `heads_backward` returns, given its inputs."""
-    (n, count, size), (_, _, _, factors, _, gain, *_, has_extra) = dq.shape, rest
-    kv = factors.shape[1] - count
+    (n, count, size), (_, _, _, factors, *_, has_extra) = dq.shape, rest
+    kv, (walks,) = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
     du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
-    return du, torch.empty_like(gain), dextra
+    return du, dq.new_empty((walks, count), dtype=torch.float32), dextra
 
 
 @torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
@@ -2299,19 +2298,18 @@ def heads_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, factors: Tensor, r: Tensor, gain: Tensor, rotary: Tensor,
     q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None, has_extra: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the product, of the gain, and of `extra` (empty where there is none).
+    """Gradient of the product, each program's part of the gain's, and that of `extra` (empty where there is none).
 
     Given are the gradients of q, k, v and, where something used it, of v's twin; the factors of the norms; and where
     keys are offset, their own second halves.
     """
     n, count, size = dq.shape
-    kv, grid = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
-    du, dgain, dextra = heads_gradients(dq, dk, dv, dtwin, factors, r, gain, has_extra)
-    sums = dq.new_empty((grid[0], count), dtype=torch.float32)
-    heads_backward_tiles[grid](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du,
-                               dextra if has_extra else None, sums, n, rotary.shape[1], 4, count, kv, size,
-                               rotary.shape[-1], num_warps=4, num_stages=2)  # fmt: skip
-    return du, dgain.copy_(sums.sum(0)), dextra
+    du, sums, dextra = found = heads_gradients(dq, dk, dv, dtwin, factors, has_extra)
+    heads_backward_tiles[(len(sums),)](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du,
+                                       dextra if has_extra else None, sums, n, rotary.shape[1], 4, count,
+                                       factors.shape[1] - count, size, rotary.shape[-1], num_warps=4,
+                                       num_stages=2)  # fmt: skip
+    return found
 
 
 heads.register_fake(heads_outputs)
@@ -2330,9 +2328,10 @@ def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def differentiate_heads(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the twin, the weight, the gain and `extra`."""
-    x, weight, *saved = ctx.saved_tensors
+    x, weight, _, _, gain, *_ = ctx.saved_tensors
     given = [d if d is None else d.contiguous() for d in upstream[:4]]
-    du, dgain, dextra = heads_backward(*given, *saved, ctx.has_extra)
+    du, sums, dextra = heads_backward(*given, *ctx.saved_tensors[2:], ctx.has_extra)
+    dgain = sums.sum(0).to(gain.dtype)
     return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None, None
 
 
@@ -2367,106 +2366,96 @@ def exclusive_tiles(y, v, dz, out, dv, items, GROUP: tl.constexpr, COPIES: tl.co
         tl.store(dv + item * SIZE + d, total.to(dv.dtype.element_ty), mask=live)
 
 
-def run_exclusive(y: Tensor, v: Tensor, dz: Tensor | None, kv: int) -> tuple[Tensor, Tensor | None]:
-    """z, or the gradients of y and of the twin of v, which has `kv` heads."""
+def exclusive_outputs(y: Tensor, v: Tensor, twin: Tensor | None, dz: Tensor | None, kv: int) -> tuple[Tensor, Tensor]:
+    """Memory for what `exclusive` returns, given its inputs."""
+    return y.new_empty(y.shape), v.new_empty(0 if dz is None else (len(v), kv, v.shape[2]))
+
+
+@torch.library.custom_op(f"{OPERATORS}::exclusive", mutates_args=())
+def exclusive(y: Tensor, v: Tensor, twin: Tensor | None, dz: Tensor | None, kv: int) -> tuple[Tensor, Tensor]:
+    """z of `PlainLayer.exclusive`; given its gradient, those of y and of the twin of v, which has `kv` heads: so
+    `heads_backward` adds it to the attention's."""
     y, v, (n, heads, size) = y.contiguous(), v.contiguous(), y.shape
-    out, dz, dv = torch.empty_like(y), *((None, None) if dz is None else (dz.contiguous(), v.new_empty((n, kv, size))))
+    (out, dv), dz = exclusive_outputs(y, v, twin, dz, kv), dz if dz is None else dz.contiguous()
     grid, cols = (triton.cdiv(n * kv, 32),), triton.next_power_of_2(size)
     exclusive_tiles[grid](y, v, dz, out, dv, n * kv, heads // kv, v.shape[1] // kv, size, cols, 32, num_warps=4)
     return out, dv
 
 
-@torch.library.custom_op(f"{OPERATORS}::exclusive", mutates_args=())
-def exclusive(y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
-    """`PlainLayer.exclusive`; the gradient of v goes to `twin`, so that `heads_backward` adds it to the attention's."""
-    return run_exclusive(y, v, None, twin.shape[1])[0]
-
-
-@torch.library.custom_op(f"{OPERATORS}::exclusive_backward", mutates_args=())
-def exclusive_backward(y: Tensor, v: Tensor, dz: Tensor, kv: int) -> tuple[Tensor, Tensor]:
-    """Gradients of y and of the twin of v."""
-    return run_exclusive(y, v, dz, kv)
-
-
-exclusive.register_fake(lambda y, v, twin: y.new_empty(y.shape))
-exclusive_backward.register_fake(lambda y, v, dz, kv: (y.new_empty(y.shape), v.new_empty((len(v), kv, v.shape[2]))))
-
-
-def save_exclusive(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    y, v, twin = inputs
+def save_exclusive(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    y, v, _, _, ctx.kv = inputs
     ctx.save_for_backward(y, v)
-    ctx.kv = twin.shape[1]
 
 
-def differentiate_exclusive(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-    dy, dv = exclusive_backward(*ctx.saved_tensors, dz, ctx.kv)
-    return dy, None, dv
+def differentiate_exclusive(ctx: Any, dz: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    dy, dv = exclusive(*ctx.saved_tensors, None, dz, ctx.kv)
+    return dy, None, dv, None, None
 
 
+exclusive.register_fake(exclusive_outputs)
 exclusive.register_autograd(differentiate_exclusive, setup_context=save_exclusive)
 
 
-# The output product of the attention
+# Products that end in sums
 
 
 @jit
-def end_sum(value, x, new, squares, row, column, tokens):
-    """Ending of a tile of the product: add x, store, and store each row's sum of squares over the tile's columns."""
+def end_sum(value, x, new, along, squares, shrink, row, column, tokens):
+    """Ending of a tile of the product: add x, with `along` take off `shrink` times its rows, store, and with `squares`
+    store each row's sum of squares over the tile's columns."""
     place = row + tl.arange(0, value.shape[0])
-    rounded = (value + x.load([row, column]).to(tl.float32)).to(new.dtype)
+    value += x.load([row, column]).to(tl.float32)
+    if along is not None:
+        factor = tl.load(shrink + place, mask=place < tokens, other=0.0)[:, None]
+        value -= factor * along.load([row, column]).to(tl.float32)
+    rounded = value.to(new.dtype)
     new.store([row, column], rounded)
-    total = rounded.to(tl.float32)
-    tl.store(squares + column // value.shape[1] * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
+    if squares is not None:
+        total = rounded.to(tl.float32)
+        tl.store(squares + column // value.shape[1] * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
 
 
 @jit
-def sum_tiles(a, b, x, new, squares, tokens, width, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
+def sum_tiles(a, b, x, new, along, squares, shrink, tokens, width, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
               INNER: tl.constexpr):  # fmt: skip
     """x + a b^T for a (tokens, inputs) and b (width, inputs), each tile ended by `end_sum` in two halves."""
     across = tl.cdiv(width, COLS)
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
         left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
-        end_sum(left, x, new, squares, row, column, tokens)
-        end_sum(right, x, new, squares, row, column + COLS // 2, tokens)
+        end_sum(left, x, new, along, squares, shrink, row, column, tokens)
+        end_sum(right, x, new, along, squares, shrink, row, column + COLS // 2, tokens)
 
 
-def sum_product(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x + z weight^T, and the sums of squares (pieces, N) of its rows."""
-    (n, width), (rows, cols, inner), new = x.shape, TILE, torch.empty_like(x)
-    squares = x.new_empty((2 * triton.cdiv(width, cols), n), dtype=torch.float32)
-    grid = programs(x.device, triton.cdiv(n, rows) * triton.cdiv(width, cols))
-    sum_tiles[grid](tiled(z, rows, inner), tiled(weight, cols, inner), tiled(x, rows, cols // 2),
-                    tiled(new, rows, cols // 2), squares, n, width, z.shape[1], *TILE, num_warps=8,
-                    num_stages=3)  # fmt: skip
+def pieces(x: Tensor, width: int) -> Tensor:
+    """Memory for a number per row of x and half tile of `width` columns, (pieces, N)."""
+    return x.new_empty((2 * triton.cdiv(width, TILE[1]), len(x)), dtype=torch.float32)
+
+
+def sum_outputs(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Memory for what `sum_product` returns, given its inputs."""
+    return torch.empty_like(x), pieces(x, x.shape[1] if rest[-1] else 0)
+
+
+@torch.library.custom_op(f"{OPERATORS}::sum_product", mutates_args=())
+def sum_product(
+    x: Tensor, z: Tensor, weight: Tensor, along: Tensor | None, shrink: Tensor | None, has_squares: bool
+) -> tuple[Tensor, Tensor]:
+    """x + z weight^T for weight (C, inputs), less `shrink` (N,) times the rows of `along` (N, C), the product never
+    being written by itself; and where they are wanted the sums of squares (pieces, N) of its rows."""
+    (n, width), (rows, cols, inner), (new, squares) = x.shape, TILE, sum_outputs(x, has_squares)
+    tiles = (tensor if tensor is None else tiled(tensor, rows, cols // 2) for tensor in (x, new, along))
+    grid = programs(z.device, triton.cdiv(n, rows) * triton.cdiv(width, cols))
+    sum_tiles[grid](tiled(z, rows, inner), tiled(weight, cols, inner), *tiles, squares if has_squares else None, shrink,
+                    n, width, z.shape[1], *TILE, num_warps=8, num_stages=3)  # fmt: skip
     return new, squares
 
 
-@torch.library.custom_op(f"{OPERATORS}::leave", mutates_args=())
-def leave(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts of Rows: the product is never written by itself."""
-    new, squares = sum_product(x, z.contiguous(), weight)
-    return new, torch.empty_like(x), scale * torch.rsqrt(squares.sum(0) / x.shape[1] + NORM_EPS)
-
-
-leave.register_fake(lambda x, *_: enter_outputs(x)[:3])
-
-
-def save_leave(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    _, z, weight, ctx.scale = inputs
-    ctx.save_for_backward(z, weight, output[0], output[2])
-    ctx.set_materialize_grads(False)
-
-
-def differentiate_leave(ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    """Gradients of x, z and weight."""
-    z, weight, *saved = ctx.saved_tensors
-    given = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
-    dx = rows_backward(*given, None, None, *saved, None, None, None, None, ctx.scale)[0]
-    return dx, dx @ weight, dx.T @ z, None
-
-
-leave.register_autograd(differentiate_leave, setup_context=save_leave)
+sum_product.register_fake(sum_outputs)
+sum_product.register_autograd(
+    lambda ctx, dx, _: (dx, dx @ ctx.saved_tensors[1], dx.T @ ctx.saved_tensors[0], None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:3]),
+)
 
 
 # Feed-forward
@@ -2505,10 +2494,10 @@ def total_rows(sums):
 
 
 @jit
-def end_unit(value, r, act, out, low, sums, row, column, tokens, hidden, BETA_GRAD: tl.constexpr):
-    """Ending of a tile: without `act` the activations h^2 of h = r value, times `low` below zero; with them backward, r
-    times the gradient of h, which is 2 sqrt(act) above zero and `low` sqrt(|act|) below. Returns the column sums so far
-    of value times act where h was below zero, with this tile's.
+def end_unit(value, r, act, out, low, products, sums, row, column, tokens, hidden, BETA_GRAD: tl.constexpr):
+    """Ending of a tile: without `act` the activations h^2 of h = r value, times `low` below zero. With them backward: r
+    times the gradient of h, which is 2 sqrt(act) above zero and `low` sqrt(|act|) below, and each row's sum of value
+    times act. Returns the column sums so far of the same where h was below zero, with this tile's.
 
     h is not kept: the lowest bit of an activation says whether it was below zero. The activation is rounded to the
     nearest number with that bit, so it has 7 of bfloat16's 8 digits: a relative error of 0.0033, against 0.0037 of
@@ -2526,14 +2515,16 @@ def end_unit(value, r, act, out, low, sums, row, column, tokens, hidden, BETA_GR
     else:
         a = act.load([row, column]).to(tl.float32)
         below = a.to(tl.uint32, bitcast=True) & SIGN != 0
-        if BETA_GRAD:
-            sums = add_rows(sums, tl.where(below, value * a, 0.0))
-        out.store([row, column], (h * (tl.where(below, low, 2.0) * tl.sqrt(tl.abs(a)))).to(out.dtype))
+        slope = tl.where(below, low, 2.0) * tl.sqrt(tl.abs(a))
+        if BETA_GRAD:  # in this order the fewest registers are spilled
+            sums = add_rows(sums, value * tl.where(below, a, 0.0))
+        out.store([row, column], (h * slope).to(out.dtype))
+        tl.store(products + column // value.shape[1] * tokens + place, tl.sum(value * a, 1), mask=place < tokens)
     return sums
 
 
 @jit
-def unit_tiles(a, b, r, act, out, low, sums, tokens, hidden, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
+def unit_tiles(a, b, r, act, out, low, products, sums, tokens, hidden, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
                INNER: tl.constexpr):  # fmt: skip
     """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves.
 
@@ -2548,8 +2539,9 @@ def unit_tiles(a, b, r, act, out, low, sums, tokens, hidden, inputs, ROWS: tl.co
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
         left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
-        sums_left = end_unit(left, r, act, out, low, sums_left, row, column, tokens, hidden, BETA_GRAD)
-        sums_right = end_unit(right, r, act, out, low, sums_right, row, column + COLS // 2, tokens, hidden, BETA_GRAD)
+        sums_left = end_unit(left, r, act, out, low, products, sums_left, row, column, tokens, hidden, BETA_GRAD)
+        sums_right = end_unit(right, r, act, out, low, products, sums_right, row, column + COLS // 2, tokens, hidden,
+                              BETA_GRAD)  # fmt: skip
     if BETA_GRAD:
         channel = tl.program_id(0) % across * COLS + tl.arange(0, COLS // 2)
         line = sums + tl.program_id(0) // across * hidden + channel
@@ -2557,51 +2549,56 @@ def unit_tiles(a, b, r, act, out, low, sums, tokens, hidden, inputs, ROWS: tl.co
         tl.store(line + COLS // 2, total_rows(sums_right), mask=channel + COLS // 2 < hidden)
 
 
-def run_unit(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool) -> list[Tensor]:
-    """`unit_tiles` over (N, hidden): activations, or with `act` r times the gradient of what they were made of, and the
-    sums (empty where they are not wanted)."""
-    n, hidden, (rows, cols, inner) = len(a), len(b), TILE
-    out, across = a.new_empty((n, hidden)), triton.cdiv(hidden, cols)
-    (count,) = programs(a.device, triton.cdiv(n, rows) * across)
-    walks = max(count // across, 1) if has_sums else 0  # of programs over the rows of all columns
-    sums = a.new_empty((walks, hidden), dtype=torch.float32) if has_sums else None
+def unit_outputs(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool) -> list[Tensor]:
+    """Memory for what `unit_product` returns, given its inputs."""
+    hidden, across = len(b), triton.cdiv(len(b), TILE[1])
+    (count,) = programs(a.device, triton.cdiv(len(a), TILE[0]) * across)
+    sums = a.new_empty((max(count // across, 1) * has_sums, hidden), dtype=torch.float32)
+    return [a.new_empty((len(a), hidden)), pieces(a, 0 if act is None else hidden), sums]
+
+
+@torch.library.custom_op(f"{OPERATORS}::unit_product", mutates_args=())
+def unit_product(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool) -> list[Tensor]:
+    """The activations (N, hidden) of r a b^T; or, with these, r times the gradient of what they were made of, for a b^T
+    theirs, and the sums of both multiplied: over columns (pieces, N), and where they are wanted over rows, below zero
+    (programs that share the rows of a column, hidden)."""
+    (n, inputs), hidden, (rows, cols, inner) = a.shape, len(b), TILE
+    out, products, sums = found = unit_outputs(a, b, r, low, act, has_sums)
+    across = triton.cdiv(hidden, cols)
+    grid = (len(sums) * across,) if has_sums else programs(a.device, triton.cdiv(n, rows) * across)
     act_tiles, out_tiles = (None if x is None else tiled(x, rows, cols // 2) for x in (act, out))
-    unit_tiles[(walks * across or count,)](tiled(a, rows, inner), tiled(b, cols, inner), r, act_tiles, out_tiles, low,
-                                           sums, n, hidden, a.shape[1], *TILE, num_warps=8, num_stages=3)  # fmt: skip
-    return [out, out.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(0)]
+    unit_tiles[grid](tiled(a, rows, inner), tiled(b, cols, inner), r, act_tiles, out_tiles, low, products,
+                     sums if has_sums else None, n, hidden, inputs, *TILE, num_warps=8, num_stages=3)  # fmt: skip
+    return found
 
 
 @torch.library.custom_op(f"{OPERATORS}::feed_forward", mutates_args=())
-def feed_forward(x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+def feed_forward(x: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The new x and the activations: these and the sum are made inside the products (as in PR #1530)."""
-    act, _ = run_unit(x, up, r, beta, None, False)
-    return sum_product(x, act, down)[0], act
+    act = unit_product(x, up, r, beta, None, False)[0]
+    return sum_product(x, act, down, None, None, False)[0], act
 
 
-@torch.library.custom_op(f"{OPERATORS}::feed_forward_backward", mutates_args=())
-def feed_forward_backward(dy: Tensor, down: Tensor, r: Tensor, low: Tensor, act: Tensor, wanted: bool) -> list[Tensor]:
-    """r times the gradient of the pre-activations, and beta times that of beta where it is wanted."""
-    return run_unit(dy.contiguous(), down.T.contiguous(), r, low, act, wanted)
-
-
-feed_forward.register_fake(lambda x, twin, r, up, *_: (torch.empty_like(x), x.new_empty((len(x), len(up)))))
-feed_forward_backward.register_fake(
-    lambda dy, down, r, low, act, wanted: [torch.empty_like(act), low.new_empty(len(low) * wanted, dtype=torch.float32)]
-)
+unit_product.register_fake(unit_outputs)
+feed_forward.register_fake(lambda x, r, up, *_: (torch.empty_like(x), x.new_empty((len(x), len(up)))))
 
 
 def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, _, r, up, down, beta = inputs
-    ctx.save_for_backward(x, r, up, down, beta, output[1])
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
 def differentiate_feed_forward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    """Gradients of x (of its sum), the twin, up, down and beta."""
+    """Gradients of x, up, down and beta."""
     x, r, up, down, beta, act = ctx.saved_tensors
-    beta_grad, low = ctx.needs_input_grad[5], -2 * beta.sign() * beta.abs().float().sqrt()
-    dpre, sums = feed_forward_backward(dy, down, r, low, act, beta_grad)
-    return dy, dpre @ up, None, dpre.T @ x, dy.T @ act, (sums / beta).to(beta.dtype) if beta_grad else None
+    beta_grad, low = ctx.needs_input_grad[4], -2 * beta.sign() * beta.abs().float().sqrt()
+    dy = dy.contiguous()
+    dpre, products, sums = unit_product(dy, down.T.contiguous(), r, low, act, beta_grad)
+    shrink = products.sum(0) * r.square() * (2 / (x.shape[1] * ctx.scale**2))
+    dx, _ = sum_product(dy, dpre, up.T.contiguous(), x, shrink, False)
+    dbeta = (sums.sum(0) / beta).to(beta.dtype) if beta_grad else None
+    return dx, None, dpre.T @ x, dy.T @ act, dbeta, None
 
 
 feed_forward.register_autograd(differentiate_feed_forward, setup_context=save_feed_forward)
@@ -2711,8 +2708,6 @@ nll.register_autograd(
 class TritonLayer(PlainLayer):
     """The parts of a layer as kernels."""
 
-    exclusive = staticmethod(exclusive)
-
     def __init__(self) -> None:
         if triton is None:
             raise ImportError("Triton with tensor descriptors (3.4 or later) is not installed")
@@ -2726,18 +2721,23 @@ class TritonLayer(PlainLayer):
     ) -> tuple[Tensor, ...]:
         """In the ending of the product; in plain steps for heads that do not fill its tiles."""
         if heads_fit(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
-            return heads(*rows, weight, gain, rotary, extra, follows)[:4]
+            return heads(*rows[:3], weight, gain, rotary, extra, follows)[:4]
         return super().heads(Rows(rows.x, self.normalized(rows)), weight, gain, rotary, extra, follows)
 
+    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor) -> Tensor:
+        return exclusive(y, v, twin, None, twin.shape[1])[0]
+
     def leave(self, rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
-        return Rows(*leave(rows.x, z, weight, scale))
+        x, squares = sum_product(rows.x, z.contiguous(), weight, None, None, True)
+        r = scale * torch.rsqrt(squares.detach().sum(0) / x.shape[1] + NORM_EPS)
+        return Rows(x, None, r, scale)
 
     def feed_forward(self, rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         beta = beta + (beta == 0) * 1e-20  # as good as 0, and the gradient can be told from the activations
-        return feed_forward(*rows, up, down, beta)
+        return feed_forward(rows.x, rows.r, up, down, beta, rows.scale)
 
     def normalized(self, rows: Rows) -> Tensor:
-        return Normalized.apply(*rows)
+        return rms_norm(rows.x) * rows.scale if rows.twin is None else Normalized.apply(*rows[:3])
 
     def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
         return nll(logits.contiguous(), targets.contiguous(), cap)[0]

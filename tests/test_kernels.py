@@ -85,8 +85,11 @@ def leave_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
 
 
 def feed_forward_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
-    """The activations are for observers: compared, without a gradient."""
-    y, act = parts.feed_forward(rows_of(i), i["up"], i["down"], i["beta"])
+    """The gradient of x goes through the norm too. The activations are for observers: compared, without a gradient."""
+    normalized, x = SCALE * t.rms_norm(i["stream"]), i["stream"]
+    r = SCALE * (x.detach().double().square().mean(-1) + t.NORM_EPS).rsqrt()
+    rows = t.Rows(x, normalized) if parts is PLAIN else t.Rows(x, None, r.float(), SCALE)
+    y, act = parts.feed_forward(rows, i["up"], i["down"], i["beta"])
     return [y, act.detach()]
 
 
@@ -215,10 +218,11 @@ def leave_cases() -> None:
 def feed_forward_cases() -> None:
     """With and without a learned beta, which may be negative, or 0 and still has its gradient."""
     for tokens, width, hidden in ((37, 40, 52), (16, 36, 32)):
-        values = draw(x=(tokens, width), up=(hidden, width), down=(width, hidden), beta=(hidden,))
+        values = draw(stream=(tokens, width), up=(hidden, width), down=(width, hidden), beta=(hidden,))
         assert values["beta"].min() < 0 < values["beta"].max()
         zeros = {**values, "beta": values["beta"] * (torch.arange(hidden) % 3 > 0)}
-        for fixed, given in itertools.product(("", "beta"), (values, zeros)):
+        small = {**values, "stream": 1e-3 * values["stream"]}  # the norm's eps counts
+        for fixed, given in itertools.product(("", "beta"), (values, zeros, small)):
             check_part(feed_forward_part, given, fixed)
     values["up"][3] = torch.nan  # must not be rounded to a number
     got = run_part(feed_forward_part, t.TritonLayer(), values, set(), "")
@@ -230,7 +234,7 @@ def sign_cases() -> None:
     bfloat16_as_on_a_gpu()
     values = draw(x=(37, 40), r=(37,), up=(56, 40), down=(40, 56), beta=(56,))
     values = {name: value.bfloat16() for name, value in values.items()} | {"r": values["r"].abs()}
-    act = t.feed_forward(values["x"], values["x"], *(values[name] for name in ("r", "up", "down", "beta")))[1]
+    act = t.feed_forward(*(values[name] for name in ("x", "r", "up", "down", "beta")), 1.0)[1]
     h = values["r"].double()[:, None] * (values["x"].double() @ values["up"].double().T)
     assert torch.equal(act.view(torch.int16) % 2 == 1, h < 0)
     exact = t.squared_unit(h, values["beta"].double())
@@ -419,10 +423,10 @@ def compiled_for_hopper() -> None:
     for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu"}):
         t.probe_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
     matrix, rows = torch.zeros(512, 512, dtype=torch.bfloat16), torch.zeros(512)
-    t.run_unit(matrix, matrix, rows, rows, matrix, False)
+    t.unit_product(matrix, matrix, rows, rows, matrix, False)  # with a fixed beta
     every = {name for name in vars(t) if name.endswith("_tiles")}
     assert stacks.keys() == every | {"unit_tiles for beta"}, (every, stacks)
-    assert stacks.pop("unit_tiles for beta") <= 160 and not any(stacks.values()), stacks
+    assert stacks.pop("unit_tiles for beta") <= 192 and not any(stacks.values()), stacks
 
 
 # --- the tests ------------------------------------------------------------------------------------------
