@@ -43,6 +43,7 @@ import platform
 import re
 import shutil
 import signal
+import statistics
 import struct
 import sys
 import tempfile
@@ -1031,6 +1032,7 @@ class Runtime:
     ledger: list[tuple[str, str, float]]  # (budget, phase, seconds)
     signals: Signals | None = None
     claim: Claim | None = None  # rank 0's
+    costs: list[str] = field(default_factory=list)  # what makes every step longer than it need be
 
     @classmethod
     @contextlib.contextmanager
@@ -1064,6 +1066,11 @@ class Runtime:
 
     def spent(self, budget: str) -> float:
         return sum(seconds for name, _, seconds in self.ledger if name == budget)
+
+    def warn_of_cost(self, text: str) -> None:
+        """Say what makes every step longer, with the price, now and again in the report."""
+        self.log(f"WARNING: {text}")
+        self.costs.append(text)
 
 
 def log_header(run: Runtime) -> None:
@@ -1463,6 +1470,7 @@ Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTE
 Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 NORM_EPS = 1e-6
 GATE_INPUTS = 12  # channels of the normalized residual stream that the sparse gates of heads read
+ALLOWED_ERROR = 4.0  # of a back end, in errors of the plain definition in the same precision
 PART_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 in one call take 7 to 9% longer
 
 
@@ -1657,16 +1665,19 @@ class Rows(NamedTuple):
     """The residual stream x (N, C), N = B T, at the entrance of a norm, and what stands for x normalized.
 
     In plain parts `twin` is the normalized x (N, C). In kernels it is memory without values that takes the gradient of
-    x as the normalized x makes it, which is r (N,) times the rows of x, with r held fixed.
+    x as the normalized x makes it, which is r (N,) times the rows of x, with r held fixed. None before a feed-forward,
+    whose kernels return the gradient of x as a whole.
     """
 
     x: Tensor
-    twin: Tensor
+    twin: Tensor | None
     r: Tensor | None = None
+    scale: float = 1.0  # that r includes
     gates: Tensor | None = None  # at a layer's entrance, in kernels: such memory for the first channels
 
 
 Twinned = tuple[Tensor, Tensor]  # values and the tensor that takes their gradient: in plain parts the same
+Entered = tuple[Rows, Tensor, Twinned]  # at the entrance of a layer: the rows, the twin of x, and x0 for the next one
 
 
 class Adapted(NamedTuple):
@@ -1720,9 +1731,7 @@ class PlainLayer:
     `TritonLayer` computes the same functions by kernels, from fewer bytes.
     """
 
-    def enter(
-        self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
-    ) -> tuple[Rows, Tensor, Twinned]:
+    def enter(self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> Entered:
         """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the twin of x, and x0 for the next layer.
 
         `scale` is the factor on the normalized rows. What comes back lets kernels chain the gradients of a tensor with
@@ -1788,14 +1797,26 @@ PLAIN_LAYER = PlainLayer()
 LAYER: dict[str, Callable[[], PlainLayer]] = {"triton": lambda: TritonLayer(), "plain": lambda: PLAIN_LAYER}
 
 
-def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
-    """Largest ||got - want|| / ||want|| over pairs of tensors; NaN counts as infinite."""
+def relative_errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
+    """||got - want|| / ||want|| of each pair of tensors; NaN counts as infinite."""
     pairs = [(g.detach().to("cpu", torch.float64), w.detach()) for g, w in zip(got, want, strict=True)]
-    return max(float(((g - w).norm() / w.norm()).nan_to_num(nan=math.inf)) for g, w in pairs)
+    return [float(((g - w).norm() / w.norm()).nan_to_num(nan=math.inf)) for g, w in pairs]
 
 
-def probe(function: Callable, reference: Callable, shapes: list[tuple[int, ...]], device: torch.device) -> float:
-    """Largest relative error of output and gradients against `reference` in float64 on the CPU, on random tensors."""
+Errors = tuple[float, float]  # a relative error, and how large it may be
+
+
+def fault(error: float, allowed: float) -> str:
+    """What is wrong with a relative error; nothing where it is allowed."""
+    return "" if error <= allowed < math.inf else f"wrong by {error:.1e}, {allowed:.1e} allowed"
+
+
+def probe(function: Callable, plain: Callable, shapes: list[tuple[int, ...]], device: torch.device) -> Errors:
+    """Of the output of `function` on random tensors or the gradient that comes out worst, against `plain` in float64.
+
+    Allowed is ALLOWED_ERROR times the error of `plain` in the same precision, which grows with the length of the sums
+    as that of any back end. A gradient of a few numbers may be right by luck: none is held to less than the median.
+    """
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator) for shape in shapes]
 
@@ -1805,25 +1826,23 @@ def probe(function: Callable, reference: Callable, shapes: list[tuple[int, ...]]
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(where, dtype))
         return [y, *(i.grad for i in inputs)]
 
-    want = run(reference, torch.float64, torch.device("cpu"))
-    return relative_error(run(function, compute_dtype(device), device), want)
+    want = run(plain, torch.float64, torch.device("cpu"))
+    usual, errors = (relative_errors(run(f, compute_dtype(device), device), want) for f in (plain, function))
+    allowed = [ALLOWED_ERROR * max(error, statistics.median(usual)) for error in usual]
+    return max(zip(errors, allowed, strict=True), key=lambda pair: pair[0] - pair[1])
 
 
-def probe_attention(attend: Attend, cfg: Config, device: torch.device) -> float:
-    """`probe` of an attention back end against the plain definition."""
+def probe_attention(attend: Attend | DocumentAttention, cfg: Config, device: torch.device) -> Errors:
+    """`probe` of an attention back end; with DOC_ATTENTION there are three documents in a row of tokens."""
     shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
-    return probe(attend, sdpa(SDPBackend.MATH), shapes, device)
-
-
-def probe_document_attention(attention: DocumentAttention, cfg: Config, device: torch.device) -> float:
-    """The same with three documents in a row of tokens."""
-    shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+    if not cfg.doc_attention:
+        return probe(attend, sdpa(SDPBackend.MATH), shapes, device)
     documents = torch.arange(128).div(50, rounding_mode="floor").expand(2, 128)
-    ends = (lambda q, k, v, f=f: f(q, k, v, f.mask(documents.to(q.device))) for f in (attention, math_documents()))
+    ends = (lambda q, k, v, f=f: f(q, k, v, f.mask(documents.to(q.device))) for f in (attend, math_documents()))
     return probe(*ends, shapes, device)
 
 
-def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> float:
+def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
     """`probe` of a layer, every input's gradient included, of its output as the next layer's skip, and of the loss."""
     dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
     matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
@@ -1853,16 +1872,17 @@ class BackEnds(NamedTuple):
     variable: str
     makers: dict[str, Callable[[], Callable]]
     everywhere: tuple[str, ...]  # those that `auto` may take where there is no CUDA
-    probe: Callable[[Callable, Config, torch.device], float]
+    probe: Callable[[Callable, Config, torch.device], Errors]
+    prices: dict[str, str]  # by how much a step is longer than by the best, where it is (H100, benchmarks/RESULTS.md)
 
 
-ATTENTION_BACK_ENDS = BackEnds("ATTN_BACKEND", ATTENTION, ("flash", "math"), probe_attention)
-DOCUMENT_BACK_ENDS = BackEnds("ATTN_BACKEND", DOCUMENT_ATTENTION, ("math",), probe_document_attention)
-LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), probe_layer)
+LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), probe_layer, {"plain": "12 to 18%"})
 
 
 def attention_back_ends(cfg: Config) -> BackEnds:
-    return DOCUMENT_BACK_ENDS if cfg.doc_attention else ATTENTION_BACK_ENDS
+    chain = (DOCUMENT_ATTENTION, ("math",)) if cfg.doc_attention else (ATTENTION, ("flash", "math"))
+    prices = {"cudnn": "5%", "fa2": "18%", "flash": "18%", "math": "several times"}
+    return BackEnds("ATTN_BACKEND", *chain, probe_attention, prices)
 
 
 BACK_END_FAULTS = (
@@ -1870,26 +1890,37 @@ BACK_END_FAULTS = (
 )
 
 
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
-    """The first back end of a chain that is right on every rank; one asked for by name is taken or is an error."""
-    device = run.ranks.device
+    """The first back end of a chain that is right on every rank; one asked for by name is taken or is an error.
+
+    A slower one than the best is a warning, unless what was passed over are packages that this GPU has no use for.
+    """
+    device, refused, is_loss = run.ranks.device, [], False
     chain = list(ends.makers) if device.type == "cuda" else ends.everywhere
-    refused = []
     for name in chain if asked == "auto" else [asked]:
-        chosen, error, reason = None, math.nan, ""
+        chosen, error, allowed, reason, is_absent = None, math.nan, math.nan, "", False
         try:
             chosen = ends.makers[name]()
-            error = ends.probe(chosen, run.cfg, device)
-            reason = "" if error < 2e-2 else f"wrong by {error:.1e}"
+            error, allowed = ends.probe(chosen, run.cfg, device)
+            reason = fault(error, allowed)
         except BACK_END_FAULTS as e:
             reason = f"{type(e).__name__} {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''}"
+            is_absent = isinstance(e, ImportError)
         failures = run.ranks.sum_(torch.tensor(float(bool(reason)), device=device)).item()
         if not failures:
             why = "; ".join(refused) or "first choice"
-            run.log(f"{ends.variable.lower()}:{name} head_dim:{run.cfg.head_dim} error:{error:.1e} reason:{why}")
+            facts = f"head_dim:{run.cfg.head_dim} error:{error:.1e} allowed:{allowed:.1e}"
+            run.log(f"{ends.variable.lower()}:{name} {facts} reason:{why}")
             run.log.event("back_end", variable=ends.variable, name=name)
+            if is_loss and name in ends.prices:
+                run.warn_of_cost(f"{ends.variable}: by {name} a step takes {ends.prices[name]} longer ({why})")
             return chosen
         refused.append(f"{name}: {reason or 'failed on another rank'}")
+        is_loss = is_loss or not is_absent or is_hopper(device)
     raise UserError(f"{ends.variable}={asked}: not usable here ({'; '.join(refused)}); auto takes the best")
 
 
@@ -2395,6 +2426,9 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
 # dx = g - x (r^2 / (C scale^2)) <g, x>: one pass over g and x, in which the residual gradient is added too.
 # Hence the twins: memory that is never written or read and only carries g back, or the gradient of a skip
 # or of x0, to the one kernel that adds it up (inductor cannot add inside an operator).
+# The feed-forward needs no such pass. Its output is homogeneous of degree 2 in its input, so <g, x> is twice
+# the sum of a row's activations times their gradients, which the kernel has that makes these; then the
+# product that makes g ends with dx.
 
 TILE = (128, 256, 64)  # rows, columns, inner length of a product's tile; 8 warps, 3 stages: the best of 27 tried
 
@@ -2412,6 +2446,11 @@ def programs(device: torch.device, blocks: int, per_processor: int = 1) -> tuple
     if device.type != "cuda":
         return (min(blocks, 2),)
     return (min(blocks, per_processor * torch.cuda.get_device_properties(device).multi_processor_count),)
+
+
+def per_row(x: Tensor) -> Tensor:
+    """Memory for a number per row."""
+    return x.new_empty(len(x), dtype=torch.float32)
 
 
 def tiled(factor: Tensor, rows: int, cols: int) -> Any:
@@ -2455,23 +2494,22 @@ def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr
 
 
 @jit
-def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dgates, dkept, dnext, dx, dskip, dx0, sums, tokens,
-                        scale, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-                        GATES: tl.constexpr):  # fmt: skip
+def enter_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dgates, dkept, dnext, dx, dskip, dx0, sums,
+                         tokens, scale, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+                         STAGES: tl.constexpr, GATES: tl.constexpr):  # fmt: skip
     """Gradients of x, skip and x0, walking over blocks of rows; sums (programs, 3, WIDTH) of mix's.
 
     The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
     """
     column = tl.arange(0, COLS)[None, :]
-    if mix is not None:
-        every = mix + column + 0 * tl.arange(0, ROWS)[:, None]
-        within = column + 0 * tl.arange(0, ROWS)[:, None] < WIDTH
-        keep = tl.load(every, mask=within, other=0.0).to(tl.float32)
-        first = tl.load(every + 2 * WIDTH, mask=within, other=0.0).to(tl.float32)
-        dkeep, dfirst = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    every = mix + column + 0 * tl.arange(0, ROWS)[:, None]
+    within = column + 0 * tl.arange(0, ROWS)[:, None] < WIDTH
+    keep = tl.load(every, mask=within, other=0.0).to(tl.float32)
+    first = tl.load(every + 2 * WIDTH, mask=within, other=0.0).to(tl.float32)
+    dkeep, dfirst = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     if skip is not None:
         other = tl.load(every + WIDTH, mask=within, other=0.0).to(tl.float32)
-        dother = tl.zeros((ROWS, COLS), tl.float32)
+    dother = tl.zeros((ROWS, COLS), tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
         at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
@@ -2483,33 +2521,29 @@ def rows_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dgates, dke
             g += tl.load(dgates + row[:, None] * GATES + column, mask=live & (column < GATES), other=0.0).to(tl.float32)
         shrink = r * r / (WIDTH * scale * scale) * tl.sum(g * value, 1)
         d = upstream + g - value * shrink[:, None]
-        if mix is not None:
-            dkeep += d * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
-            dfirst += d * tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
-            begun = d * first
-            if dnext is not None:
-                begun += tl.load(dnext + at, mask=live, other=0.0).to(tl.float32)
-            tl.store(dx0 + at, begun.to(dx0.dtype.element_ty), mask=live)
-            if skip is not None:
-                dother += d * tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
-                tl.store(dskip + at, (d * other).to(dskip.dtype.element_ty), mask=live)
-            d *= keep
+        dkeep += d * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+        dfirst += d * tl.load(x0 + at, mask=live, other=0.0).to(tl.float32)
+        begun = d * first
+        if dnext is not None:
+            begun += tl.load(dnext + at, mask=live, other=0.0).to(tl.float32)
+        tl.store(dx0 + at, begun.to(dx0.dtype.element_ty), mask=live)
+        if skip is not None:
+            dother += d * tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
+            tl.store(dskip + at, (d * other).to(dskip.dtype.element_ty), mask=live)
+        d *= keep
         if dkept is not None:
             d += tl.load(dkept + at, mask=live, other=0.0).to(tl.float32)
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=live)
     line, inside = sums + tl.program_id(0) * 3 * WIDTH + tl.arange(0, COLS), tl.arange(0, COLS) < WIDTH
-    if mix is not None:
-        tl.store(line, tl.sum(dkeep, 0), mask=inside)
-        tl.store(line + 2 * WIDTH, tl.sum(dfirst, 0), mask=inside)
-    if skip is not None:
-        tl.store(line + WIDTH, tl.sum(dother, 0), mask=inside)
+    tl.store(line, tl.sum(dkeep, 0), mask=inside)
+    tl.store(line + WIDTH, tl.sum(dother, 0), mask=inside)
+    tl.store(line + 2 * WIDTH, tl.sum(dfirst, 0), mask=inside)
 
 
 def enter_outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     """Memory for what `enter` returns, given its inputs."""
     new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
-    gates = x.new_empty((len(x), GATE_INPUTS))
-    return new, twin, x.new_empty(len(x), dtype=torch.float32), gates, kept, following
+    return new, twin, per_row(x), x.new_empty((len(x), GATE_INPUTS)), kept, following
 
 
 @torch.library.custom_op(f"{OPERATORS}::enter", mutates_args=())
@@ -2525,30 +2559,29 @@ def enter(
     return outputs
 
 
-def rows_gradients(dnew: Tensor, *rest: Any) -> list[Tensor]:
-    """Memory for what `rows_backward` returns, given its inputs."""
-    has_mix, has_skip = (tensor is not None for tensor in (rest[6], rest[9]))
-    shapes = (dnew.shape, dnew.shape if has_skip else (0,), dnew.shape if has_mix else (0,), (3, dnew.shape[1]))
-    return [dnew.new_empty(shape) for shape in shapes]
+def enter_gradients(dnew: Tensor, *rest: Any) -> list[Tensor]:
+    """Memory for what `enter_backward` returns, given its inputs."""
+    has_skip = rest[-2] is not None
+    dx, dx0, dskip = torch.empty_like(dnew), torch.empty_like(dnew), dnew.new_empty(dnew.shape if has_skip else 0)
+    (count,) = programs(dnew.device, triton.cdiv(len(dnew), 2), 8)
+    return [dx, dskip, dx0, dnew.new_empty((count, 3, dnew.shape[1]), dtype=torch.float32)]
 
 
-@torch.library.custom_op(f"{OPERATORS}::rows_backward", mutates_args=())
-def rows_backward(
+@torch.library.custom_op(f"{OPERATORS}::enter_backward", mutates_args=())
+def enter_backward(
     dnew: Tensor, dtwin: Tensor, dgates: Tensor | None, dkept: Tensor | None, dnext: Tensor | None, new: Tensor,
-    r: Tensor, mix: Tensor | None, x: Tensor | None, x0: Tensor | None, skip: Tensor | None, scale: float,
+    r: Tensor, mix: Tensor, x: Tensor, x0: Tensor, skip: Tensor | None, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, skip, x0 and mix (empty where absent), given those of the new x, of its twin and, where these
-    found a use, of the gates' memory and the twins of x and x0."""
-    n, width = new.shape
-    dx, dskip, dx0, dmix = rows_gradients(dnew, dtwin, dgates, dkept, dnext, new, r, mix, x, x0, skip)
-    grid = programs(new.device, triton.cdiv(n, 2), 8)
-    sums = new.new_zeros((0 if mix is None else grid[0], 3, width), dtype=torch.float32)
-    rows_backward_tiles[grid](x, skip, x0, mix, new, r, dnew, dtwin, dgates, dkept, dnext, dx, dskip, dx0, sums, n,
-                              scale, width, triton.next_power_of_2(width), 2, 2, GATE_INPUTS, num_warps=2)  # fmt: skip
-    return [dx, dskip, dx0, dmix.copy_(sums.sum(0))]
+    """Gradients of x, skip (empty without one) and x0, and each program's part of mix's, given those of the new x, of
+    its twin and, where they were used, of the gates' memory and of the twins of x and x0."""
+    (n, width), found = new.shape, enter_gradients(dnew, skip, scale)
+    enter_backward_tiles[(len(found[3]),)](x, skip, x0, mix, new, r, dnew, dtwin, dgates, dkept, dnext, *found, n, scale,
+                                           width, triton.next_power_of_2(width), 2, 2, GATE_INPUTS,
+                                           num_warps=2)  # fmt: skip
+    return found
 
 
-rows_backward.register_fake(rows_gradients)
+enter_backward.register_fake(enter_gradients)
 enter.register_fake(enter_outputs)
 
 
@@ -2562,11 +2595,11 @@ def differentiate_enter(
     ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, *others: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, the twins of skip and x0, and mix; `others` are those of the gates' memory and the twins."""
-    new, _, _, _, _, skip = saved = ctx.saved_tensors
+    new, _, mix, _, _, skip = saved = ctx.saved_tensors
     given = [torch.zeros_like(new) if d is None else d.contiguous() for d in (dnew, dtwin)]
     given += [d if d is None else d.contiguous() for d in others]
-    dx, dskip, dx0, dmix = rows_backward(*given, *saved, ctx.scale)
-    return dx, None, None if skip is None else dskip, None, dx0, dmix, None
+    dx, dskip, dx0, sums = enter_backward(*given, *saved, ctx.scale)
+    return dx, None, None if skip is None else dskip, None, dx0, sums.sum(0).to(mix.dtype), None
 
 
 enter.register_autograd(differentiate_enter, setup_context=save_enter)
@@ -2787,10 +2820,10 @@ def heads(
 
 def heads_gradients(dq: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for what `heads_backward` returns, given its inputs."""
-    (n, count, size), (_, _, _, factors, _, gain, *_, has_extra) = dq.shape, rest
-    kv = factors.shape[1] - count
+    (n, count, size), (_, _, _, factors, *_, has_extra) = dq.shape, rest
+    kv, (walks,) = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
     du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
-    return du, torch.empty_like(gain), dextra
+    return du, dq.new_empty((walks, count), dtype=torch.float32), dextra
 
 
 @torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
@@ -2798,19 +2831,18 @@ def heads_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, factors: Tensor, r: Tensor, gain: Tensor, rotary: Tensor,
     q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None, has_extra: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the product, of the gain, and of `extra` (empty where there is none).
+    """Gradient of the product, each program's part of the gain's, and that of `extra` (empty where there is none).
 
     Given are the gradients of q, k, v and, where something used it, of v's twin; the factors of the norms; and where
     keys are offset, their own second halves.
     """
     n, count, size = dq.shape
-    kv, grid = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
-    du, dgain, dextra = heads_gradients(dq, dk, dv, dtwin, factors, r, gain, has_extra)
-    sums = dq.new_empty((grid[0], count), dtype=torch.float32)
-    heads_backward_tiles[grid](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du,
-                               dextra if has_extra else None, sums, n, rotary.shape[1], 4, count, kv, size,
-                               rotary.shape[-1], num_warps=4, num_stages=2)  # fmt: skip
-    return du, dgain.copy_(sums.sum(0)), dextra
+    du, sums, dextra = found = heads_gradients(dq, dk, dv, dtwin, factors, has_extra)
+    heads_backward_tiles[(len(sums),)](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du,
+                                       dextra if has_extra else None, sums, n, rotary.shape[1], 4, count,
+                                       factors.shape[1] - count, size, rotary.shape[-1], num_warps=4,
+                                       num_stages=2)  # fmt: skip
+    return found
 
 
 heads.register_fake(heads_outputs)
@@ -2829,9 +2861,10 @@ def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def differentiate_heads(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the twin, the weight, the gain and `extra`."""
-    x, weight, *saved = ctx.saved_tensors
+    x, weight, _, _, gain, *_ = ctx.saved_tensors
     given = [d if d is None else d.contiguous() for d in upstream[:4]]
-    du, dgain, dextra = heads_backward(*given, *saved, ctx.has_extra)
+    du, sums, dextra = heads_backward(*given, *ctx.saved_tensors[2:], ctx.has_extra)
+    dgain = sums.sum(0).to(gain.dtype)
     return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None, None
 
 
@@ -2843,8 +2876,7 @@ heads.register_autograd(differentiate_heads, setup_context=save_heads)
 
 @jit
 def exclusive_tiles(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, COPIES: tl.constexpr,
-                    SIZE: tl.constexpr, COLS: tl.constexpr, ITEMS: tl.constexpr,
-                    BACKWARD: tl.constexpr):  # fmt: skip
+                    SIZE: tl.constexpr, COLS: tl.constexpr, ITEMS: tl.constexpr):  # fmt: skip
     """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy, their sum of dv, and dgate."""
     item, d = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None], tl.arange(0, COLS)[None, :]
     live = (item < items) & (d < SIZE)
@@ -2858,7 +2890,7 @@ def exclusive_tiles(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, 
         share = tl.sum(value * own, 1)[:, None] * inverse
         if gate is not None:
             factor = tl.load(gate + item * GROUP + head, mask=item < items, other=0.0).to(tl.float32)
-        if BACKWARD:
+        if dz is not None:
             upstream = tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
             if gate is not None:
                 change = tl.sum(upstream * (value - share * own), 1)[:, None]
@@ -2872,116 +2904,105 @@ def exclusive_tiles(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, 
             if gate is not None:
                 value *= factor
             tl.store(out + at, value.to(out.dtype.element_ty), mask=live)
-    if BACKWARD:
+    if dz is not None:
         tl.store(dv + item * SIZE + d, total.to(dv.dtype.element_ty), mask=live)
 
 
-def run_exclusive(y: Tensor, v: Tensor, gate: Tensor | None, dz: Tensor | None, kv: int) -> tuple[Tensor, ...]:
-    """z, or the gradients of y, of the twin of v, which has `kv` heads, and of the gate (empty without one)."""
-    (n, heads, size), (y, v, gate) = y.shape, (t if t is None else t.contiguous() for t in (y, v, gate))
-    out, dv, dz_or_y = torch.empty_like(y), v if dz is None else v.new_empty((n, kv, size)), y if dz is None else dz
-    dgate = y.new_empty(0 if gate is None else gate.shape)
-    exclusive_tiles[(triton.cdiv(n * kv, 32),)](y, v, gate, dz_or_y.contiguous(), out, dv, dgate, n * kv, heads // kv,
-                                                v.shape[1] // kv, size, triton.next_power_of_2(size), 32,
-                                                dz is not None, num_warps=4, num_stages=2)  # fmt: skip
-    return out, dv, dgate
+def exclusive_outputs(y: Tensor, v: Tensor, gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what `exclusive` returns, given its inputs."""
+    _, dz, kv = rest
+    dgate = y.new_empty(0 if gate is None or dz is None else gate.shape)
+    return y.new_empty(y.shape), v.new_empty(0 if dz is None else (len(v), kv, v.shape[2])), dgate
 
 
 @torch.library.custom_op(f"{OPERATORS}::exclusive", mutates_args=())
-def exclusive(y: Tensor, v: Tensor, twin: Tensor, gate: Tensor | None) -> Tensor:
-    """`PlainLayer.exclusive`; the gradient of v goes to `twin`, so that `heads_backward` adds it to the attention's."""
-    return run_exclusive(y, v, gate, None, twin.shape[1])[0]
-
-
-@torch.library.custom_op(f"{OPERATORS}::exclusive_backward", mutates_args=())
-def exclusive_backward(
-    y: Tensor, v: Tensor, gate: Tensor | None, dz: Tensor, kv: int
+def exclusive(
+    y: Tensor, v: Tensor, gate: Tensor | None, twin: Tensor | None, dz: Tensor | None, kv: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, of the twin of v and of the gate."""
-    return run_exclusive(y, v, gate, dz, kv)
+    """z of `PlainLayer.exclusive`; given its gradient, those of y, of the twin of v, which has `kv` heads (so
+    `heads_backward` adds it to the attention's), and of the gate."""
+    y, v, gate, dz = (tensor if tensor is None else tensor.contiguous() for tensor in (y, v, gate, dz))
+    (n, heads, size), found = y.shape, exclusive_outputs(y, v, gate, twin, dz, kv)
+    exclusive_tiles[(triton.cdiv(n * kv, 32),)](y, v, gate, dz, *found, n * kv, heads // kv,
+                                                v.shape[1] // kv, size, triton.next_power_of_2(size), 32,
+                                                num_warps=4)  # fmt: skip
+    return found
 
 
-exclusive.register_fake(lambda y, v, twin, gate: y.new_empty(y.shape))
-exclusive_backward.register_fake(lambda y, v, gate, dz, kv: (
-    y.new_empty(y.shape), v.new_empty((len(v), kv, v.shape[2])), y.new_empty(0 if gate is None else gate.shape)
-))  # fmt: skip
-
-
-def save_exclusive(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    y, v, twin, gate = inputs
+def save_exclusive(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    y, v, gate, _, _, ctx.kv = inputs
     ctx.save_for_backward(y, v, gate)
-    ctx.kv = twin.shape[1]
 
 
-def differentiate_exclusive(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-    dy, dv, dgate = exclusive_backward(*ctx.saved_tensors, dz, ctx.kv)
-    return dy, None, dv, None if ctx.saved_tensors[2] is None else dgate
+def differentiate_exclusive(ctx: Any, dz: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    dy, dv, dgate = exclusive(*ctx.saved_tensors, None, dz, ctx.kv)
+    return dy, None, None if ctx.saved_tensors[2] is None else dgate, dv, None, None
 
 
+exclusive.register_fake(exclusive_outputs)
 exclusive.register_autograd(differentiate_exclusive, setup_context=save_exclusive)
 
 
-# The output product of the attention
+# Products that end in sums
 
 
 @jit
-def end_sum(value, x, new, squares, row, column, tokens):
-    """Ending of a tile of the product: add x, store, and store each row's sum of squares over the tile's columns."""
+def end_sum(value, x, new, along, squares, shrink, row, column, tokens):
+    """Ending of a tile of the product: add x, with `along` take off `shrink` times its rows, store, and with `squares`
+    store each row's sum of squares over the tile's columns."""
     place = row + tl.arange(0, value.shape[0])
-    rounded = (value + x.load([row, column]).to(tl.float32)).to(new.dtype)
+    value += x.load([row, column]).to(tl.float32)
+    if along is not None:
+        factor = tl.load(shrink + place, mask=place < tokens, other=0.0)[:, None]
+        value -= factor * along.load([row, column]).to(tl.float32)
+    rounded = value.to(new.dtype)
     new.store([row, column], rounded)
-    total = rounded.to(tl.float32)
-    tl.store(squares + column // value.shape[1] * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
+    if squares is not None:
+        total = rounded.to(tl.float32)
+        tl.store(squares + column // value.shape[1] * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
 
 
 @jit
-def sum_tiles(a, b, x, new, squares, tokens, width, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
+def sum_tiles(a, b, x, new, along, squares, shrink, tokens, width, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
               INNER: tl.constexpr):  # fmt: skip
     """x + a b^T for a (tokens, inputs) and b (width, inputs), each tile ended by `end_sum` in two halves."""
     across = tl.cdiv(width, COLS)
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
         left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
-        end_sum(left, x, new, squares, row, column, tokens)
-        end_sum(right, x, new, squares, row, column + COLS // 2, tokens)
+        end_sum(left, x, new, along, squares, shrink, row, column, tokens)
+        end_sum(right, x, new, along, squares, shrink, row, column + COLS // 2, tokens)
 
 
-def sum_product(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x + z weight^T, and the sums of squares (pieces, N) of its rows."""
-    (n, width), (rows, cols, inner), new = x.shape, TILE, torch.empty_like(x)
-    squares = x.new_empty((2 * triton.cdiv(width, cols), n), dtype=torch.float32)
-    grid = programs(x.device, triton.cdiv(n, rows) * triton.cdiv(width, cols))
-    sum_tiles[grid](tiled(z, rows, inner), tiled(weight, cols, inner), tiled(x, rows, cols // 2),
-                    tiled(new, rows, cols // 2), squares, n, width, z.shape[1], *TILE, num_warps=8,
-                    num_stages=3)  # fmt: skip
+def pieces(x: Tensor, width: int) -> Tensor:
+    """Memory for a number per row of x and half tile of `width` columns, (pieces, N)."""
+    return x.new_empty((2 * triton.cdiv(width, TILE[1]), len(x)), dtype=torch.float32)
+
+
+def sum_outputs(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Memory for what `sum_product` returns, given its inputs."""
+    return torch.empty_like(x), pieces(x, x.shape[1] if rest[-1] else 0)
+
+
+@torch.library.custom_op(f"{OPERATORS}::sum_product", mutates_args=())
+def sum_product(
+    x: Tensor, z: Tensor, weight: Tensor, along: Tensor | None, shrink: Tensor | None, has_squares: bool
+) -> tuple[Tensor, Tensor]:
+    """x + z weight^T for weight (C, inputs), less `shrink` (N,) times the rows of `along` (N, C), the product never
+    being written by itself; and where they are wanted the sums of squares (pieces, N) of its rows."""
+    (n, width), (rows, cols, inner), (new, squares) = x.shape, TILE, sum_outputs(x, has_squares)
+    tiles = (tensor if tensor is None else tiled(tensor, rows, cols // 2) for tensor in (x, new, along))
+    grid = programs(z.device, triton.cdiv(n, rows) * triton.cdiv(width, cols))
+    sum_tiles[grid](tiled(z, rows, inner), tiled(weight, cols, inner), *tiles, squares if has_squares else None, shrink,
+                    n, width, z.shape[1], *TILE, num_warps=8, num_stages=3)  # fmt: skip
     return new, squares
 
 
-@torch.library.custom_op(f"{OPERATORS}::leave", mutates_args=())
-def leave(x: Tensor, z: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts of Rows: the product is never written by itself."""
-    new, squares = sum_product(x, z.contiguous(), weight)
-    return new, torch.empty_like(x), scale * torch.rsqrt(squares.sum(0) / x.shape[1] + NORM_EPS)
-
-
-leave.register_fake(lambda x, *_: enter_outputs(x)[:3])
-
-
-def save_leave(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    _, z, weight, ctx.scale = inputs
-    ctx.save_for_backward(z, weight, output[0], output[2])
-    ctx.set_materialize_grads(False)
-
-
-def differentiate_leave(ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    """Gradients of x, z and weight."""
-    z, weight, *saved = ctx.saved_tensors
-    given = [torch.zeros_like(saved[0]) if d is None else d.contiguous() for d in (dnew, dtwin)]
-    dx = rows_backward(*given, None, None, None, *saved, None, None, None, None, ctx.scale)[0]
-    return dx, dx @ weight, dx.T @ z, None
-
-
-leave.register_autograd(differentiate_leave, setup_context=save_leave)
+sum_product.register_fake(sum_outputs)
+sum_product.register_autograd(
+    lambda ctx, dx, _: (dx, dx @ ctx.saved_tensors[1], dx.T @ ctx.saved_tensors[0], None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:3]),
+)
 
 
 # Feed-forward
@@ -3020,44 +3041,53 @@ def total_rows(sums):
 
 
 @jit
-def end_unit(value, r, pre, out, beta, sums, row, column, tokens, hidden, BACKWARD: tl.constexpr,
-             BETA_GRAD: tl.constexpr):  # fmt: skip
-    """Ending of a tile: pre = r value and activations; backward, r times the gradient of pre. Returns the sums for beta
-    so far with those of this tile's columns."""
+def end_unit(value, r, act, out, low, products, sums, row, column, tokens, hidden, BETA_GRAD: tl.constexpr):
+    """Ending of a tile: without `act` the activations h^2 of h = r value, times `low` below zero. With them backward: r
+    times the gradient of h, which is 2 sqrt(act) above zero and `low` sqrt(|act|) below, and each row's sum of value
+    times act. Returns the column sums so far of the same where h was below zero, with this tile's.
+
+    h is not kept: the lowest bit of an activation says whether it was below zero. The activation is rounded to the
+    nearest number with that bit, so it has 7 of bfloat16's 8 digits: a relative error of 0.0033, against 0.0037 of
+    rounding h, to keep it, and then its square.
+    """
+    SIGN: tl.constexpr = 0x10000 if out.dtype == tl.bfloat16 else 1  # that bit, in float32
     channel, place = column + tl.arange(0, value.shape[1]), row + tl.arange(0, value.shape[0])
-    below = tl.load(beta + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
-    factor = tl.load(r + place, mask=place < tokens, other=0.0)[:, None]
-    if BACKWARD:
-        h = pre.load([row, column]).to(tl.float32)
-        negative = tl.minimum(h, 0.0)
-        if BETA_GRAD:
-            sums = add_rows(sums, value * negative * negative)
-        out.store([row, column], (value * (2 * factor) * (tl.maximum(h, 0.0) + below * negative)).to(out.dtype))
+    low = tl.load(low + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
+    h = value * tl.load(r + place, mask=place < tokens, other=0.0)[:, None]
+    if act is None:
+        below = (h >= 0) == 0  # not a number counts, or adding to its bits would make it one
+        bits = (h * h * tl.where(below, low, 1.0)).to(tl.uint32, bitcast=True)
+        bits = (bits + tl.where(below, 0, SIGN)) & (0x100000000 - 2 * SIGN) | tl.where(below, SIGN, 0)
+        out.store([row, column], bits.to(tl.float32, bitcast=True).to(out.dtype))
     else:
-        h = (value * factor).to(pre.dtype)
-        pre.store([row, column], h)
-        h = h.to(tl.float32)
-        out.store([row, column], (h * h * tl.where(h > 0, 1.0, below)).to(out.dtype))
+        a = act.load([row, column]).to(tl.float32)
+        below = a.to(tl.uint32, bitcast=True) & SIGN != 0
+        slope = tl.where(below, low, 2.0) * tl.sqrt(tl.abs(a))
+        if BETA_GRAD:  # in this order the fewest registers are spilled
+            sums = add_rows(sums, value * tl.where(below, a, 0.0))
+        out.store([row, column], (h * slope).to(out.dtype))
+        tl.store(products + column // value.shape[1] * tokens + place, tl.sum(value * a, 1), mask=place < tokens)
     return sums
 
 
 @jit
-def unit_tiles(a, b, pre, out, r, beta, sums, tokens, hidden, inputs, BACKWARD: tl.constexpr, BETA_GRAD: tl.constexpr,
-               ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+def unit_tiles(a, b, r, act, out, low, products, sums, tokens, hidden, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
+               INNER: tl.constexpr):  # fmt: skip
     """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves.
 
-    With BETA_GRAD a program keeps to its columns (their number divides that of programs) and adds their sums up.
+    With `sums` a program keeps to its columns (their number divides that of programs) and adds their sums up.
     """
     tl.assume(inputs > 0)  # or the sums change their layout for the case that a tile has no products
     across = tl.cdiv(hidden, COLS)
+    BETA_GRAD: tl.constexpr = sums is not None
     kept: tl.constexpr = tl.uint32 if out.dtype == tl.bfloat16 else tl.float32
     sums_left = tl.zeros((ROWS // 16, 8, COLS // (4 if kept == tl.uint32 else 2)), kept)
     sums_right = sums_left
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
         left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
-        sums_left = end_unit(left, r, pre, out, beta, sums_left, row, column, tokens, hidden, BACKWARD, BETA_GRAD)
-        sums_right = end_unit(right, r, pre, out, beta, sums_right, row, column + COLS // 2, tokens, hidden, BACKWARD,
+        sums_left = end_unit(left, r, act, out, low, products, sums_left, row, column, tokens, hidden, BETA_GRAD)
+        sums_right = end_unit(right, r, act, out, low, products, sums_right, row, column + COLS // 2, tokens, hidden,
                               BETA_GRAD)  # fmt: skip
     if BETA_GRAD:
         channel = tl.program_id(0) % across * COLS + tl.arange(0, COLS // 2)
@@ -3066,60 +3096,56 @@ def unit_tiles(a, b, pre, out, r, beta, sums, tokens, hidden, inputs, BACKWARD: 
         tl.store(line + COLS // 2, total_rows(sums_right), mask=channel + COLS // 2 < hidden)
 
 
-def run_unit(a: Tensor, b: Tensor, r: Tensor, pre: Tensor, beta: Tensor, backward: tuple[bool, bool]) -> list[Tensor]:
-    """`unit_tiles` over pre (N, hidden): activations, or r times pre's gradient and the gradient of beta.
+def unit_outputs(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool) -> list[Tensor]:
+    """Memory for what `unit_product` returns, given its inputs."""
+    hidden, across = len(b), triton.cdiv(len(b), TILE[1])
+    (count,) = programs(a.device, triton.cdiv(len(a), TILE[0]) * across)
+    sums = a.new_empty((max(count // across, 1) * has_sums, hidden), dtype=torch.float32)
+    return [a.new_empty((len(a), hidden)), pieces(a, 0 if act is None else hidden), sums]
 
-    `backward`: whether it is the backward pass, and whether beta's gradient is wanted.
-    """
-    (n, hidden), (rows, cols, inner), out = pre.shape, TILE, torch.empty_like(pre)
+
+@torch.library.custom_op(f"{OPERATORS}::unit_product", mutates_args=())
+def unit_product(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool) -> list[Tensor]:
+    """The activations (N, hidden) of r a b^T; or, with these, r times the gradient of what they were made of, for a b^T
+    theirs, and the sums of both multiplied: over columns (pieces, N), and where they are wanted over rows, below zero
+    (programs that share the rows of a column, hidden)."""
+    (n, inputs), hidden, (rows, cols, inner) = a.shape, len(b), TILE
+    out, products, sums = found = unit_outputs(a, b, r, low, act, has_sums)
     across = triton.cdiv(hidden, cols)
-    (count,) = programs(pre.device, triton.cdiv(n, rows) * across)
-    walks = max(count // across, 1) if backward[1] else 0  # of programs over the rows of all columns
-    sums = pre.new_empty((max(walks, 1), hidden), dtype=torch.float32)
-    results = (tiled(result, rows, cols // 2) for result in (pre, out))
-    unit_tiles[(walks * across or count,)](tiled(a, rows, inner), tiled(b, cols, inner), *results, r, beta, sums, n,
-                                           hidden, a.shape[1], *backward, *TILE, num_warps=8, num_stages=3)  # fmt: skip
-    return [out, sums.sum(0) if backward[1] else sums[0]]
+    grid = (len(sums) * across,) if has_sums else programs(a.device, triton.cdiv(n, rows) * across)
+    act_tiles, out_tiles = (None if x is None else tiled(x, rows, cols // 2) for x in (act, out))
+    unit_tiles[grid](tiled(a, rows, inner), tiled(b, cols, inner), r, act_tiles, out_tiles, low, products,
+                     sums if has_sums else None, n, hidden, inputs, *TILE, num_warps=8, num_stages=3)  # fmt: skip
+    return found
 
 
 @torch.library.custom_op(f"{OPERATORS}::feed_forward", mutates_args=())
-def feed_forward(
-    x: Tensor, twin: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The new x, the activations and what they were before: activation and sum inside the products (as PR #1530)."""
-    pre = x.new_empty((len(x), len(up)))
-    act = run_unit(x, up, r, pre, beta, (False, False))[0]
-    return sum_product(x, act, down)[0], act, pre
+def feed_forward(x: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The new x and the activations: these and the sum are made inside the products (as in PR #1530)."""
+    act = unit_product(x, up, r, beta, None, False)[0]
+    return sum_product(x, act, down, None, None, False)[0], act
 
 
-@torch.library.custom_op(f"{OPERATORS}::feed_forward_backward", mutates_args=())
-def feed_forward_backward(
-    dy: Tensor, down: Tensor, r: Tensor, pre: Tensor, beta: Tensor, beta_grad: bool
-) -> list[Tensor]:
-    """r times the gradient of the pre-activations, and the gradient of beta."""
-    return run_unit(dy.contiguous(), down.T.contiguous(), r, pre, beta, (True, beta_grad))
-
-
-feed_forward.register_fake(
-    lambda x, twin, r, up, *_: (torch.empty_like(x), *(x.new_empty((len(x), len(up))) for _ in range(2)))
-)
-feed_forward_backward.register_fake(
-    lambda dy, down, r, pre, *_: [torch.empty_like(pre), pre.new_empty(pre.shape[1], dtype=torch.float32)]
-)
+unit_product.register_fake(unit_outputs)
+feed_forward.register_fake(lambda x, r, up, *_: (torch.empty_like(x), x.new_empty((len(x), len(up)))))
 
 
 def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, _, r, up, down, beta = inputs
-    ctx.save_for_backward(x, r, up, down, beta, *output[1:])
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
-def differentiate_feed_forward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x (of its sum), the twin, up, down and beta."""
-    x, r, up, down, beta, act, pre = ctx.saved_tensors
-    beta_grad = ctx.needs_input_grad[5]
-    dpre, dbeta = feed_forward_backward(dy, down, r, pre, beta, beta_grad)
-    return dy, dpre @ up, None, dpre.T @ x, dy.T @ act, dbeta.to(beta.dtype) if beta_grad else None
+def differentiate_feed_forward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, up, down and beta."""
+    x, r, up, down, beta, act = ctx.saved_tensors
+    beta_grad, low = ctx.needs_input_grad[4], -2 * beta.sign() * beta.abs().float().sqrt()
+    dy = dy.contiguous()
+    dpre, products, sums = unit_product(dy, down.T.contiguous(), r, low, act, beta_grad)
+    shrink = products.sum(0) * r.square() * (2 / (x.shape[1] * ctx.scale**2))
+    dx, _ = sum_product(dy, dpre, up.T.contiguous(), x, shrink, False)
+    dbeta = (sums.sum(0) / beta).to(beta.dtype) if beta_grad else None
+    return dx, None, dpre.T @ x, dy.T @ act, dbeta, None
 
 
 feed_forward.register_autograd(differentiate_feed_forward, setup_context=save_feed_forward)
@@ -3195,18 +3221,13 @@ def nll_blocks(logits: Tensor) -> tuple[int, int]:
     return 4096 // cols, cols
 
 
-def nll_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Memory for what `nll` returns, given its inputs."""
-    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
-
-
 @torch.library.custom_op(f"{OPERATORS}::nll", mutates_args=())
 def nll(logits: Tensor, targets: Tensor, cap: float, shift: float) -> tuple[Tensor, Tensor]:
     """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,).
 
     The logits are read once, and once more to write their gradient; nothing else of that size is kept.
     """
-    (n, width), (rows, cols), (loss, logs) = logits.shape, nll_blocks(logits), nll_outputs(logits)
+    (n, width), (rows, cols), loss, logs = logits.shape, nll_blocks(logits), per_row(logits), per_row(logits)
     nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, shift, width, rows, cols, num_warps=4)
     return loss, logs
 
@@ -3221,7 +3242,7 @@ def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, ca
     return dlogits
 
 
-nll.register_fake(nll_outputs)
+nll.register_fake(lambda logits, *_: (per_row(logits), per_row(logits)))
 nll_backward.register_fake(lambda logits, *_: torch.empty_like(logits))
 
 
@@ -3242,11 +3263,9 @@ class TritonLayer(PlainLayer):
         if triton is None:
             raise ImportError("Triton with tensor descriptors (3.4 or later) is not installed")
 
-    def enter(
-        self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float
-    ) -> tuple[Rows, Tensor, Twinned]:
-        *rows, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
-        return Rows(*rows), kept, (x0[0], following)
+    def enter(self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> Entered:
+        x_new, twin, r, gates, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
+        return Rows(x_new, twin, r, scale, gates), kept, (x0[0], following)
 
     def heads(
         self, rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
@@ -3257,16 +3276,19 @@ class TritonLayer(PlainLayer):
         return super().heads(Rows(rows.x, self.normalized(rows)), weight, gain, rotary, extra, follows)
 
     def exclusive(self, y: Tensor, v: Tensor, twin: Tensor, gate: Tensor | None = None) -> Tensor:
-        return exclusive(y, v, twin, gate)
+        return exclusive(y, v, gate, twin, None, twin.shape[1])[0]
 
     def leave(self, rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
-        return Rows(*leave(rows.x, z, weight, scale))
+        x, squares = sum_product(rows.x, z.contiguous(), weight, None, None, True)
+        r = scale * torch.rsqrt(squares.detach().sum(0) / x.shape[1] + NORM_EPS)
+        return Rows(x, None, r, scale)
 
     def feed_forward(self, rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        return feed_forward(*rows[:3], up, down, beta)[:2]
+        beta = beta + (beta == 0) * 1e-20  # as good as 0, and the gradient can be told from the activations
+        return feed_forward(rows.x, rows.r, up, down, beta, rows.scale)
 
     def normalized(self, rows: Rows) -> Tensor:
-        return Normalized.apply(*rows[:3])
+        return rms_norm(rows.x) * rows.scale if rows.twin is None else Normalized.apply(*rows[:3])
 
     def gate_inputs(self, rows: Rows) -> Tensor:
         return Normalized.apply(rows.x[:, :GATE_INPUTS], rows.gates, rows.r)
@@ -3819,13 +3841,13 @@ class Trainer:
         if not self.replays:
             return
         parameters, batch, reason = list(self.model.parameters()), self.batch(0, phase), ""
+        allowed = ALLOWED_ERROR * torch.finfo(self.model.dtype).eps / 2  # recorded, a product may take another kernel
         self.model.zero_grad()
         want = [self.gradients(phase, *batch).cpu().double(), flat([p.grad for p in parameters]).cpu().double()]
         pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
         try:
             graph = StepGraph(partial(self.gradients, phase), batch, parameters, pool)
-            error = relative_error([graph.replay(batch), flat(graph.grads)], want)
-            reason = "" if error < 2e-2 else f"wrong by {error:.1e}"
+            reason = fault(max(relative_errors([graph.replay(batch), flat(graph.grads)], want)), allowed)
         except RuntimeError as problem:
             reason = str(problem).strip().splitlines()[0][:200]
         if not reason:
@@ -3833,7 +3855,9 @@ class Trainer:
         elif self.run.cfg.sources["cuda_graph"] != "default":
             raise UserError(f"CUDA_GRAPH=1: a step cannot be recorded ({reason}); set CUDA_GRAPH=0")
         else:
-            self.run.log(f"WARNING: a step cannot be recorded as a CUDA graph ({reason}); launching one by one")
+            self.run.warn_of_cost(f"a step cannot be recorded as a CUDA graph ({reason}); launched one by one it takes "
+                                  "up to 25% longer, by how fast the host is")  # fmt: skip
+
 
     def step(self, number: int, plan: StepPlan) -> Tensor:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
@@ -5329,7 +5353,7 @@ def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
 
 
 def report_inactive(run: Runtime, active: set[str]) -> None:
-    """Name what was configured and never happened: a flag that did nothing must not pass for a feature."""
+    """Name what was configured and never happened, so that no flag passes for a feature, and what made steps longer."""
     cfg = run.cfg
     wanted = {
         "ema": (cfg.ema_enabled, "EMA_ENABLED=1"),
@@ -5346,6 +5370,8 @@ def report_inactive(run: Runtime, active: set[str]) -> None:
     if not (cfg.eval_only or cfg.export_only):
         run.log(f"never activated: {'; '.join(missing) or 'none'}")
         run.log.event("inactive", features=missing)
+    for text in dict.fromkeys(run.costs):
+        run.log(f"WARNING: {text}")
 
 
 def main() -> None:

@@ -69,8 +69,8 @@ def back_end_rows(name: str, cfg: t.Config, given: argparse.Namespace, device: t
     """A line of one back end for every length and way of sharing."""
     ends = t.attention_back_ends(cfg)
     attention = ends.makers[name]()
-    if (error := ends.probe(attention, cfg, device)) > 2e-2:
-        raise RuntimeError(f"wrong by {error:.1e}")
+    if reason := t.fault(*ends.probe(attention, cfg, device)):
+        raise RuntimeError(reason)
     for length, copies in itertools.product(given.lengths, (False, True)):
         qkv = inputs(cfg, given.tokens, length, device, copies)
         attend = within_documents(attention, cfg, qkv) if cfg.doc_attention else attention

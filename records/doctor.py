@@ -258,7 +258,7 @@ def measured(t: Any, run: train_gpt.Runtime, args: argparse.Namespace) -> Iterat
     if found is None:
         yield CheckResult("step rate", "skip", "not measured on this device; --steps N measures it")
         return
-    attention = chosen(run, t.ATTENTION_BACK_ENDS.variable).split()[0]
+    attention = chosen(run, t.attention_back_ends(run.cfg).variable).split()[0]
     yield from forecast(run, found, args, rate_key(run.cfg, device_name(run.ranks.device), attention))
 
 

@@ -133,9 +133,9 @@ def test_packages_get_documents_end_to_end(name: str, parts: int, monkeypatch: p
     monkeypatch.setattr(t, "OPERATORS", "pgolf_test")
     t.flash_attention_4.cache_clear()
     cfg = tiny_config(DOC_ATTENTION=1)
-    assert t.probe_document_attention(t.DOCUMENT_ATTENTION[name](), cfg, CPU) < 1e-5
+    assert t.probe_attention(t.DOCUMENT_ATTENTION[name](), cfg, CPU)[0] < 1e-5
     if name == "fa4":
-        assert t.probe_attention(t.flash_attention_4(), cfg, CPU) < 1e-5
+        assert t.probe_attention(t.flash_attention_4(), t.replace(cfg, doc_attention=False), CPU)[0] < 1e-5
     t.flash_attention_4.cache_clear()
 
 
@@ -193,14 +193,15 @@ def test_values_and_gradients_on_the_gpu(name: str, parts: int, monkeypatch: pyt
         pytest.importorskip("flash_attn.cute.interface")
     monkeypatch.setattr(t, "PART_TOKENS", 256 // parts)
     attention = t.DOCUMENT_ATTENTION[name]()
-    assert t.probe_document_attention(attention, tiny_config(MODEL_DIM=256), torch.device("cuda")) < 2e-2
+    assert not t.fault(*t.probe_attention(attention, tiny_config(MODEL_DIM=256), torch.device("cuda")))
 
 
 def test_the_probe_finds_a_mask_that_leaks() -> None:
     """A back end that ignores the documents is wrong by far more than rounding."""
     plain, cfg = t.math_documents(), tiny_config(DOC_ATTENTION=1)
     leaky = plain._replace(mask=lambda documents: plain.mask(torch.zeros_like(documents)))
-    assert t.probe_document_attention(plain, cfg, CPU) < 1e-5 < 0.1 < t.probe_document_attention(leaky, cfg, CPU)
+    right, wrong = (t.probe_attention(attention, cfg, CPU) for attention in (plain, leaky))
+    assert right[0] < 1e-5 < 0.1 < wrong[0] and t.fault(*wrong) and not t.fault(*right)
 
 
 def test_the_mask_is_made_once_per_pass() -> None:
@@ -242,4 +243,28 @@ def test_a_back_end_that_is_not_installed_is_refused(run: t.Runtime) -> None:
     """Asked for by name it is an error, not a silent fallback."""
     here = t.replace(run, cfg=t.replace(run.cfg, doc_attention=True))
     with pytest.raises(t.UserError, match="ATTN_BACKEND=fa3: not usable here .*flash_attn_interface"):
-        t.choose_back_end(here, t.DOCUMENT_BACK_ENDS, "fa3")
+        t.choose_back_end(here, t.attention_back_ends(here.cfg), "fa3")
+
+
+@pytest.mark.parametrize(("is_hopper", "fault", "warns"), [
+    (True, ImportError("not installed"), True), (False, ImportError("not installed"), False),
+    (False, RuntimeError("no kernel image"), True),
+])  # fmt: skip
+def test_a_slower_back_end_is_a_warning_with_its_price(
+    run: t.Runtime, monkeypatch: pytest.MonkeyPatch, is_hopper: bool, fault: Exception, warns: bool
+) -> None:
+    """Unless all that is faster are packages that the GPU has no use for; one asked for by name is the user's choice."""
+
+    def refused() -> t.DocumentAttention:
+        raise fault
+
+    monkeypatch.setattr(t, "is_hopper", lambda _: is_hopper)
+    ends = t.attention_back_ends(t.replace(run.cfg, doc_attention=True))
+    makers = {"fa3": refused, "fa4": refused, "flash": t.math_documents}
+    ends = ends._replace(makers=makers, everywhere=tuple(makers))
+    t.choose_back_end(run, ends, "auto")
+    text = f"ATTN_BACKEND: by flash a step takes 18% longer (fa3: {type(fault).__name__} {fault}; fa4: "
+    assert [line.startswith(text) for line in run.costs] == [True] * warns
+    t.choose_back_end(run, ends, "flash")
+    t.choose_back_end(run, ends._replace(makers=makers | {"fa4": t.math_documents}), "auto")
+    assert len(run.costs) == warns

@@ -102,7 +102,7 @@ def test_micro_steps_on_a_gpu_are_recorded(run: t.Runtime) -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [(RuntimeError("not permitted when stream is capturing\nmore"), "not permitted when stream is capturing"),
-     (None, r"wrong by [0-9.e-]+")],
+     (None, r"wrong by [0-9.e-]+, [0-9.e-]+ allowed")],
 )  # fmt: skip
 def test_a_step_that_cannot_be_recorded_is_launched_or_refused(
     run: t.Runtime, stand_in: list[Any], monkeypatch: pytest.MonkeyPatch, fault: Exception | None, reason: str,
@@ -130,7 +130,8 @@ def test_a_step_that_cannot_be_recorded_is_launched_or_refused(
     trainer.record(phase)
     assert not trainer.graphs
     log = Path("logs/tiny.txt").read_text()
-    assert re.search(rf"WARNING: a step .*CUDA graph \({reason}\); launching one by one", log)
+    assert re.search(rf"WARNING: a step .*CUDA graph \({reason}\); launched one by one it takes", log)
+    assert len(run.costs) == 1
     assert trainer.step(0, t.StepPlan(1.0, 0.9, "train")) > 0
 
 
@@ -144,4 +145,4 @@ def test_recorded_steps_equal_those_run_one_by_one_on_the_gpu(
         recorded = losses_and_weights(run, accum)
         monkeypatch.setattr(t.Trainer, "replays", False)
         plain = losses_and_weights(run, accum)
-    assert t.relative_error(recorded[:4], [loss.cpu().double() for loss in plain[:4]]) < 1e-3
+    assert max(t.relative_errors(recorded[:4], [loss.cpu().double() for loss in plain[:4]])) < 1e-3

@@ -5,6 +5,7 @@ an `assert` has to say by itself what it saw. Without the interpreter they are c
 """
 
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import plain_attention, tiny_config
 from torch import Tensor
 
@@ -85,8 +87,11 @@ def leave_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
 
 
 def feed_forward_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
-    """The activations are for observers: compared, without a gradient."""
-    y, act = parts.feed_forward(rows_of(i), i["up"], i["down"], i["beta"])
+    """The gradient of x goes through the norm too. The activations are for observers: compared, without a gradient."""
+    normalized, x = SCALE * t.rms_norm(i["stream"]), i["stream"]
+    r = SCALE * (x.detach().double().square().mean(-1) + t.NORM_EPS).rsqrt()
+    rows = t.Rows(x, normalized) if parts is PLAIN else t.Rows(x, None, r.float(), SCALE)
+    y, act = parts.feed_forward(rows, i["up"], i["down"], i["beta"])
     return [y, act.detach()]
 
 
@@ -133,9 +138,13 @@ def check_part(part: Callable, values: Values, fixed: str = "", uses: str = "", 
     want, got = (run_part(part, parts, values, set(fixed.split()), uses) for parts in layers)
     about = f"{part.__name__} {[tuple(v.shape) for v in values.values()]} fixed:{fixed} uses:{uses}"
     assert want.keys() == got.keys(), f"{about}: {want.keys()} but {got.keys()}"
-    errors = {name: t.relative_error([got[name]], [want[name]]) for name in want}
+    errors = errors_by_name(got, want)
     assert max(errors.values()) < within, f"{about}: {errors}"
     return got
+
+
+def errors_by_name(got: Values, want: Values) -> dict[str, float]:
+    return dict(zip(want, t.relative_errors([got[name] for name in want], [*want.values()]), strict=True))
 
 
 def draw(**shapes: tuple[int, ...]) -> Values:
@@ -186,7 +195,7 @@ def zero_gain_cases() -> None:
     for results in (want, got):
         assert results["gradient of gain"].isfinite().all(), results["gradient of gain"]
         results["gradient of gain"] = results["gradient of gain"][[0, 2, 3]]
-    errors = {name: t.relative_error([got[name]], [want[name]]) for name in want}
+    errors = errors_by_name(got, want)
     assert max(errors.values()) < 2e-6, errors
 
 
@@ -212,11 +221,30 @@ def leave_cases() -> None:
 
 
 def feed_forward_cases() -> None:
-    """With and without a learned beta."""
+    """With and without a learned beta, which may be negative, or 0 and still has its gradient."""
     for tokens, width, hidden in ((37, 40, 52), (16, 36, 32)):
-        values = draw(x=(tokens, width), up=(hidden, width), down=(width, hidden), beta=(hidden,))
-        for fixed in ("", "beta"):
-            check_part(feed_forward_part, values, fixed)
+        values = draw(stream=(tokens, width), up=(hidden, width), down=(width, hidden), beta=(hidden,))
+        assert values["beta"].min() < 0 < values["beta"].max()
+        zeros = {**values, "beta": values["beta"] * (torch.arange(hidden) % 3 > 0)}
+        small = {**values, "stream": 1e-3 * values["stream"]}  # the norm's eps counts
+        for fixed, given in itertools.product(("", "beta"), (values, zeros, small)):
+            check_part(feed_forward_part, given, fixed)
+    values["up"][3] = torch.nan  # must not be rounded to a number
+    got = run_part(feed_forward_part, t.TritonLayer(), values, set(), "")
+    assert got["output 1"][:, 3].isnan().all() and got["output 0"].isnan().all(), got
+
+
+def sign_cases() -> None:
+    """The lowest bit of every activation says where its pre-activation was negative; none is off by 2^-7 or more."""
+    bfloat16_as_on_a_gpu()
+    values = draw(x=(37, 40), r=(37,), up=(56, 40), down=(40, 56), beta=(56,))
+    values = {name: value.bfloat16() for name, value in values.items()} | {"r": values["r"].abs()}
+    act = t.feed_forward(*(values[name] for name in ("x", "r", "up", "down", "beta")), 1.0)[1]
+    h = values["r"].double()[:, None] * (values["x"].double() @ values["up"].double().T)
+    assert torch.equal(act.view(torch.int16) % 2 == 1, h < 0)
+    exact = t.squared_unit(h, values["beta"].double())
+    assert ((act.double() - exact) / exact).abs().max() < 2**-7, t.relative_errors([act], [exact])
+    assert t.relative_errors([act], [exact])[0] < 3.5e-3
 
 
 @t.jit
@@ -272,8 +300,8 @@ def probed_layers() -> None:
     for t.TILE, sizes, fits in rows:
         cfg = tiny_config(**sizes, MLP_HIDDEN=40, SPARSE_ATTN_GATE_SCALE=int(not fits))
         assert fit(cfg) == fits, sizes
-        error = t.probe_layer(t.TritonLayer(), cfg, CPU)
-        assert error < 2e-6, (t.TILE, sizes, error)
+        error, allowed = t.probe_layer(t.TritonLayer(), cfg, CPU)
+        assert error < min(2e-6, allowed), (t.TILE, sizes, error, allowed)
     assert fit(t.Config.from_env({"RUN_ID": "default"}))
     assert not fit(tiny_config(**{**wide, "MODEL_DIM": 128, "NUM_KV_HEADS": 8}))
 
@@ -323,24 +351,58 @@ def compare_models(variables: dict[str, Any], is_graph: bool) -> None:
     want = model_results(cfg, t.PLAIN_LAYER, False)
     got = model_results(cfg, t.TritonLayer(), is_graph)
     assert got.keys() == {name for name in want if not is_graph or " seen at " not in name}, (variables, got.keys())
-    errors = {name: t.relative_error([got[name]], [want[name].double()]) for name in got}
+    errors = errors_by_name(got, {name: want[name].double() for name in got})
     wrong = {name: error for name, error in errors.items() if not error < (5e-6 if got[name].numel() > 1 else 1e-4)}
     assert not wrong, (variables, wrong)
 
 
+def bfloat16_as_on_a_gpu() -> None:
+    """Triton's interpreter has it as 16-bit integers, multiplies these, and rounds numbers towards zero."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return data.astype("uint32") << 16
+        return convert(data, source, target, mode)
+
+    def product(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (x if x.dtype.scalar == tl.float32 else builder.cast_impl(x, tl.float32) for x in (a, b))
+        return dot(builder, a, b, *rest)
+
+    interpreter._convert_float, interpreter.InterpreterBuilder.create_dot = rounded, product
+
+
+def layers_in_bfloat16() -> None:
+    """At full width with the real tiles the kernels are as near to float64 as the plain layer in bfloat16."""
+    bfloat16_as_on_a_gpu()
+    t.TILE, t.compute_dtype = REAL_TILE, lambda _: torch.bfloat16
+    for changes in ({}, {"MLP_MULT": "4"}, {"MLP_ACTIVATION": "asqu", "KEY_OFFSET": "0"}):
+        error, allowed = t.probe_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
+        assert 1e-3 < error < allowed / 2 < 4e-2, (changes, error, allowed)
+
+
 CASES: dict[str, list[Callable[[], None]]] = {
     "parts": [enter_cases, heads_cases, zero_gain_cases, exclusive_cases, leave_cases, feed_forward_cases,
-              column_sums_cases, normalized_cases, nll_cases],
-    "layers": [probed_layers],
+              column_sums_cases, normalized_cases, nll_cases, sign_cases],
+    "layers": [probed_layers, layers_in_bfloat16],
     "models": [partial(compare_models, variables, False) for variables in MODELS],
     "graphs": [partial(compare_models, variables, True) for variables in GRAPHS],
 }  # fmt: skip
 
 
 def default_layer() -> None:
-    """The default configuration on the GPU, in bfloat16."""
-    error = t.probe_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default"}), torch.device("cuda"))
-    assert error < 2e-2, error
+    """The default configuration on the GPU, in bfloat16, and a wider feed-forward."""
+    for changes in ({}, {"MLP_MULT": "4"}):
+        found = t.probe_layer(
+            t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), torch.device("cuda")
+        )
+        assert not t.fault(*found), (changes, found)
+
+
+SUMS = t.unit_tiles.arg_names.index("sums") if t.triton else 0  # which argument the sums for beta are
 
 
 def stack_bytes(cubin: bytes) -> int:
@@ -352,7 +414,10 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 def compiled_for_hopper() -> None:
-    """Every kernel of a layer and of the loss, in bfloat16, by Triton's compiler and ptxas; nothing is launched."""
+    """Every kernel of a layer and of the loss, in bfloat16, by Triton's compiler and ptxas; nothing is launched.
+
+    None may spill registers but the feed-forward's where a beta is learned.
+    """
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     gpu = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: target)
     importlib.import_module("triton.runtime").driver.set_active(gpu)
@@ -360,13 +425,17 @@ def compiled_for_hopper() -> None:
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **words: Any) -> None:
         done = run(kernel, *arguments, grid=grid, warmup=True, **words)
-        stacks[kernel.fn.__name__] = max(stack_bytes(done.asm["cubin"]), stacks.get(kernel.fn.__name__, 0))
+        name = kernel.fn.__name__ + " for beta" * (kernel is t.unit_tiles and arguments[SUMS] is not None)
+        stacks[name] = max(stack_bytes(done.asm["cubin"]), stacks.get(name, 0))
 
     t.triton.JITFunction.run = compile_only
     for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu", "SPARSE_ATTN_GATE_SCALE": "1"}):
         t.probe_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
+    matrix, rows = torch.zeros(512, 512, dtype=torch.bfloat16), torch.zeros(512)
+    t.unit_product(matrix, matrix, rows, rows, matrix, False)  # with a fixed beta
     every = {name for name in vars(t) if name.endswith("_tiles")}
-    assert stacks.keys() == every and max(stacks.values()) <= 160, (every, stacks)
+    assert stacks.keys() == every | {"unit_tiles for beta"}, (every, stacks)
+    assert stacks.pop("unit_tiles for beta") <= 192 and not any(stacks.values()), stacks
 
 
 # --- the tests ------------------------------------------------------------------------------------------
@@ -425,10 +494,56 @@ def test_the_probe_refuses_a_wrong_layer(
     parts: dict[str, Callable], run: t.Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part that forgets a gradient or is off by a factor is an error where nothing else is left to take."""
-    assert t.probe_layer(t.PLAIN_LAYER, run.cfg, CPU) < 1e-5
+    assert t.probe_layer(t.PLAIN_LAYER, run.cfg, CPU)[0] < 1e-5
     monkeypatch.setitem(t.LAYER, "plain", lambda: changed_layer(**parts))
     with pytest.raises(t.UserError, match="LAYER_BACKEND=auto.*wrong by"):
         t.choose_back_end(run, t.LAYER_BACK_ENDS, "auto")
+
+
+def flipped(tensor: Tensor) -> Tensor:
+    """The same values, whose gradient has the wrong sign."""
+    return 2 * tensor.detach() - tensor
+
+
+def in_float32(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """The feed-forward rounded once, at its end: right, and by other roundings than the plain one's."""
+    rows, *rest = inputs
+    wide = PLAIN.feed_forward(t.Rows(*(x.float() for x in rows[:2])), *(x.float() for x in rest))
+    return tuple(x.to(rest[0].dtype) for x in wide)
+
+
+def without_last_row(*inputs: Any) -> tuple[Tensor, Tensor]:
+    y, act = PLAIN.feed_forward(*inputs)
+    return F.pad(y[:-1], (0, 0, 0, 1)), act
+
+
+def without_last_columns(rows: t.Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """As if a tile of the hidden channels were never computed."""
+    return PLAIN.feed_forward(rows, F.pad(up[:-128], (0, 0, 0, 128)), down, beta)
+
+
+FEED_FORWARDS: dict[str, tuple[bool, Callable]] = {
+    "as plain": (True, PLAIN.feed_forward),
+    "in float32": (True, in_float32),
+    "dropped row": (False, without_last_row),
+    "missing columns": (False, without_last_columns),
+    "wrong sign": (False, lambda rows, up, down, beta: PLAIN.feed_forward(rows, up, flipped(down), beta)),
+    "wrong sign of a vector": (False, lambda *inputs: PLAIN.feed_forward(*inputs[:3], flipped(inputs[3]))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("multiple", [3, 4])
+@pytest.mark.parametrize(("is_right", "part"), FEED_FORWARDS.values(), ids=FEED_FORWARDS.keys())
+def test_the_tolerance_follows_from_width_and_precision(
+    is_right: bool, part: Callable, multiple: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hidden width of 2,048 is no error, and what is wrong in one place in 160 rows or 16 tiles is one."""
+    monkeypatch.setattr(t, "compute_dtype", lambda _: dtype)
+    cfg = t.Config.from_env({"RUN_ID": "default", "MLP_MULT": str(multiple)})
+    error, allowed = t.probe_layer(changed_layer(feed_forward=part), cfg, CPU)
+    assert (not t.fault(error, allowed)) == is_right, (error, allowed)
+    assert allowed < (0.1 if dtype == torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.parametrize("is_installed", [True, False])
@@ -455,7 +570,8 @@ if __name__ == "__main__":
 def test_a_kernel_that_does_not_fit_leaves_the_plain_layer(
     run: t.Runtime, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What Triton raises for too little shared memory is no RuntimeError; auto goes on, and the log says why."""
+    """What Triton raises for too little shared memory is no RuntimeError; auto goes on, and start and report say why
+    and what it costs."""
 
     def too_large() -> t.PlainLayer:
         raise t.TritonError("out of resource: shared memory")
@@ -463,4 +579,9 @@ def test_a_kernel_that_does_not_fit_leaves_the_plain_layer(
     monkeypatch.setitem(t.LAYER, "triton", too_large)
     ends = t.LAYER_BACK_ENDS._replace(everywhere=("triton", "plain"))
     assert t.choose_back_end(run, ends, "auto") is t.PLAIN_LAYER
-    assert "triton: TritonError out of resource" in (in_tmp / "logs/tiny.txt").read_text()
+    warning = "WARNING: LAYER_BACKEND: by plain a step takes 12 to 18% longer (triton: TritonError out of resource"
+    assert (in_tmp / "logs/tiny.txt").read_text().count(warning) == 1
+    t.choose_back_end(run, ends, "auto")  # as EVAL_ONLY does once more
+    t.report_inactive(run, set())
+    report = (in_tmp / "logs/tiny.txt").read_text().split("never activated: ")[1]
+    assert report.count(warning) == 1

@@ -247,6 +247,11 @@ def no_key_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return t.sdpa(t.SDPBackend.MATH)(q, k.detach() + 0 * k, v)
 
 
+def dense(run: t.Runtime) -> t.Runtime:
+    """The run without DOC_ATTENTION."""
+    return t.replace(run, cfg=t.replace(run.cfg, doc_attention=False))
+
+
 WRONG = [bidirectional, tiled_heads, no_key_gradient, lambda q, k, v: t.sdpa(t.SDPBackend.MATH)(q, k, v) * math.nan]
 
 
@@ -255,20 +260,45 @@ def test_wrong_kernels_are_refused_and_the_reason_logged(
     wrong: t.Attend, run: t.Runtime, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that is wrong forwards or backwards is passed over by auto, and an error where it was named."""
-    assert not t.probe_attention(wrong, run.cfg, CPU) < 2e-2
+    run = dense(run)
+    assert t.fault(*t.probe_attention(wrong, run.cfg, CPU))
     monkeypatch.setitem(t.ATTENTION, "flash", lambda: wrong)
-    t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
+    t.choose_back_end(run, t.attention_back_ends(run.cfg), run.cfg.attn_backend)
     log = (in_tmp / "logs/tiny.txt").read_text()
     assert re.search(r"attn_backend:math .*flash: wrong", log)
     monkeypatch.setitem(t.ATTENTION, "math", lambda: wrong)
     with pytest.raises(t.UserError, match="flash.*math"):
-        t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
+        t.choose_back_end(run, t.attention_back_ends(run.cfg), run.cfg.attn_backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("doc_attention", [0, 1])
+def test_one_wrong_row_of_attention_is_refused_in_every_precision(
+    doc_attention: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last token's output of 256, or a gradient of the wrong sign; the plain definition is allowed its own error."""
+    monkeypatch.setattr(t, "compute_dtype", lambda _: dtype)
+    cfg = t.Config.from_env({"RUN_ID": "default", "DOC_ATTENTION": str(doc_attention)})
+    plain = plain_attention(cfg)
+
+    def last_row_lost(*inputs: Any) -> Tensor:
+        y = plain(*inputs)
+        return torch.cat([y.flatten(0, 1)[:-1], 0 * y[-1, -1:]]).view_as(y)
+
+    def wrong_sign(q: Tensor, *inputs: Any) -> Tensor:
+        return plain(2 * q.detach() - q, *inputs)
+
+    for attend, is_right in ((plain, True), (last_row_lost, False), (wrong_sign, False)):
+        attend = t.DocumentAttention(plain.mask, attend) if doc_attention else attend
+        error, allowed = t.probe_attention(attend, cfg, CPU)
+        assert (not t.fault(error, allowed)) == is_right, (attend, error, allowed)
 
 
 def test_the_right_kernel_is_taken_first(run: t.Runtime, in_tmp: Path) -> None:
     """Within rounding of float64 attention; the log names it."""
-    attend = t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
-    assert t.probe_attention(attend, run.cfg, CPU) < 1e-4
+    run = dense(run)
+    attend = t.choose_back_end(run, t.attention_back_ends(run.cfg), run.cfg.attn_backend)
+    assert t.probe_attention(attend, run.cfg, CPU)[0] < 1e-4
     assert "attn_backend:flash" in (in_tmp / "logs/tiny.txt").read_text()
 
 
@@ -283,7 +313,7 @@ def test_a_named_back_end_that_is_missing_is_an_error(
         t.Runtime.start(tiny_config(ATTN_BACKEND=name, DOC_ATTENTION=0, **corpus), {}) as run,
         pytest.raises(t.UserError, match=f"ATTN_BACKEND={name}"),
     ):
-        t.choose_back_end(run, t.ATTENTION_BACK_ENDS, run.cfg.attn_backend)
+        t.choose_back_end(run, t.attention_back_ends(run.cfg), run.cfg.attn_backend)
 
 
 def test_keys_are_offset_within_documents() -> None:
