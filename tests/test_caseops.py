@@ -243,5 +243,18 @@ def test_the_trainer_scores_by_the_sidecar(tmp_path: Path, model: Path, monkeypa
     assert torch_equal(validation.tokens, read(tmp_path, "val")) and "sidecar" in (tmp_path / "logs/marks.txt").read_text()
 
 
+def test_marked_shards_without_their_sidecar_are_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The byte table would count the marks, and the score would be too good by 7%."""
+    assert build(tmp_path, DOCUMENTS[:16], DOCUMENTS[16:], "--tokenizer", str(model)) == 0
+    (tmp_path / "out/datasets/d/fineweb_val_bytes_000000.bin").unlink()
+    monkeypatch.chdir(tmp_path)
+    tokenizer = next((tmp_path / "out/tokenizers").glob("*.model"))
+    env = tiny_env(VOCAB_SIZE=420, DATA_PATH=tmp_path / "out/datasets/d", TOKENIZER_PATH=tokenizer)
+    with t.Runtime.start(t.Config.from_env(env), {}) as run, pytest.raises(t.UserError, match="need their byte sidecar"):
+        t.load_validation(run)
+
+
 def torch_equal(tensor: Any, array: np.ndarray) -> bool:
     return np.array_equal(tensor.cpu().numpy(), array.astype(np.int32))
