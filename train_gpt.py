@@ -2371,7 +2371,7 @@ def tokens_that_fit(peaks: list[int], length: int, kept: int, limit: float) -> t
 
 
 def micro_batch_tokens(run: Runtime, model: GPT) -> int:
-    """Most tokens of a micro-batch, on every rank: 98,304, or what the GPU's memory holds by two uncompiled micro-steps.
+    """Most tokens of a micro-batch, on every rank: 98,304, or what the GPU holds, by two uncompiled micro-steps.
 
     Evaluation, which keeps no activations, takes less. UserError where not one sequence fits.
     """
@@ -2580,9 +2580,9 @@ def enter_backward(
     """Gradients of x, skip (empty without one) and x0, and each program's part of mix's, given those of the new x, of
     its twin and, where they were used, of the gates' memory and of the twins of x and x0."""
     (n, width), found = new.shape, enter_gradients(dnew, skip, scale)
-    enter_backward_tiles[(len(found[3]),)](x, skip, x0, mix, new, r, dnew, dtwin, dgates, dkept, dnext, *found, n, scale,
-                                           width, triton.next_power_of_2(width), 2, 2, GATE_INPUTS,
-                                           num_warps=2)  # fmt: skip
+    grid = (len(found[3]),)
+    enter_backward_tiles[grid](x, skip, x0, mix, new, r, dnew, dtwin, dgates, dkept, dnext, *found, n, scale, width,
+                               triton.next_power_of_2(width), 2, 2, GATE_INPUTS, num_warps=2)  # fmt: skip
     return found
 
 
@@ -4025,9 +4025,10 @@ class Training:
             if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
                 raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], self.step)
             about = {"architecture": self.cfg.architecture(), "steps": self.step, "order": order, "state": state}
-            active, ledger = sorted(self.active | self.averager.active()), [*map(list, run.ledger)]
+            active = sorted(self.active | self.averager.active())
             standing = {"seconds": self.clock.total, "saved_at": time.time(), "phase": self.phase, "active": active,
-                        "graphs": self.graphs, "ledger": ledger, "clip_sigmas": self.model.clip_sigmas.item()}  # fmt: skip
+                        "graphs": self.graphs, "ledger": [*map(list, run.ledger)],
+                        "clip_sigmas": self.model.clip_sigmas.item()}  # fmt: skip
             weights = {"raw": raw, "average": self.averager.weights()}
             parts = {"optimizers": optimizers, "averager": self.averager.state()}
             buffer = io.BytesIO()
