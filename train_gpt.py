@@ -4122,7 +4122,7 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
     scale, slow = cfg.post_qat_lr / cfg.matrix_lr, slow_share_at(cfg, 1.0)
     plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, slow)
     enter_phase(run, trainer.model, plan, first, run.spent("train"))
-    score_rounded(run, trainer.model, validation, "before")
+    score_rounded(run, trainer.model, validation, "before_post_qat")
     clock.start()
     while True:
         (seconds,) = run.ranks.agree(clock.seconds())
@@ -4133,21 +4133,21 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
         report_step(run, first + steps, loss, plan, clock, first)
     run.ledger.append(("train", "post_qat", clock.stop()))
     run.log(f"post_qat: {steps} steps in {clock.total:.1f}s at MATRIX_LR {cfg.post_qat_lr:g}")
-    score_rounded(run, trainer.model, validation, "after")
+    score_rounded(run, trainer.model, validation, "after_post_qat")
     return steps
 
 
 def score_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str) -> None:
-    """Log the score of the matrices rounded to the export grid; the model itself is left as it was."""
+    """Log the score of the matrices on the grid of QAT, the function that it trains; the model is left as it was."""
     kept = {name: bank.detach().clone() for name, bank in model.banks.items()}
-    with run.timed(f"{when} post_qat", "untimed"), torch.no_grad():
+    with run.timed(f"{when} rounded", "untimed"), torch.no_grad():
         for name, bank in model.banks.items():
             grid = Grid(model.bits[name], run.cfg.clip_policy, model.clip_sigmas)
             bank.copy_(fake_quantize(bank, grid))
         score = evaluate(run, model, validation, run.cfg.eval_len)
         for name, bank in model.banks.items():
             bank.copy_(kept[name])
-    log_score(run, f"DIAGNOSTIC {when}_post_qat rounded", score)
+    log_score(run, f"DIAGNOSTIC {when} rounded", score)
 
 
 def graphs_compiled() -> int:
@@ -4901,6 +4901,8 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
         score = evaluate(run, model, validation, cfg.eval_len)
     last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
     log_score(run, f"DIAGNOSTIC {last}", score, f" blend:{cfg.average_blend:g}" if cfg.average_blend < 1 else "")
+    if cfg.qat_enabled or "late_qat" in trained.active:
+        score_rounded(run, model, validation, last)
     return Produced(model, score, trained.active, path, blob[-8:])
 
 

@@ -82,6 +82,7 @@ def test_post_qat_pays_for_itself(corpus: dict[str, str], tmp_path: Path, monkey
     assert final == pytest.approx(score["after"], abs=0.02), "what was trained is what is exported"
     assert re.search(r"^budget train: .*post_qat:(1\.[5-9]|2\.[0-3])\ds", log, re.MULTILINE)
     assert "ema+post_qat:applying" in log and "never activated: none" in log and "DIAGNOSTIC post_qat val_loss" in log
+    assert "DIAGNOSTIC post_qat rounded" not in log, "after_post_qat says it already; late QAT was off"
 
 
 def test_post_qat_stays_inside_the_clock(
