@@ -1902,7 +1902,7 @@ def is_hopper(device: torch.device) -> bool:
 def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
     """The first back end of a chain that is right on every rank; one asked for by name is taken or is an error.
 
-    A slower one than the best is a warning, unless what was passed over are packages that this GPU has no use for.
+    A slower one than the best is a warning, unless what was passed over is of no use to this GPU.
     """
     device, refused, is_loss = run.ranks.device, [], False
     chain = list(ends.makers) if device.type == "cuda" else ends.everywhere
@@ -1914,12 +1914,12 @@ def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
             reason = fault(error, allowed)
         except BACK_END_FAULTS as e:
             reason = f"{type(e).__name__} {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''}"
-            is_absent = isinstance(e, ImportError)
+            is_absent = isinstance(e, ImportError | NotImplementedError)
         failures = run.ranks.sum_(torch.tensor(float(bool(reason)), device=device)).item()
         if not failures:
             why = "; ".join(refused) or "first choice"
-            facts = f"head_dim:{run.cfg.head_dim} error:{error:.1e} allowed:{allowed:.1e}"
-            run.log(f"{ends.variable.lower()}:{name} {facts} reason:{why}")
+            errors = f"error:{error:.1e} allowed:{allowed:.1e}"
+            run.log(f"{ends.variable.lower()}:{name} head_dim:{run.cfg.head_dim} {errors} reason:{why}")
             run.log.event("back_end", variable=ends.variable, name=name)
             if is_loss and name in ends.prices:
                 run.warn_of_cost(f"{ends.variable}: by {name} a step takes {ends.prices[name]} longer ({why})")
@@ -2431,9 +2431,8 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
 # dx = g - x (r^2 / (C scale^2)) <g, x>: one pass over g and x, in which the residual gradient is added too.
 # Hence the twins: memory that is never written or read and only carries g back, or the gradient of a skip
 # or of x0, to the one kernel that adds it up (inductor cannot add inside an operator).
-# The feed-forward needs no such pass. Its output is homogeneous of degree 2 in its input, so <g, x> is twice
-# the sum of a row's activations times their gradients, which the kernel has that makes these; then the
-# product that makes g ends with dx.
+# The feed-forward needs no such pass: it is homogeneous of degree 2, so <g, x> is twice the sum of a row's
+# activations times their gradients. The kernel that makes these sums it; the product that makes g ends with dx.
 
 TILE = (128, 256, 64)  # rows, columns, inner length of a product's tile; 8 warps, 3 stages: the best of 27 tried
 
@@ -3039,10 +3038,11 @@ def add_rows(sums, value):
 @jit
 def total_rows(sums):
     """Sums of all columns (columns,) from those of the threads."""
+    flat = tl.reshape(sums, (sums.shape[0] * 8, sums.shape[2]))
     if sums.dtype == tl.float32:
-        return tl.sum(tl.sum(sums, 0), 0)
-    even, odd = halves(sums)
-    return tl.interleave(tl.sum(tl.sum(even, 0), 0), tl.sum(tl.sum(odd, 0), 0))
+        return tl.sum(flat, 0)
+    even, odd = halves(flat)
+    return tl.interleave(tl.sum(even, 0), tl.sum(odd, 0))
 
 
 @jit
@@ -3111,9 +3111,8 @@ def unit_outputs(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | Non
 
 @torch.library.custom_op(f"{OPERATORS}::unit_product", mutates_args=())
 def unit_product(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool) -> list[Tensor]:
-    """The activations (N, hidden) of r a b^T; or, with these, r times the gradient of what they were made of, for a b^T
-    theirs, and the sums of both multiplied: over columns (pieces, N), and where they are wanted over rows, below zero
-    (programs that share the rows of a column, hidden)."""
+    """The activations (N, hidden) of r a b^T; or, with `act` and their gradient a b^T, r times that of what they were
+    made of, and sums of act times gradient: of rows (pieces, N), and where wanted of columns below zero (_, hidden)."""
     (n, inputs), hidden, (rows, cols, inner) = a.shape, len(b), TILE
     out, products, sums = found = unit_outputs(a, b, r, low, act, has_sums)
     across = triton.cdiv(hidden, cols)
@@ -3145,10 +3144,9 @@ def differentiate_feed_forward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | 
     """Gradients of x, up, down and beta."""
     x, r, up, down, beta, act = ctx.saved_tensors
     beta_grad, low = ctx.needs_input_grad[4], -2 * beta.sign() * beta.abs().float().sqrt()
-    dy = dy.contiguous()
-    dpre, products, sums = unit_product(dy, down.T.contiguous(), r, low, act, beta_grad)
+    dpre, products, sums = unit_product(dy.contiguous(), down.T.contiguous(), r, low, act, beta_grad)
     shrink = products.sum(0) * r.square() * (2 / (x.shape[1] * ctx.scale**2))
-    dx, _ = sum_product(dy, dpre, up.T.contiguous(), x, shrink, False)
+    dx, _ = sum_product(dy.contiguous(), dpre, up.T.contiguous(), x, shrink, False)
     dbeta = (sums.sum(0) / beta).to(beta.dtype) if beta_grad else None
     return dx, None, dpre.T @ x, dy.T @ act, dbeta, None
 
@@ -3267,6 +3265,8 @@ class TritonLayer(PlainLayer):
     def __init__(self) -> None:
         if triton is None:
             raise ImportError("Triton with tensor descriptors (3.4 or later) is not installed")
+        if torch.cuda.is_available() and not is_hopper(torch.device("cuda")):
+            raise NotImplementedError("for Hopper GPUs and later: older ones have no room for the tiles")
 
     def enter(self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> Entered:
         x_new, twin, r, gates, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
