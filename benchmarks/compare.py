@@ -22,7 +22,7 @@ after `--recipes` that bear a recipe's name add settings to it. MAX_WALLCLOCK_SE
 equal ITERATIONS) takes the lengths as they are. The whole table is printed after every run; numbers come from
 logs/<RUN_ID>.jsonl, and what a run printed lies in logs/<RUN_ID>.console.txt.
 
-Three lists that RESULTS.md asks for, on one GPU (torchrun with --ranks N on N of them):
+For example, on one GPU (--ranks N: on N of them, by torchrun):
 
     python -m benchmarks.compare --recipes -- xsa_gptq GPTQ_RESERVE_SECONDS=7 -- default
     python -m benchmarks.compare --shared MAX_WALLCLOCK_SECONDS=0 EVAL_STRIDE=64 \\
