@@ -247,7 +247,7 @@ def row_of(job: Job, finished: Finished) -> Row:
     for event in events(job.env["RUN_ID"]) if job.key else ():
         kind = event["event"]
         if kind == "score" and event["name"].startswith("DIAGNOSTIC "):
-            is_rounded = event["name"].endswith(" rounded")  # scores during post-training QAT
+            is_rounded = event["name"].endswith(" rounded")  # the same weights on the grid of QAT
             row |= {} if is_rounded else {"before": event["val_bpb"]}
         elif kind == "score":
             label = next((label for part, label in SCORES.items() if part in event["name"]), event["name"])

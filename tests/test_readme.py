@@ -19,11 +19,11 @@ def test_variable_table_is_the_help() -> None:
     assert table == t.Config.describe_variables(), "run `python train_gpt.py --help` and replace the table in README.md"
 
 
-def test_commands_set_only_known_variables() -> None:
-    """Every KEY=value in the README is a variable of the script, a spelling of one, or names the environment."""
-    prose = README.split("```text\n", 1)[0]
-    named = set(re.findall(r"\b([A-Z][A-Z0-9_]{2,})=", prose))
-    assert {"ITERATIONS", "EVAL_ONLY", "ATTN_BACKEND"} <= named
+def test_texts_name_only_known_variables() -> None:
+    """Every KEY=value and every `LONG_NAME` is a variable of the script or a spelling of one, or stands for any."""
+    prose = README.split("```text\n", 1)[0] + RESULTS
+    named = set(re.findall(r"\b([A-Z][A-Z0-9_]{2,})=", prose)) | set(re.findall(r"`([A-Z0-9]+(?:_[A-Z0-9]+)+)`", prose))
+    assert {"ITERATIONS", "EVAL_ONLY", "ATTN_BACKEND", "NUM_LOOPS"} <= named
     assert named <= {*t.Config.variables(), *t.ALIASES, "KEY"}
 
 
