@@ -70,11 +70,10 @@ class Finished(NamedTuple):
     error: str
 
 
-def command(ranks: int, env: Mapping[str, str]) -> list[str]:
-    """The launch command of train_gpt.py: torchrun where there are several ranks, in_turn.py where runs take turns."""
+def command(ranks: int) -> list[str]:
+    """The launch command of train_gpt.py, torchrun where there are several ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    script = "benchmarks/in_turn.py" if "MINITRACK_TURN" in env else "train_gpt.py"
-    return [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / script)]
+    return [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / "train_gpt.py")]
 
 
 def logged(run_id: str, suffix: str) -> Path:
@@ -89,7 +88,7 @@ def start(env: Mapping[str, str], ranks: int) -> subprocess.Popen:
         logged(env["RUN_ID"], suffix).unlink(missing_ok=True)
     with logged(env["RUN_ID"], ".console.txt").open("wb") as console:
         env = {**env, "OVERWRITE": "1"}
-        return subprocess.Popen(command(ranks, env), env=env, stdout=console, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command(ranks), env=env, stdout=console, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen, run_id: str, begin: float) -> Finished:

@@ -11,7 +11,6 @@
     --ranks N           GPUs of a run, through torchrun (1); a rank takes 98,304 tokens of a step
     --written-for S     clock that recipes are written for (600): their lengths in steps shrink by seconds / S
     --limit-s S         start no run that would not end within S seconds of the beginning (0: no limit)
-    --ahead N           start the next N runs while one trains: they compile and wait for their turn (0)
     --out FILE          rows as JSON lines; runs that are finished there are not repeated
     --dry-run           show what would run
 
@@ -23,13 +22,12 @@ after `--recipes` that bear a recipe's name add settings to it. MAX_WALLCLOCK_SE
 equal ITERATIONS) takes the lengths as they are. The whole table is printed after every run; numbers come from
 logs/<RUN_ID>.jsonl, and what a run printed lies in logs/<RUN_ID>.console.txt.
 
-On the device machine, after what benchmarks/README.md says of carrying data there; the same line in the next call
-continues a series that the 10 minutes of a call cut off:
+For example, on one GPU (--ranks N: on N of them, by torchrun):
 
-    bash benchmarks/session.sh compare --ahead 1 --recipes -- xsa_gptq GPTQ_RESERVE_SECONDS=7 -- default
-    bash benchmarks/session.sh compare --shared MAX_WALLCLOCK_SECONDS=0 EVAL_STRIDE=64 \\
+    python -m benchmarks.compare --recipes -- xsa_gptq GPTQ_RESERVE_SECONDS=7 -- default
+    python -m benchmarks.compare --shared MAX_WALLCLOCK_SECONDS=0 EVAL_STRIDE=64 \\
         -- control RECIPE=records/recipes/mar22_control.env -- asqu RECIPE=records/recipes/mar22_asqu.env
-    bash benchmarks/session.sh compare --ahead 1 --seeds 1337 42 0 --remove XSA_LAST_N=0 --remove VE_ENABLED=0 \\
+    python -m benchmarks.compare --seconds 600 --seeds 1337 42 0 --remove XSA_LAST_N=0 --remove VE_ENABLED=0 \\
         --remove BIGRAM_VOCAB_SIZE=0 --remove SMEAR_GATE_ENABLED=0 --remove MLP_ACTIVATION=relu2 \\
         --remove KEY_OFFSET=0 --remove EMA_ENABLED=0 --remove LATE_QAT_THRESHOLD=0 --remove GPTQ_ENABLED=0 default
 """
@@ -38,14 +36,11 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +132,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--written-for", type=float, default=600.0)
     parser.add_argument("--limit-s", type=float, default=0.0)
-    parser.add_argument("--ahead", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("words", nargs="*")
@@ -253,7 +247,7 @@ def row_of(job: Job, finished: Finished) -> Row:
     for event in events(job.env["RUN_ID"]) if job.key else ():
         kind = event["event"]
         if kind == "score" and event["name"].startswith("DIAGNOSTIC "):
-            is_rounded = event["name"].endswith(" rounded")  # scores during post-training QAT
+            is_rounded = event["name"].endswith(" rounded")  # the same weights on the grid of QAT
             row |= {} if is_rounded else {"before": event["val_bpb"]}
         elif kind == "score":
             label = next((label for part, label in SCORES.items() if part in event["name"]), event["name"])
@@ -373,54 +367,19 @@ def table(given: argparse.Namespace, rows: Sequence[Row]) -> str:
 # ---------------------------------------------------------------------------------------
 
 
-class Running(NamedTuple):
-    """A run in its own process; a job that cannot run is one that has ended."""
-
-    job: Job
-    process: subprocess.Popen | None
-    begin: float
-
-    @classmethod
-    def start(cls, given: argparse.Namespace, job: Job, turn: Mapping[str, str]) -> "Running":
-        print(f"running {job.variant.name}, seed {job.seed}", flush=True)
-        begin = time.perf_counter()
-        return cls(job, None if job.problem else start({**job.env, **turn}, given.ranks), begin)
-
-    def ended(self) -> bool:
-        return self.process is None or self.process.poll() is not None
-
-    def row(self) -> Row:
-        if self.process is None:
-            return row_of(self.job, Finished(1, 0.0, self.job.problem))
-        return row_of(self.job, finish(self.process, self.job.env["RUN_ID"], self.begin))
-
-
-def next_row(given: argparse.Namespace, running: list[Running]) -> Row:
-    """Wait for the first run to end; its row is in --out before anything else can happen."""
-    while not (ended := [one for one in running if one.ended()]):
-        time.sleep(0.1)
-    running.remove(ended[0])
-    row = ended[0].row()
+def run_job(given: argparse.Namespace, job: Job) -> Row:
+    """Run a job to its end; its row is in --out before anything else can happen."""
+    print(f"running {job.variant.name}, seed {job.seed}", flush=True)
+    begin = time.perf_counter()
+    if job.problem:
+        finished = Finished(1, 0.0, job.problem)
+    else:
+        finished = finish(start(job.env, given.ranks), job.env["RUN_ID"], begin)
+    row = row_of(job, finished)
     if given.out:
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     return row
-
-
-def rows_as_they_end(
-    given: argparse.Namespace, waiting: list[Job], rows: Sequence[Row], turn: Mapping[str, str]
-) -> Iterator[Row]:
-    """Run what is waiting while the time allows, judged by the longest of `rows`, which grow meanwhile."""
-    running, begin = [], time.perf_counter()
-    while running or waiting:
-        longest = max((row["wall_s"] for row in rows), default=0.0)
-        late = given.limit_s and time.perf_counter() - begin + longest > given.limit_s
-        if waiting and not late and len(running) <= given.ahead:
-            running.append(Running.start(given, waiting.pop(0), turn))
-        elif running:
-            yield next_row(given, running)
-        else:
-            return
 
 
 def run_all(given: argparse.Namespace, jobs: Sequence[Job]) -> list[Row]:
@@ -429,12 +388,14 @@ def run_all(given: argparse.Namespace, jobs: Sequence[Job]) -> list[Row]:
     rows = [done[job.key] for job in jobs if job.key in done]
     waiting = [job for job in jobs if job.key not in done]
     print(f"{len(rows)} runs finished before, {len(waiting)} to do", flush=True)
-    with tempfile.NamedTemporaryFile(suffix=".turn") as lock:
-        turn = {"MINITRACK_TURN": os.environ.get("MINITRACK_TURN", lock.name)} if given.ahead else {}
-        for row in rows_as_they_end(given, waiting, rows, turn):
-            rows.append(row)
-            if len(rows) < len(jobs):
-                print(table(given, rows), flush=True)
+    begin = time.perf_counter()
+    while waiting:
+        longest = max((row["wall_s"] for row in rows), default=0.0)
+        if given.limit_s and time.perf_counter() - begin + longest > given.limit_s:
+            break
+        rows.append(run_job(given, waiting.pop(0)))
+        if len(rows) < len(jobs):
+            print(table(given, rows), flush=True)
     print(f"\nvariants:\n{described(jobs)}")
     print(table(given, rows))
     for job in waiting:

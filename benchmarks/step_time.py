@@ -20,11 +20,11 @@ configuration) at constant tokens a step. --curve trains each variant for N step
 `rounding` is the first variant again with every initial weight off by a relative 2^-9, bfloat16's rounding: two correct
 implementations may drift apart as far as that. The same variant given twice shows the noise of either measurement.
 
-On the device machine, as benchmarks/README.md says:
+Where the step goes, whether a kernel trains as the plain layer does, and how a step grows:
 
-    bash benchmarks/session.sh step_time --profile DOC_ATTENTION=1 -- DOC_ATTENTION=0 ATTN_BACKEND=cudnn
-    bash benchmarks/session.sh step_time --curve 300 LAYER_BACKEND=plain -- LAYER_BACKEND=triton
-    bash benchmarks/session.sh step_time --steps 30 --sweep
+    python -m benchmarks.step_time --profile DOC_ATTENTION=1 -- DOC_ATTENTION=0 ATTN_BACKEND=cudnn
+    python -m benchmarks.step_time --curve 300 LAYER_BACKEND=plain -- LAYER_BACKEND=triton
+    python -m benchmarks.step_time --steps 30 --sweep
 """
 
 import argparse

@@ -1,29 +1,19 @@
 """benchmarks/compare.py and start_time.py: rows say what the event stream says, and no run is lost or made twice."""
 
-import fcntl
 import json
 import math
-import os
 import re
 import shlex
-import shutil
 import statistics
-import subprocess
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from conftest import tiny_env
 
 import train_gpt as t
-from benchmarks import common, compare, in_turn, start_time, step_time
+from benchmarks import common, compare, start_time, step_time
 
-Command = Callable[..., int]
 NEVER_SET = ("RUN_ID", "MAX_WALLCLOCK_SECONDS")
 
 
@@ -132,16 +122,16 @@ def test_identity_is_configuration_seed_and_script() -> None:
 
 
 def documented(name: str) -> list[list[str]]:
-    """The arguments of every documented `bash benchmarks/session.sh NAME ...`."""
-    texts = [compare.__doc__, step_time.__doc__, Path(compare.__file__).with_name("README.md").read_text()]
+    """The arguments of every documented `python -m benchmarks.NAME ...`, but for the outlines with [brackets]."""
+    folder = Path(compare.__file__).parent
+    texts = [compare.__doc__, step_time.__doc__, *(path.read_text() for path in folder.glob("*.md"))]
     lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
-    commands = [line for line in lines if line.startswith(f"bash benchmarks/session.sh {name}")]
-    assert all(len(line) < 2000 for line in commands), "longer than the device tool takes"
-    return [shlex.split(line.split("  #")[0])[3:] for line in commands]
+    commands = [line.split("  #")[0] for line in lines if line.startswith(f"python -m benchmarks.{name} ")]
+    return [shlex.split(command)[3:] for command in commands if "[" not in command]
 
 
 def test_documented_command_lines_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every line for the device asks for runs that train_gpt.py accepts."""
+    """Every line asks for runs that train_gpt.py accepts."""
     lines = documented("compare")
     assert len(lines) >= 3 and len(documented("step_time")) >= 3
     for words in lines:
@@ -149,122 +139,6 @@ def test_documented_command_lines_are_valid(capsys: pytest.CaptureFixture[str]) 
     assert re.search(r"^  asqu: RECIPE=\S+mar22_asqu.env$", capsys.readouterr().out, re.MULTILINE), "nothing shortened"
     for words in documented("step_time"):
         assert all(t.Config.from_env(variant.settings) for variant in step_time.parse(words).variants)
-
-
-class Session:
-    """A copy of the benchmarks with stand-ins for python3 and for the mini-track's run.sh."""
-
-    def __init__(self, make: pytest.TempPathFactory) -> None:
-        self.repo, self.cache, self.out = (make.mktemp(name) for name in ("repo", "cache", "out"))
-        shutil.copytree(compare.ROOT / "benchmarks", self.repo / "benchmarks")
-        self.write("bin/python3", '#!/bin/sh\necho "$DATA_PATH $TOKENIZER_PATH $CUDA_VISIBLE_DEVICES: $*"; exit 3\n')
-        (self.repo / "bin/python3").chmod(0o755)
-
-    def write(self, name: str, text: str) -> None:
-        path = self.repo / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-    def run(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        path = f"{self.repo}/bin:{os.environ['PATH']}"
-        env = {**os.environ, "PATH": path, "MINITRACK_CACHE": str(self.cache), "OUT": str(self.out), **changes}
-        command = ["bash", str(self.repo / "benchmarks/session.sh"), *words]
-        return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
-RUN = '[[ -s $1 ]] && echo "ran $1 $RUN_ID" || echo "built $2 in $MINITRACK_CACHE"\n'  # the empty script only builds
-
-
-def test_session_prepares_data_and_continues(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, corpus: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """The script of the device session: shards by run.sh, paths by the cache, rows from .rows to $OUT, time left."""
-    session = Session(tmp_path_factory)
-    session.write(".bench/minitrack/run.sh", RUN)
-    session.write(".rows/rows.jsonl", "a row\n")
-    done = session.run("compare", "--recipes", VOCAB_SIZE="2048", CUDA_VISIBLE_DEVICES="5")
-    cache, out = session.cache, session.out
-    built, ran = done.stdout.splitlines()
-    assert done.returncode == 3, "the benchmark's own status"
-    assert built == f"built VOCAB_SIZE=2048 in {cache}"
-    paths, arguments = ran.split(": ")
-    assert paths == f"{cache}/datasets/minitrack_sp2048 {cache}/tokenizers/fineweb_2048_bpe.model 5"
-    assert re.fullmatch(rf"-m benchmarks.compare --out {out}/rows.jsonl --limit-s 58\d --recipes", arguments)
-    assert (out / "rows.jsonl").read_text() == "a row\n" and (out / "compare.txt").read_text() == ran + "\n"
-    shutil.rmtree(session.repo / ".bench")  # it came with an earlier call
-    assert session.run("start_time", VOCAB_SIZE="2048").stdout.startswith(built)
-    waited = session.run("corpus", "start_time", SECONDS="299")  # of 300 that it waits for shards, here those of 1,024 pieces
-    assert waited.returncode == 1 and "no shards of .bench" in waited.stderr and not waited.stdout
-
-
-def test_lanes_run_jobs_on_each_gpu_and_some_on_all(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """In order, with a folder each; quoted words stay together; a failure is noted and stops nothing; `all` is alone.
-    A GPU's second lane goes on beside the first one, has its turn, and takes lines that are added, also when it has ended."""
-    session = Session(tmp_path_factory)
-    session.write(".bench/minitrack/run.sh", RUN)
-    session.run("unpack")
-    (session.cache / "datasets/fineweb10B_sp1024").mkdir(parents=True)
-    (session.cache / "datasets/fineweb10B_sp1024/.complete").touch()
-    plan = ["# comment", "0 a compare 'a name' X=1 -- b", "1 b sh sleep 3", "all c sh printenv CUDA_VISIBLE_DEVICES",
-            "1 d corpus sh bash -c 'echo $PWD $DATA_PATH $OUT'", "0 e sh echo $RUN", "1b f sh sleep 3"]  # fmt: skip
-    session.write("plan", "\n".join(plan) + "\n")
-    session.write("more", "1b g sh printenv CUDA_VISIBLE_DEVICES MINITRACK_TURN\n1b h minitrack RUN_ID=h\n")
-    env = {**os.environ, "PATH": f"{session.repo}/bin:{os.environ['PATH']}", "LANES": str(session.out / "lanes"),
-           "MINITRACK_CACHE": str(session.cache), "OUT": str(session.out)}  # fmt: skip
-    printed = ""
-    session.write("again", "0 i sh echo once\n2 j sh echo new\n")
-    for words in (("start", "plan"), ("add", "more"), ("wait", "1"), ("wait", "30"), ("add", "again"), ("wait", "30")):
-        done = subprocess.run(["bash", "benchmarks/lanes.sh", *words], cwd=session.repo, env=env, capture_output=True,
-                              text=True, timeout=40, check=True)  # fmt: skip
-        printed += done.stdout
-    log = [line.split(" s: ")[1] for line in (session.out / "lanes/log").read_text().splitlines()]
-    assert [log.count(f"begin {name}") for name in "acij"] == [1] * 4
-    assert "end a, status 3" in log and log.index("end b, status 0") < log.index("begin c")
-    assert log.index("end c, status 0") < min(log.index("begin d"), log.index("begin e"))
-    said = {name: (session.out / f"lanes/out/{name}/console.txt").read_text().strip() for name in "acdegh"}
-    assert re.search(r" 0: -m benchmarks.compare .* a name X=1 -- b$", said["a"]) and said["c"] == "0,1"
-    assert said["d"] == f"{session.out}/lanes/checkout {session.cache}/datasets/minitrack_sp1024 {session.out}/lanes/out/d"
-    assert said["e"].startswith("MUON_MOMENTUM_WARMUP_STEPS=600 ") and "=== c\n0,1\n" in printed
-    assert said["g"].split() == ["1", f"{session.out}/lanes/turn1"] and said["h"].startswith("ran benchmarks/in_turn.py h")
-    assert "\n... b: \n" in printed and "..." not in done.stdout, "what goes on, and at the end nothing does"
-    assert (session.out / "lanes.tgz").stat().st_size > 100
-
-
-def test_the_plan_of_the_next_session_is_valid() -> None:
-    """Its settings are accepted; what one job leaves has the name under which another looks for it."""
-    folder = Path(compare.__file__).parent
-    plan = "".join((folder / name).read_text() for name in ("session.plan", "finals.plan"))
-    plan, lanes = plan.replace("$PWD", str(compare.ROOT)), (folder / "lanes.sh").read_text()
-    for name, value in re.findall(r'^(RUN|SHORT)="(.+?)"$', lanes, re.MULTILINE | re.DOTALL):
-        plan = plan.replace(f"${name} ", value.replace("\\\n", "") + " ")
-    lines = [shlex.split(line.replace(" corpus ", " ")) for line in plan.splitlines() if line[0] != "#"]
-    assert all(re.fullmatch("[0-3]b?|all", line[0]) for line in lines)
-    assert "$RUN" not in plan and "$SHORT" not in plan
-    for _, name, kind, *words in lines:
-        assert kind != "compare" or compare.main(["--dry-run", *words]) == 0
-        settings = dict(word.split("=", 1) for word in words if "=" in word and kind != "sh")
-        assert kind != "minitrack" or settings["RUN_ID"] == name
-        t.Config.from_env(settings)
-        for used in re.findall(r"runs/(\w+)/logs/(\w+)\.", " ".join(words)):
-            assert used[0] == used[1] and used[0] in [line[1] for line in lines]
-
-
-def test_session_joins_wheels_and_does_without_the_corpus(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The halves come in two calls; until .bench comes both splits are the validation text."""
-    session = Session(tmp_path_factory)
-    session.write("bin/python3", '#!/bin/sh\necho "$PYTHONPATH $DATA_PATH: $*"\nfor last; do :; done\n'
-                  'case $* in *--target*) mkdir "$9"; cp "$last" "$9/";; *build_shards*) mkdir -p "$4";; esac\n')
-    session.write(".fa4_1/large.whl.half.aa", "one ")
-    for name in ("build_shards.py", "val.jsonl.xz", "fineweb_1024_bpe.model"):
-        session.write(f".fa4_1/{name}", "")
-    first = session.run("start_time").stdout.splitlines()
-    assert [line.split()[-1] for line in first[:2]] == ["val", "train"] and "build_shards.py" in first[0]
-    assert first[2].endswith(f"{session.cache}/validation/datasets/fineweb10B_sp1024: -m benchmarks.start_time")
-    shutil.rmtree(session.repo / ".fa4_1")
-    session.write(".fa4_2/large.whl.half.ab", "two")
-    install, run = session.run("start_time").stdout.splitlines()
-    assert "-m pip install" in install and run.startswith(f"{session.cache}/fa4:")
-    assert (session.cache / "fa4/large.whl").read_text() == "one two"
 
 
 # ---------------------------------------------------------------------------------------
@@ -361,7 +235,7 @@ def test_runs_end_to_end_and_are_not_repeated(
     assert "VE_LAYERS=(77,)" in status[2] and column(output, "never activated") == ["lawa", "", ""]
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
     log = [json.loads(line) for line in next(Path("logs").glob("compare_good_*.jsonl")).read_text().splitlines()]
-    scores = [event["val_bpb"] for event in log if event["event"] == "score"]
+    scores = [event["val_bpb"] for event in log if event["event"] == "score" and not event["name"].endswith(" rounded")]
     assert [rows[0]["before"], *rows[0]["scores"].values()] == scores
     assert list(rows[0]["scores"]) == ["round trip", "by documents", "sliding"]
     assert rows[0]["train_limit_s"] == 60 and rows[0]["steps"] == 12 and rows[0]["wall_s"] > rows[0]["train_s"]
@@ -375,18 +249,13 @@ def test_runs_end_to_end_and_are_not_repeated(
 
 
 def fake_runs(monkeypatch: pytest.MonkeyPatch, started: list[str], ended: common.Finished) -> None:
-    """In place of processes: they leave the events of a good run and end when somebody looks for the first time."""
+    """In place of processes: they leave the events of a good run and have ended."""
 
-    class Process:
-        def poll(self) -> int:
-            return ended.status
-
-    def start(env: dict[str, str], ranks: int) -> Process:
+    def start(env: dict[str, str], ranks: int) -> None:
         Path("logs").mkdir(exist_ok=True)
         lines = [json.dumps(event) + "\n" for event in EVENTS if not ended.status]
         common.logged(env["RUN_ID"], ".jsonl").write_text("".join(lines))
         started.append(env["RUN_ID"])
-        return Process()
 
     monkeypatch.setattr(compare, "start", start)
     monkeypatch.setattr(compare, "finish", lambda process, run_id, begin: ended)
@@ -409,65 +278,6 @@ def test_no_run_begins_that_would_end_too_late(
     assert [call.split("_")[1] for call in calls] == ["a", "b", "c"]
 
 
-def test_runs_ahead_wait_for_their_turn(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real runs: as many as asked for have warmed up and none trains while somebody else has the lock; a refused one
-    blocks nothing, and all come to their end."""
-    monkeypatch.setenv("MINITRACK_TURN", "turn")
-
-    def texts() -> list[str]:
-        return [path.read_text() for path in Path("logs").glob("compare_*.txt") if "console" not in path.name]
-
-    def hold() -> None:
-        while sum("warmup:train" in text for text in texts()) < 2:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        seen.extend(texts())
-        lock.close()
-
-    words = ["--out", "rows.jsonl", "--ahead", "1", "--seeds", "1", "2", "--shared", "EVAL_STRIDE=0", "a", "--", "bad",
-             "MODEL_DIM=7"]  # fmt: skip
-    seen: list[str] = []
-    with Path("turn").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        holder = threading.Thread(target=hold, daemon=True)
-        holder.start()
-        assert compare.main(words) == 1
-    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    assert sorted((row["name"], row["status"]) for row in rows) == [("a", 0)] * 2 + [("bad", 1)] * 2
-    assert len(seen) == 2 and not any("step:1/" in text for text in seen) and all("step:1/" in text for text in texts())
-
-
-def test_a_turn_ends_with_training_the_artifact_or_the_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody else has the lock between warm-up and the end of the export; with a sliding window to score, of the run;
-    with no clock, of training."""
-    names = ("measure_reserve", "load_weights", "export_model")
-    for name in names:
-        monkeypatch.setattr(t, name, lambda run, other: free())
-    monkeypatch.setenv("MINITRACK_TURN", "turn")
-
-    def free() -> bool:
-        with Path("turn").open("w") as other:
-            try:
-                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-        return True
-
-    def seen(first: str, stride: int, clock: float = 240.0) -> list[bool]:
-        ranks, cfg = t.Ranks(0, 1, torch.device("cpu")), SimpleNamespace(eval_stride=stride, max_wallclock_seconds=clock)
-        run, states = SimpleNamespace(ranks=ranks, cfg=cfg), []
-        with monkeypatch.context() as patch:
-            for name in names:
-                patch.setattr(t, name, getattr(t, name))
-            in_turn.main(lambda: states.extend([free(), getattr(t, first)(run, None), t.export_model(run, None), free()]))
-        return [*states, free()]
-
-    for first in names[:2]:  # a run that trains, and one with EXPORT_ONLY
-        assert seen(first, 0) == [True, False, False, True, True]
-        assert seen(first, 64) == [True, False, False, False, True]
-        assert seen(first, 0, clock=0.0) == [True, False, True, True, True]
-
-
 def test_a_broken_line_in_the_rows_is_passed_over(tmp_path: Path) -> None:
     """A killed call leaves half a line; failed rows are not done; of two rows of one run the later counts."""
     path = tmp_path / "rows.jsonl"
@@ -477,11 +287,9 @@ def test_a_broken_line_in_the_rows_is_passed_over(tmp_path: Path) -> None:
     assert compare.read_done(tmp_path / "none") == compare.read_done(None) == {}
 
 
-def test_launch_is_torchrun_for_several_ranks(toy: Path) -> None:
-    """And in_turn.py where runs take turns."""
-    assert common.command(1, {})[1:] == [t.__file__]
-    assert common.command(3, {})[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", t.__file__]
-    assert common.command(1, {"MINITRACK_TURN": "x"})[1:] == [in_turn.__file__]
+def test_launch_is_torchrun_for_several_ranks() -> None:
+    assert common.command(1)[1:] == [t.__file__]
+    assert common.command(3)[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", t.__file__]
 
 
 @pytest.mark.parametrize(("log", "console", "error"), [

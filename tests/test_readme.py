@@ -1,4 +1,4 @@
-"""The README's promises that a machine can check: the table of variables and every variable it mentions."""
+"""What a machine can check of the texts: variables, recipes, links, figures that are also data, and their length."""
 
 import re
 from pathlib import Path
@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 import train_gpt as t
+from benchmarks import track
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, RESULTS = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks/RESULTS.md"))
+TEXTS = [ROOT / "README.md", *ROOT.glob("benchmarks/*.md"), *ROOT.glob("data/*.md"), ROOT / "records/README.md"]
 
 
 def test_variable_table_is_the_help() -> None:
@@ -17,14 +19,48 @@ def test_variable_table_is_the_help() -> None:
     assert table == t.Config.describe_variables(), "run `python train_gpt.py --help` and replace the table in README.md"
 
 
-def test_commands_set_only_known_variables() -> None:
-    """Every KEY=value in the README is a variable of the script, a spelling of one, or names the environment."""
-    prose = README.split("```text\n", 1)[0]
-    named = set(re.findall(r"\b([A-Z][A-Z0-9_]{2,})=", prose))
-    assert {"ITERATIONS", "EVAL_ONLY", "ATTN_BACKEND"} <= named
+def test_texts_name_only_known_variables() -> None:
+    """Every KEY=value and every `LONG_NAME` is a variable of the script or a spelling of one, or stands for any."""
+    prose = README.split("```text\n", 1)[0] + RESULTS
+    named = set(re.findall(r"\b([A-Z][A-Z0-9_]{2,})=", prose)) | set(re.findall(r"`([A-Z0-9]+(?:_[A-Z0-9]+)+)`", prose))
+    assert {"ITERATIONS", "EVAL_ONLY", "ATTN_BACKEND", "NUM_LOOPS"} <= named
     assert named <= {*t.Config.variables(), *t.ALIASES, "KEY"}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "records" / "recipes").glob("*.env")))
 def test_every_recipe_is_a_row_of_the_table_of_systems(name: str) -> None:
     assert re.search(rf"^\|.*\| `{re.escape(name)} .*train_gpt\.py` \|$", README, re.MULTILINE)
+
+
+def test_texts_stay_short() -> None:
+    """What grows goes into one table a question, or out: 250 lines each, the table of variables aside."""
+    table = README.split("```text\n", 1)[1].split("\n```", 1)[0]
+    assert len(README.splitlines()) - len(table.splitlines()) <= 250
+    assert len(RESULTS.splitlines()) <= 250
+
+
+def test_links_lead_somewhere() -> None:
+    """Files of the repository, and headings of the page as GitHub names them."""
+    headings = {re.sub(r"[^a-z0-9 -]", "", line.strip("# ").lower()).replace(" ", "-")
+                for line in README.splitlines() if line.startswith("#")}  # fmt: skip
+    for page in TEXTS:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert target.lstrip("#") in headings if target.startswith("#") else (page.parent / target).exists(), target
+
+
+def test_scores_are_those_of_the_data() -> None:
+    """RESULTS has the table that `python -m benchmarks.track` prints, and the README's rows are among its rows."""
+    cells = [score.cells() for score in track.read_scores()]
+    assert track.markdown(track.HEAD, cells) in RESULTS
+    first = README.split("## Three ways", 1)[0]
+    rows = [[cell.strip(" *") for cell in line.split("|")[2:-1]] for line in first.splitlines() if line.count("|") == 7][2:]
+    known = [[f"{float(row[1].replace(',', '')) / 1e6:.1f}M", *row[2:6]] for row in cells]
+    assert rows and all(row in known for row in rows)
+
+
+def test_picture_is_drawn_from_the_data(tmp_path: Path) -> None:
+    """And the committed one is small."""
+    pytest.importorskip("matplotlib", reason="pictures need requirements-dev.txt")
+    track.main(["--out", str(tmp_path / "track.png")])
+    assert (tmp_path / "track.png").stat().st_size > 10_000
+    assert track.DATA.with_suffix(".png").stat().st_size < 100_000
