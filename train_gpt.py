@@ -336,17 +336,14 @@ class Config:
 
         Raises UserError for a name or value that cannot be meant; names the variable and the remedy.
         """
-        given = {"environment": env}
-        if env.get("RECIPE"):
-            given = {"recipe": read_recipe(Path(env["RECIPE"])), **given}
         values: dict[str, Any] = {}
         sources = {f.name: "default" for f in cls.variables().values()}
-        for source, mapping in given.items():
+        recipe = read_recipe(Path(env["RECIPE"])) if env.get("RECIPE") else {}
+        for source, mapping in {"recipe": recipe, "environment": env}.items():
             check_names(mapping, strict=source == "recipe")
-            for name, (value, spelled) in given_values(mapping).items():
-                spec = cls.variables()[name]
-                values[spec.name] = value
-                sources[spec.name] = source if spelled == name else f"{source} as {spelled}"
+            for name, spec in cls.variables().items():
+                if text := mapping.get(name, "").strip():
+                    values[spec.name], sources[spec.name] = parse_value(name, text, spec), source
         cfg = cls(**values, sources=sources)
         validate(cfg, model_rules, training_rules, evaluation_rules)
         return replace(cfg, run_id=cfg.run_id or str(uuid.uuid4()))
@@ -365,37 +362,30 @@ class Config:
             meta = spec.metadata
             if meta["group"]:
                 lines += ["", meta["group"]]
-            default = ",".join(map(str, spec.default)) if isinstance(spec.default, tuple) else spec.default
             words = f" [{' | '.join(meta['choices'])}]" if meta["choices"] else ""
-            shown = int(default) if isinstance(default, bool) else "" if default is None else default
-            lines.append(f"  {name:<28} {shown!s:<14} {meta['text']}{words}")
-        lines += ["", "Other spellings that are understood"]
-        for alias, (name, factor) in sorted(ALIASES.items()):
-            lines.append(f"  {alias:<28} = {name}" + (f", times {factor:g}" if factor else ""))
+            lines.append(f"  {name:<28} {as_text(spec.default):<14} {meta['text']}{words}")
         return "\n".join(lines)
 
 
-# Spellings of other scripts, by ours. A number converts the unit: TARGET_MB means decimal megabytes.
-SPELLINGS = """
-ADAM_WD: ADAM_WEIGHT_DECAY | BIGRAM_DIM: BIGRAM_HASH_DIM | BIGRAM_VOCAB_SIZE: BIGRAM_BUCKETS BIGRAM_HASH_BUCKETS
-COMPILE: COMPILE_MODEL USE_COMPILE | COMPRESSOR: SERIAL_COMPRESSOR | COMPRESSOR_LEVEL: ZSTD_LEVEL
-EMA_ENABLED: EMA | EMBED_BITS: EMBED_QUANT_BITS QUANT_BITS_EMBED | EVAL_STRIDE: SLIDING_EVAL_STRIDE STRIDE
-GATED_ATTN_ENABLED: GATED_ATTENTION GATED_ATTN | GPTQ_ENABLED: USE_GPTQ
-GPTQ_CALIBRATION_BATCHES: GPTQ_CALIB_BATCHES GPTQ_CALIBRATION_STEPS | LATE_QAT_THRESHOLD: QAT_THRESHOLD
-LAWA_FREQ: LAWA_INTERVAL | LAWA_K: LAWA_WINDOW | MATRIX_BITS: QUANT_BITS WEIGHT_QUANT_BITS
-MLP_ACTIVATION: ACTIVATION | MUON_ROW_NORMALIZE: MUON_EQ_R | MUON_WD: MUON_WEIGHT_DECAY WEIGHT_DECAY
-NEGATIVE_SLOPE: LEAKY_SLOPE LEAKY_RELU_SLOPE MLP_LEAKY_SLOPE | ORTHO_INIT: USE_ORTHO_INIT
-PARALLEL_START_LAYER: PARALLEL_RESIDUAL_START
-POLAR_EXPRESS: USE_POLAR_EXPRESS | QAT_ENABLED: QAT ENABLE_QAT | ROPE_DIMS: PARTIAL_ROPE_DIMS
-SMEAR_GATE_ENABLED: SMEAR SMEAR_GATE SMEARGATE USE_SMEARGATE | SWA_ENABLED: SWA | TARGET_BYTES: TARGET_TOTAL_BYTES
-TRAIN_SEQ_LEN: TRAIN_MAX_SEQ_LEN | VAL_BATCH_SIZE: VAL_BATCH_TOKENS | VALUE_RESIDUAL: VRL
-WARMDOWN_FRAC: WARMDOWN_FRACTION | XSA_LAST_N: XSA_LAYERS
-"""
-ALIASES: dict[str, tuple[str, float | None]] = {
-    alias: (row.split(":")[0].strip(), None)
-    for row in SPELLINGS.replace("\n", "|").split("|")
-    for alias in row.partition(":")[2].split()
-} | {"GPTQ_RESERVE_MS": ("GPTQ_RESERVE_SECONDS", 1e-3), "TARGET_MB": ("TARGET_BYTES", 1e6)}
+def as_text(value: Any) -> str:
+    """A value as the environment would spell it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(int(value) if isinstance(value, bool) else value)
+
+
+# What other scripts call our variables: never accepted, since units and meanings differ, but named in the error.
+OTHER_NAMES = dict(pair.split("=") for pair in """
+ACTIVATION=MLP_ACTIVATION ADAM_WEIGHT_DECAY=ADAM_WD BIGRAM_BUCKETS=BIGRAM_VOCAB_SIZE BIGRAM_HASH_DIM=BIGRAM_DIM
+BIGRAM_HASH_BUCKETS=BIGRAM_VOCAB_SIZE COMPILE_MODEL=COMPILE EMBED_QUANT_BITS=EMBED_BITS LAWA_INTERVAL=LAWA_FREQ
+GATED_ATTENTION=GATED_ATTN_ENABLED GPTQ_RESERVE_MS=GPTQ_RESERVE_SECONDS LAWA_WINDOW=LAWA_K LEAKY_SLOPE=NEGATIVE_SLOPE
+LEAKY_RELU_SLOPE=NEGATIVE_SLOPE MLP_LEAKY_SLOPE=NEGATIVE_SLOPE MUON_EQ_R=MUON_ROW_NORMALIZE MUON_WEIGHT_DECAY=MUON_WD
+PARALLEL_RESIDUAL_START=PARALLEL_START_LAYER PARTIAL_ROPE_DIMS=ROPE_DIMS QAT_THRESHOLD=LATE_QAT_THRESHOLD
+QUANT_BITS=MATRIX_BITS QUANT_BITS_EMBED=EMBED_BITS SERIAL_COMPRESSOR=COMPRESSOR SLIDING_EVAL_STRIDE=EVAL_STRIDE
+SMEARGATE=SMEAR_GATE_ENABLED STRIDE=EVAL_STRIDE TARGET_MB=TARGET_BYTES TARGET_TOTAL_BYTES=TARGET_BYTES
+USE_SMEARGATE=SMEAR_GATE_ENABLED VAL_BATCH_TOKENS=VAL_BATCH_SIZE VRL=VALUE_RESIDUAL WEIGHT_DECAY=MUON_WD
+WEIGHT_QUANT_BITS=MATRIX_BITS XSA_LAYERS=XSA_LAST_N ZSTD_LEVEL=COMPRESSOR_LEVEL
+""".split())  # fmt: skip
 
 # A name with one of these words, or that ends in one of the others, is meant for a training script: such scripts read
 # some 460 names, and one that passes here for a setting of another program would do nothing in silence.
@@ -442,42 +432,21 @@ def read_recipe(path: Path) -> dict[str, str]:
     return values
 
 
-def is_meant_for_training(name: str, known: list[str]) -> bool:
-    """Whether an unknown environment variable looks like one of a training script."""
-    if name.startswith(FOREIGN_PREFIXES) or not name.isupper():
-        return False
-    ours = OWN_WORDS & set(name.split("_")) or name.startswith(("TRAIN_", "EVAL_", "VAL_", "USE_"))
-    return bool(ours) or name.endswith(OWN_ENDINGS) or bool(difflib.get_close_matches(name, known, n=1, cutoff=0.84))
-
-
 def check_names(mapping: Mapping[str, str], strict: bool) -> None:
     """Refuse unknown variables in one message: all of a recipe's, and those of the environment that look like ours."""
-    known, found = [*Config.variables(), *ALIASES], []
-    for name in sorted(set(mapping) - set(known)):
-        if strict or (mapping[name] and is_meant_for_training(name, known)):
-            near = difflib.get_close_matches(name, known, n=2, cutoff=0.84)
-            near = near or [longer for longer in known if longer.startswith(f"{name}_")][:2]
-            found.append(f"{name}={mapping[name]}" + f" (did you mean {' or '.join(near)}?)" * bool(near))
+    ours, found = Config.variables(), []
+    for name in sorted(mapping.keys() - ours.keys()):
+        near = OTHER_NAMES.get(name, "").split() or difflib.get_close_matches(name, ours, n=2, cutoff=0.84)
+        is_like_ours = near or OWN_WORDS & set(name.split("_")) or name.endswith(OWN_ENDINGS)
+        is_foreign = not (mapping[name] and name.isupper()) or name.startswith(FOREIGN_PREFIXES)
+        if not strict and (is_foreign or not is_like_ours and not name.startswith(("TRAIN_", "VAL_", "USE_"))):
+            continue
+        beginning = name.removeprefix("USE_").removeprefix("ENABLE_")
+        near = near or [longer for longer in ours if longer.startswith(beginning)][:2]
+        found.append(f"{name}={mapping[name]}" + f" (did you mean {' or '.join(near)}?)" * bool(near))
     if found:
         raise UserError(f"no such variable: {', '.join(found)}; python train_gpt.py --help lists all. Unset what is "
                         "not meant for this run")  # fmt: skip
-
-
-def given_values(mapping: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
-    """Known, non-empty variables of a mapping: name -> (value in our type and unit, spelling that was used)."""
-    found: dict[str, tuple[Any, str]] = {}
-    for spelled in sorted(set(mapping) & {*Config.variables(), *ALIASES}, key=lambda s: s in ALIASES):
-        name, factor = ALIASES.get(spelled, (spelled, None))
-        text, spec = mapping[spelled].strip(), Config.variables()[name]
-        if not text:
-            continue
-        if factor:
-            number = parse_number(spelled, text, float) * factor
-            text = str(round(number) if spec.type is int else number)
-        value = parse_value(spelled, text, spec)
-        if found.setdefault(name, (value, spelled))[0] != value:
-            raise UserError(f"{spelled}={text} contradicts {found[name][1]}={found[name][0]}; unset one of them")
-    return found
 
 
 def parse_number(name: str, text: str, kind: type) -> Any:
@@ -510,71 +479,70 @@ def parse_value(name: str, text: str, spec: Field) -> Any:
     return value
 
 
-Rules = list[tuple[Any, str]]  # what must hold, and what the error says otherwise
+Rules = list[tuple[Any, str]]  # what must hold, and what the error says otherwise: $NAME stands for NAME=value
 
 
 def model_rules(cfg: Config) -> Rules:
     """What must hold between variables of the model."""
-    model_dim, heads, kv_heads, head_dim = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(cfg.num_layers))) != []
+    layers, head_dim, lanes = cfg.num_layers, cfg.head_dim, cfg.parallel_start_layer
+    ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(layers))) != []
     return [
-        (model_dim % heads == 0, f"MODEL_DIM={model_dim} is not divisible by NUM_HEADS={heads}"),
-        (heads % kv_heads == 0, f"NUM_HEADS={heads} is not divisible by NUM_KV_HEADS={kv_heads}"),
+        (cfg.model_dim % cfg.num_heads == 0, "$MODEL_DIM is not divisible by $NUM_HEADS"),
+        (cfg.num_heads % cfg.num_kv_heads == 0, "$NUM_HEADS is not divisible by $NUM_KV_HEADS"),
         (head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={head_dim} is odd: rotary embedding needs pairs"),
-        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"ROPE_DIMS={cfg.rope_dims}: even, at most {head_dim}"),
-        (cfg.hidden_dim > 0, f"MLP_HIDDEN={cfg.mlp_hidden} and MLP_MULT={cfg.mlp_mult} give an MLP of width 0"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"$ROPE_DIMS: even, at most {head_dim}"),
+        (cfg.hidden_dim > 0, "$MLP_HIDDEN and $MLP_MULT give an MLP of width 0"),
         (cfg.attn_backend in ("auto", *attention_back_ends(cfg).makers),
-         f"ATTN_BACKEND={cfg.attn_backend}: not with DOC_ATTENTION=1; leave it at auto or set DOC_ATTENTION=0"),
-        (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
-        (ve_fits or not cfg.ve_enabled,
-         f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
-        (not (lanes := cfg.parallel_start_layer) or bool(cfg.num_loops) * (cfg.loop_end + 1) <= lanes < cfg.num_layers,
-         f"PARALLEL_START_LAYER={lanes}: not below NUM_LAYERS={cfg.num_layers}, or not above LOOP_END={cfg.loop_end}"),
-        (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers,
-         f"LOOP_START={cfg.loop_start} LOOP_END={cfg.loop_end}: not in order within NUM_LAYERS={cfg.num_layers}"),
+         "$ATTN_BACKEND: not with DOC_ATTENTION=1; leave it at auto or set DOC_ATTENTION=0"),
+        (cfg.xsa_last_n <= layers, "$XSA_LAST_N exceeds $NUM_LAYERS"),
+        (ve_fits or not cfg.ve_enabled, "$VE_LAYERS: different layers below $NUM_LAYERS, or set VE_ENABLED=0"),
+        (not lanes or bool(cfg.num_loops) * (cfg.loop_end + 1) <= lanes < layers,
+         "$PARALLEL_START_LAYER: not below $NUM_LAYERS, or not above $LOOP_END"),
+        (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < layers,
+         "$LOOP_START $LOOP_END: not in order within $NUM_LAYERS"),
         (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
-         f"LORA_RANK={cfg.lora_rank}: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
+         "$LORA_RANK: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
         (not (cfg.gated_attn_enabled and cfg.sparse_attn_gate_scale),
-         f"GATED_ATTN_ENABLED=1 SPARSE_ATTN_GATE_SCALE={cfg.sparse_attn_gate_scale:g}: one gate for a head"),
-        (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
+         "$GATED_ATTN_ENABLED $SPARSE_ATTN_GATE_SCALE: one gate for a head"),
+        (cfg.bigram_vocab_size != 1, "$BIGRAM_VOCAB_SIZE: 0 switches it off, else at least 2"),
     ]  # fmt: skip
 
 
 def training_rules(cfg: Config) -> Rules:
     """The same for training and export."""
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
-    short, ends = cfg.short_seq_len, cfg.short_seq_frac
+    short, ends, slow = cfg.short_seq_len, cfg.short_seq_frac, cfg.muon_slow_share
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
     return [
-        (cfg.lowbit_bits != 1, "LOWBIT_BITS=1: 2 to 8, or 0 for MATRIX_BITS"),
+        (cfg.lowbit_bits != 1, "$LOWBIT_BITS: 2 to 8, or 0 for MATRIX_BITS"),
         (not idle, f"LOWBIT_NAME_PATTERNS={','.join(idle)}: not in {' '.join(names[:: cfg.num_layers])}"),
-        (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
-         f"LOWBIT_BITS={cfg.lowbit_bits} and LOWBIT_NAME_PATTERNS={','.join(cfg.lowbit_name_patterns)}: set both"),
+        (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns), "$LOWBIT_BITS and $LOWBIT_NAME_PATTERNS: set both"),
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
         (not cfg.muon_head_group or cfg.num_kv_heads % cfg.muon_head_group == 0,
-         f"MUON_HEAD_GROUP={cfg.muon_head_group} does not divide NUM_KV_HEADS={cfg.num_kv_heads}; 0 for all heads"),
-        (0 < len(slow := cfg.muon_slow_share) < 3 and all(0 <= share <= 1 for share in slow),
-         f"MUON_SLOW_SHARE={','.join(map(str, slow))}: one or two numbers from 0 to 1"),
-        (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, f"MUON_RAILS_AT={cfg.muon_rails_at}: MUON_MOMENTUM below 1"),
+         "$MUON_HEAD_GROUP does not divide $NUM_KV_HEADS; 0 for all heads"),
+        (0 < len(slow) < 3 and all(0 <= share <= 1 for share in slow),
+         "$MUON_SLOW_SHARE: one or two numbers from 0 to 1"),
+        (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, "$MUON_RAILS_AT: MUON_MOMENTUM below 1"),
         (len(short) == len(ends) and [*short] == sorted({*short}) and [*ends] == sorted(ends) and min(short) >= 0
          and not any(cfg.train_seq_len % n for n in short if 0 < n < cfg.train_seq_len),
-         f"SHORT_SEQ_LEN={','.join(map(str, short))} SHORT_SEQ_FRAC={','.join(map(str, ends))}: as many of each, both "
-         f"rising, lengths that divide TRAIN_SEQ_LEN={cfg.train_seq_len}; SHORT_SEQ_LEN=0 SHORT_SEQ_FRAC=0 for none"),
+         "$SHORT_SEQ_LEN $SHORT_SEQ_FRAC: as many of each, both rising, lengths that divide $TRAIN_SEQ_LEN; "
+         "SHORT_SEQ_LEN=0 SHORT_SEQ_FRAC=0 for none"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
-         f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
+         "$POST_QAT_SECONDS is all of $MAX_WALLCLOCK_SECONDS"),
         (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
         (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor].strongest,
-         f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
+         "$COMPRESSOR_LEVEL: too high for $COMPRESSOR; unset it for the best"),
     ]  # fmt: skip
 
 
 def evaluation_rules(cfg: Config) -> Rules:
     """The same for evaluation and re-entry."""
-    plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
+    is_plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
+    window = f"the window of {cfg.eval_len} tokens"
     return [
-        (plain_name and len(cfg.run_id.encode(errors="replace")) <= 200,
+        (is_plain_name and len(cfg.run_id.encode(errors="replace")) <= 200,
          f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, at most 200 bytes"),
         (os.path.realpath(cfg.artifact_file) != os.path.realpath(cfg.weights_file),
          f"ARTIFACT_PATH and WEIGHTS_PATH are one file, {cfg.artifact_file}: the one would replace the other"),
@@ -582,26 +550,24 @@ def evaluation_rules(cfg: Config) -> Rules:
         (not cfg.resume or cfg.run_id, "RESUME=1 needs the RUN_ID of the run that is to go on"),
         (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
         (not cfg.export_only or cfg.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH=<file>"),
-        (cfg.eval_stride <= cfg.eval_len, f"EVAL_STRIDE={cfg.eval_stride} exceeds the window of {cfg.eval_len} tokens"),
+        (cfg.eval_stride <= cfg.eval_len, f"$EVAL_STRIDE exceeds {window}"),
         (not cfg.ttt_enabled or cfg.eval_stride > 0, "TTT_ENABLED=1 needs EVAL_STRIDE above 0"),
         (cfg.ttt_chunk_tokens > cfg.eval_len or not cfg.ttt_enabled,
-         f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no whole window of {cfg.eval_len} tokens and its target"),
+         f"$TTT_CHUNK_TOKENS holds no whole window of {cfg.eval_len} tokens and its target"),
         (not cfg.ngram_enabled or cfg.eval_stride > 0, "NGRAM_ENABLED=1 needs EVAL_STRIDE above 0"),
-        (cfg.ngram_min_order <= cfg.ngram_max_order,
-         f"NGRAM_MIN_ORDER={cfg.ngram_min_order} exceeds NGRAM_MAX_ORDER={cfg.ngram_max_order}"),
-        (cfg.ngram_alpha_low <= cfg.ngram_alpha_high < 1,
-         f"NGRAM_ALPHA_LOW={cfg.ngram_alpha_low:g} NGRAM_ALPHA_HIGH={cfg.ngram_alpha_high:g}: in order and below 1"),
-        (cfg.ttt_freeze_blocks <= cfg.num_layers, f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks} exceeds NUM_LAYERS"),
-        (not cfg.ttt_lora_enabled or cfg.ttt_chunk_size <= cfg.eval_len,
-         f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} exceeds the window of {cfg.eval_len} tokens"),
+        (cfg.ngram_min_order <= cfg.ngram_max_order, "$NGRAM_MIN_ORDER exceeds $NGRAM_MAX_ORDER"),
+        (cfg.ngram_alpha_low <= cfg.ngram_alpha_high < 1, "$NGRAM_ALPHA_LOW $NGRAM_ALPHA_HIGH: in order and below 1"),
+        (cfg.ttt_freeze_blocks <= cfg.num_layers, "$TTT_FREEZE_BLOCKS exceeds NUM_LAYERS"),
+        (not cfg.ttt_lora_enabled or cfg.ttt_chunk_size <= cfg.eval_len, f"$TTT_CHUNK_SIZE exceeds {window}"),
     ]  # fmt: skip
 
 
 def validate(cfg: Config, *rule_sets: Callable[[Config], Rules]) -> None:
     """Check what involves several variables; messages name them with their values."""
+    shown = {f"${name}": f"{name}={as_text(vars(cfg)[name.lower()]).removesuffix('.0')}" for name in cfg.variables()}
     for holds, message in itertools.chain(*(rules(cfg) for rules in rule_sets)):
         if not holds:
-            raise UserError(message)
+            raise UserError(re.sub(r"\$[A-Z_]+", lambda name: shown.get(name[0], name[0]), message))
 
 
 # ----------------------------------------------------------------------------------------------

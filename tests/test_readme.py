@@ -18,11 +18,11 @@ def test_variable_table_is_the_help() -> None:
 
 
 def test_commands_set_only_known_variables() -> None:
-    """Every KEY=value in the README is a variable of the script, a spelling of one, or names the environment."""
+    """Every KEY=value in the README is a variable of the script or names the environment."""
     prose = README.split("```text\n", 1)[0]
     named = set(re.findall(r"\b([A-Z][A-Z0-9_]{2,})=", prose))
     assert {"ITERATIONS", "EVAL_ONLY", "ATTN_BACKEND"} <= named
-    assert named <= {*t.Config.variables(), *t.ALIASES, "KEY"}
+    assert named <= {*t.Config.variables(), "KEY"}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "records" / "recipes").glob("*.env")))
