@@ -622,14 +622,10 @@ class Ranks:
 
     def broadcast_bytes(self, blob: bytes) -> bytes:
         """Rank 0's bytes on every rank."""
-        if self.world == 1:
-            return blob
-        size = int(self.agree(len(blob))[0])
-        tensor = torch.zeros(size, dtype=torch.uint8)
-        if self.is_main:
-            tensor.copy_(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
-        dist.broadcast(tensor, 0, group=self.control)
-        return tensor.numpy().tobytes()
+        blobs = [blob]
+        if self.world > 1:
+            dist.broadcast_object_list(blobs, 0, group=self.control)
+        return blobs[0]
 
     def gather(self, text: str) -> list[str]:
         """Every rank's text, on every rank."""
@@ -662,22 +658,18 @@ class Ranks:
 
 def launch_numbers(env: Mapping[str, str]) -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK of a launcher such as torchrun; without them this is rank 0 of 1."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = {name: env[name].strip() for name in names if env.get(name, "").strip()}
-    if not given:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    given = {name: env.get(name, "").strip() for name in names}
+    if not any(given[name] for name in names[:3]):
         return 0, 1, 0
-    if given.get("WORLD_SIZE", "") not in ("", "1"):
-        names += ("MASTER_ADDR", "MASTER_PORT")
-    remedy = "torchrun sets all of them; unset them for a run of one process"
-    if missing := [name for name in names if not env.get(name, "").strip()]:
-        raise UserError(f"{' '.join(f'{n}={v}' for n, v in given.items())} without {' '.join(missing)}: {remedy}")
-    wrong = [name for name in names if name != "MASTER_ADDR" and not re.fullmatch(r"[0-9]{1,9}", env[name].strip())]
-    if wrong:
-        raise UserError(f"{' '.join(f'{name}={env[name]!r}' for name in wrong)}: not a whole number; {remedy}")
-    rank, world, local_rank = (int(env[name]) for name in names[:3])
-    if rank >= world or ("MASTER_PORT" in names and int(env["MASTER_PORT"]) not in range(1, 65_536)):
-        pairs = " ".join(f"{name}={env[name]}" for name in names)
-        raise UserError(f"{pairs}: RANK must be below WORLD_SIZE, MASTER_PORT from 1 to 65535; {remedy}")
+    if given["WORLD_SIZE"] == "1":
+        given |= {"MASTER_PORT": "1", "MASTER_ADDR": "unused"}
+    are_numbers = all(re.fullmatch(r"[0-9]{1,9}", given[name]) for name in names[:4])
+    rank, world, local_rank, port = (int(given[name]) for name in names[:4]) if are_numbers else (0, 0, 0, 0)
+    if not (rank < world and 0 < port < 65_536 and given["MASTER_ADDR"]):
+        pairs = " ".join(f"{name}={value!r}" for name, value in given.items())
+        raise UserError(f"{pairs}: whole numbers, RANK below WORLD_SIZE, MASTER_PORT from 1 to 65535; "
+                        "torchrun sets all of them; unset them for a run of one process")  # fmt: skip
     return rank, world, local_rank
 
 
@@ -740,12 +732,6 @@ class Clock:
     def seconds(self) -> float:
         return self.total + (self.now() - self.started if self.started is not None else 0.0)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        self.start()
-        yield
-        self.stop()
-
 
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
@@ -778,19 +764,25 @@ class Claim:
     a run that is resumed when the killed one began its last step.
     """
 
+    MARKS = {"ARTIFACT_PATH": b"PGOLF", "WEIGHTS_PATH": b"PK"}  # how the files begin that this script writes
+
     def __init__(self, cfg: Config) -> None:
         """Try every path and lock it; UserError names what is in the way before anything is lost."""
         self.locks: dict[Path, int] = {}
         self.last_beat: float | None = None  # of the run that held the weights before
         try:
             for variable, path in cfg.outputs.items():
-                self.lock(variable, path, cfg)
-            refuse_to_replace(cfg)
+                self.lock(variable, path, cfg.run_id)
+            taken = [f"{variable}={cfg.run_id if variable == 'RUN_ID' else path}"
+                     for variable, path in cfg.outputs.items() if self.is_taken(variable, path)]  # fmt: skip
+            if taken and not (cfg.overwrite or cfg.resume):
+                raise UserError(f"{' '.join(taken)}: an earlier run left its files there. Set another one, OVERWRITE=1 "
+                                "to replace them, or RESUME=1 to go on with a training run")  # fmt: skip
         except UserError:
             self.release()
             raise
 
-    def lock(self, variable: str, path: Path, cfg: Config) -> None:
+    def lock(self, variable: str, path: Path, run_id: str) -> None:
         """Take the lock beside `path`, which also shows that files can be made there."""
         name = path.with_name(f".{path.name}.lock")
         try:
@@ -800,19 +792,28 @@ class Claim:
             beat = name.stat().st_mtime if name.exists() else None
             handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not name.exists() or not os.path.samestat(os.fstat(handle), name.stat()):  # its owner ended just now
-                os.close(handle)
-                return self.lock(variable, path, cfg)
         except BlockingIOError:
             owner = os.read(handle, 200).decode(errors="replace")
             os.close(handle)
             raise UserError(f"{variable}={path}: {owner or 'another run'} writes it now; set another one") from None
         except OSError as problem:
             raise UserError(f"{variable}={path}: cannot be written ({problem.strerror}); set another one") from None
+        if not os.fstat(handle).st_nlink:  # its owner ended just now and has removed it
+            os.close(handle)
+            return self.lock(variable, path, run_id)
         os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {platform.node()}, RUN_ID={cfg.run_id},".encode())
+        os.write(handle, f"process {os.getpid()} on {platform.node()}, RUN_ID={run_id},".encode())
         self.locks[name] = handle
         self.last_beat = beat if variable == "WEIGHTS_PATH" else self.last_beat
+
+    def is_taken(self, variable: str, path: Path) -> bool:
+        """Whether weights, an artifact, or a log with steps or scores are there; UserError for a foreign file."""
+        if variable == "RUN_ID":
+            events = path.with_suffix(".jsonl")
+            return events.is_file() and bool(re.search(rb'"event": "(train|score)"', events.read_bytes()))
+        if path.exists() and not path.open("rb").read(8).startswith(self.MARKS[variable]):
+            raise UserError(f"{variable}={path}: not a file that a run has written; set another one or remove it")
+        return path.exists()
 
     def beat(self) -> None:
         """Note the time, at the start of a step; costs a microsecond."""
@@ -825,27 +826,6 @@ class Claim:
             with contextlib.suppress(OSError):
                 name.unlink()
             os.close(handle)
-        self.locks = {}
-
-
-FILE_MARKS = {"ARTIFACT_PATH": b"PGOLF", "WEIGHTS_PATH": b"PK"}  # how the files begin that this script writes
-
-
-def refuse_to_replace(cfg: Config) -> None:
-    """UserError if the run would replace weights, an artifact, a log with steps or scores, or a foreign file."""
-    taken = []
-    for variable, path in cfg.outputs.items():
-        if variable == "RUN_ID":
-            events = path.with_suffix(".jsonl")
-            is_taken = events.is_file() and re.search(rb'"event": "(train|score)"', events.read_bytes())
-        else:
-            is_taken = path.exists()
-            if is_taken and path.open("rb").read(8)[: len(FILE_MARKS[variable])] != FILE_MARKS[variable]:
-                raise UserError(f"{variable}={path}: not a file that a run has written; set another one or remove it")
-        taken += [f"{variable}={cfg.run_id if variable == 'RUN_ID' else path}"] if is_taken else []
-    if taken and not (cfg.overwrite or cfg.resume):
-        raise UserError(f"{' '.join(taken)}: an earlier run left its files there. Set another one, OVERWRITE=1 to "
-                        "replace them, or RESUME=1 to go on with a training run")  # fmt: skip
 
 
 class Log:
@@ -857,8 +837,8 @@ class Log:
     """
 
     def __init__(self, cfg: Config, enabled: bool) -> None:
-        self.cfg, self.enabled, self.console = cfg, enabled, True
-        self.paths = {kind: Path(f"logs/{cfg.log_name}.{kind}") for kind in ("txt", "jsonl")} if enabled else {}
+        self.cfg, self.console = cfg, enabled
+        self.paths = {kind: Path(f"logs/{cfg.log_name}.{kind}") for kind in ("txt", "jsonl") if enabled}
         if enabled:
             Path("logs").mkdir(exist_ok=True)
         self.files = {kind: open(path, "ab" if cfg.resume else "wb", buffering=0) for kind, path in self.paths.items()}
@@ -866,10 +846,9 @@ class Log:
 
     def __call__(self, text: str, console: bool = True) -> None:
         self.write("txt", text)
-        if not (self.enabled and self.console and console):
-            return
         try:
-            print(text, flush=True)
+            if self.console and console:
+                print(text, flush=True)
         except (OSError, ValueError) as problem:
             self.console = False
             if sys.stdout is sys.__stdout__:  # or what is buffered fails again when the interpreter ends
@@ -882,11 +861,10 @@ class Log:
 
     def write(self, kind: str, line: str) -> None:
         """Append a line to a file, if it still takes any."""
-        if not self.enabled:
-            return
         data = line.encode(errors="backslashreplace") + b"\n"
-        self.lines[kind] += data
         try:
+            if kind in self.lines:
+                self.lines[kind] += data
             if kind in self.files:
                 self.files[kind].write(data)
         except OSError as problem:
@@ -897,7 +875,7 @@ class Log:
         """Write again what its folder has lost, and after a good training run the logs that submissions ship."""
         wanted = {path: self.lines[kind] for kind, path in self.paths.items()
                   if kind not in self.files or not path.exists()}  # fmt: skip
-        if ended_well and self.enabled and self.cfg.log_name == self.cfg.run_id:
+        if ended_well and self.lines and self.cfg.log_name == self.cfg.run_id:
             names = [f"train_seed{self.cfg.seed}.log"] + ["train.log"] * (self.cfg.seed == 1337)
             wanted |= {Path(name): self.lines["txt"] for name in names}
         for path, blob in wanted.items():
@@ -919,12 +897,11 @@ class Signals:
     at once. A signal that was ignored when the process began (nohup) stays ignored.
     """
 
-    NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
     def __init__(self, cfg: Config, log: Log, ranks: Ranks) -> None:
         self.cfg, self.log, self.ranks = cfg, log, ranks
-        self.noted: list[str] = []
-        self.is_deferred, self.answered = False, threading.Event()
+        self.noted, self.is_deferred, self.answered = [], False, threading.Event()
         self.terminals = [handle for handle in (0, 1, 2) if os.isatty(handle)]
 
     def handle(self, number: int, _: Any) -> None:
@@ -955,12 +932,8 @@ class Signals:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator["Signals"]:
-        """Take the signals over from Python; a thread that cannot (only the main one can) leaves them as they are."""
-        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        usual = {n: signal.signal(n, self.handle) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+        """Take the signals over from Python."""
+        usual = {n: signal.signal(n, self.handle) for n in self.NUMBERS if signal.getsignal(n) is not signal.SIG_IGN}
         readable, writable = os.pipe()
         os.set_blocking(writable, False)
         usual_pipe = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
@@ -1027,9 +1000,9 @@ class Runtime:
     def timed(self, phase: str, budget: str) -> Iterator[None]:
         """Book the time of a block under one of the budgets train, eval or untimed."""
         clock = Clock(self.ranks.device)
-        with clock.running():
-            yield
-        self.ledger.append((budget, phase, clock.total))
+        clock.start()
+        yield
+        self.ledger.append((budget, phase, clock.stop()))
 
     def spent(self, budget: str) -> float:
         return sum(seconds for name, _, seconds in self.ledger if name == budget)
@@ -3830,7 +3803,6 @@ class Trainer:
             self.run.warn_of_cost(f"a step cannot be recorded as a CUDA graph ({reason}); launched one by one it takes "
                                   "up to 25% longer, by how fast the host is")  # fmt: skip
 
-
     def step(self, number: int, plan: StepPlan) -> Tensor:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
         phase = phases(self.run.cfg)[plan.phase]
@@ -3885,12 +3857,14 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     calibration, rounding = Clock(run.ranks.device), Clock(run.ranks.device)
     if batches:
         collect_hessians(run, trainer, 0, 1)  # compiles
-        with calibration.running():
-            hessians = collect_hessians(run, trainer, 0, 3)
+        calibration.start()
+        hessians = collect_hessians(run, trainer, 0, 3)
+        calibration.stop()
     exporter = Exporter(run, model, hessians, {})
     exporter.fit()  # loads libraries
-    with rounding.running():
-        exporter.fit()
+    rounding.start()
+    exporter.fit()
+    rounding.stop()
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
     seconds = batches * calibration.total / 3 + passes * rounding.total
     return run.ranks.agree(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
@@ -3938,7 +3912,11 @@ class Training:
             if self.step >= cfg.iterations or seconds * (1 + 1 / max(self.step, 1)) >= self.budget:
                 break  # the next one would end too late
             if stopped:
-                self.stop(next(filter(None, ranks.gather(reason))))
+                self.run.signals.answered.set()
+                self.clock.stop()
+                saved = f"RESUME=1 goes on from {cfg.weights_file}, EXPORT_ONLY=1 makes an artifact of it"
+                raise UserError(f"{next(filter(None, ranks.gather(reason)))}: stopped after step {self.step}; "
+                                f"{saved if self.save('stopped') else 'not saved'}")  # fmt: skip
             self.advance(seconds)
         self.run.ledger.append(("train", "steps", self.clock.stop()))
 
@@ -3959,25 +3937,16 @@ class Training:
         self.averager.update(self.step, plan.lr_scale)
         self.active |= {self.phase, "warmdown" if plan.lr_scale < 1 else self.phase}
         report_step(run, self.step, loss, plan, self.clock)
-        if is_due(cfg.val_loss_every, self.step) or is_due(cfg.checkpoint_every, self.step):
+        scores = is_due(cfg.val_loss_every, self.step)
+        saves = is_due(cfg.checkpoint_every, self.step) and self.step < cfg.iterations
+        if scores or saves:
             self.clock.stop()
-            self.pause()
+            if scores:
+                validate_step(run, self.model, self.validation, self.step, self.clock.total)
+            if saves:
+                with run.timed("checkpoint", "untimed"):
+                    self.save("running")
             self.clock.start()
-
-    def pause(self) -> None:
-        """What is due after a step, with the clock stopped: validation, checkpoint."""
-        if is_due(self.cfg.val_loss_every, self.step):
-            validate_step(self.run, self.model, self.validation, self.step, self.clock.total)
-        if is_due(self.cfg.checkpoint_every, self.step) and self.step < self.cfg.iterations:
-            with self.run.timed("checkpoint", "untimed"):
-                self.save("running")
-
-    def stop(self, reason: str) -> None:
-        """Save and end the run."""
-        self.run.signals.answered.set()
-        self.clock.stop()
-        saved = f"RESUME=1 goes on from {self.cfg.weights_file}, EXPORT_ONLY=1 makes an artifact of it"
-        raise UserError(f"{reason}: stopped after step {self.step}; {saved if self.save('stopped') else 'not saved'}")
 
     def save(self, state: str) -> bool:
         """Write the checkpoint to WEIGHTS_PATH; all ranks return together with whether that went well.
@@ -3985,25 +3954,24 @@ class Training:
         `state` is running, stopped (no step came after) or ended. A full disk is a warning: the run may still end well.
         Weights that are not finite never replace good ones.
         """
-        run, order, is_saved = self.run, list(self.model.order), 0.0
+        run, is_saved = self.run, False
         optimizers = self.trainer.optimizers.gathered_state()
         if run.ranks.is_main:
             raw = self.model.state_dict()
             if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
                 raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], self.step)
-            about = {"architecture": self.cfg.architecture(), "steps": self.step, "order": order, "state": state}
-            active = sorted(self.active | self.averager.active())
-            standing = {"seconds": self.clock.total, "saved_at": time.time(), "phase": self.phase, "active": active,
-                        "graphs": self.graphs, "ledger": [*map(list, run.ledger)],
-                        "clip_sigmas": self.model.clip_sigmas.item()}  # fmt: skip
-            weights = {"raw": raw, "average": self.averager.weights()}
-            parts = {"optimizers": optimizers, "averager": self.averager.state()}
+            standing = {"seconds": self.clock.total, "saved_at": time.time(), "phase": self.phase,
+                        "active": sorted(self.active | self.averager.active()), "graphs": self.graphs,
+                        "ledger": [*map(list, run.ledger)], "clip_sigmas": self.model.clip_sigmas.item()}  # fmt: skip
+            saved = {"architecture": self.cfg.architecture(), "steps": self.step, "order": list(self.model.order),
+                     "state": state, "raw": raw, "average": self.averager.weights(), "optimizers": optimizers,
+                     "averager": self.averager.state(), "identity": self.identity, "standing": standing}  # fmt: skip
             buffer = io.BytesIO()
-            torch.save({**about, **weights, **parts, "identity": self.identity, "standing": standing}, buffer)
+            torch.save(saved, buffer)
             try:
                 path = write_output(run, self.cfg.weights_file, buffer.getbuffer(), "WEIGHTS_PATH")
                 run.log(f"weights: {path} (raw, average) {path.stat().st_size} bytes")
-                is_saved = 1.0
+                is_saved = True
             except UserError as problem:
                 run.log(f"WARNING: weights of step {self.step} not saved: {problem}")
         return bool(run.ranks.agree(is_saved)[0])
@@ -4052,17 +4020,25 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapp
         run.log(f"graphs compiled inside the clock: {training.graphs}")
         run.log.event("clock", graphs_compiled=training.graphs, reserve_s=reserve)
         training.save("stopped" if cfg.post_qat_seconds else "ended")  # before anything else can fail
-    finish_log(run, training)
+    if training.step < cfg.iterations:
+        milliseconds = f"{1000 * training.clock.total:.0f}ms"
+        run.log(f"stopping_early: wallclock_cap train_time:{milliseconds} step:{training.step}/{cfg.iterations}")
+    if run.ranks.device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+        run.log.event("memory", allocated_mib=allocated, reserved_mib=reserved)
+    if not is_due(cfg.val_loss_every, training.step):
+        validate_step(run, model, validation, training.step, training.clock.total)
+    training.active |= training.averager.active()
     average = blend(cfg, model.state_dict(), training.averager.weights())
-    active, step = training.active | training.averager.active(), training.step
     if cfg.post_qat_seconds:
         model.load(average)
-        training.step += post_qat(run, trainer, validation, step)
+        training.step += post_qat(run, trainer, validation, training.step)
         training.averager = Averager(replace(cfg, ema_enabled=False, swa_enabled=False, lawa_enabled=False), model)
-        average, active, step = dict(model.named_parameters()), active | {"post_qat"}, training.step
-        training.active = active
+        training.active.add("post_qat")
         training.save("ended")
-    return Trained(step, {name: value.detach().clone() for name, value in average.items()}, active)
+        average = dict(model.named_parameters())
+    return Trained(training.step, {name: value.detach().clone() for name, value in average.items()}, training.active)
 
 
 def run_identity(run: Runtime, stream: TokenStream, validation: ValidationSet) -> dict[str, Any]:
@@ -4139,7 +4115,7 @@ def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Cl
     `clock` has run since step `first`.
     """
     cfg = run.cfg
-    if step > 10 and not (cfg.train_log_every and step % cfg.train_log_every == 0):
+    if step > 10 and not is_due(cfg.train_log_every, step):
         return
     value, seconds = (run.ranks.sum_(loss) / run.ranks.world).item(), clock.seconds()
     average, total = 1000 * seconds / (step - first), 1000 * (run.spent("train") + seconds)
@@ -4169,30 +4145,20 @@ def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int
     run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(1000 * seconds))
 
 
-def finish_log(run: Runtime, training: Training) -> None:
-    """Closing lines of training."""
-    cfg, step, clock = run.cfg, training.step, training.clock
-    if step < cfg.iterations:
-        run.log(f"stopping_early: wallclock_cap train_time:{1000 * clock.total:.0f}ms step:{step}/{cfg.iterations}")
-    if run.ranks.device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-        run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-        run.log.event("memory", allocated_mib=allocated, reserved_mib=reserved)
-    if not is_due(cfg.val_loss_every, step):
-        validate_step(run, training.model, training.validation, step, clock.total)
-
-
 def write_output(run: Runtime, path: Path, blob: bytes | memoryview, variable: str) -> Path:
-    """Write a file to its path, or with a warning to another folder where that fails; returns where it is."""
-    folders = [path.parent, Path("logs"), run.cfg.weights_file.parent, Path(tempfile.gettempdir())]
-    for folder in folders:
+    """Write a file to its path, or with a warning to another folder where that fails; returns where it is.
+
+    Where no folder takes it, the error is that of the path which was asked for.
+    """
+    problems = []
+    for folder in dict.fromkeys([path.parent, Path("logs"), run.cfg.weights_file.parent, Path(tempfile.gettempdir())]):
         try:
             write_whole(folder / path.name, blob, variable)
             return folder / path.name
-        except UserError as error:
-            problem = error
+        except UserError as problem:
+            problems.append(problem)
             run.log(f"WARNING: {problem}")
-    raise problem
+    raise problems[0]
 
 
 def read_weights(run: Runtime, model: GPT, validation: ValidationSet) -> dict[str, Any]:
@@ -4208,28 +4174,20 @@ def read_weights(run: Runtime, model: GPT, validation: ValidationSet) -> dict[st
     if not isinstance(saved, dict) or not {"architecture", "raw", "average", "identity", "standing"} <= saved.keys():
         raise UserError(f"{where}: not a checkpoint of this version of train_gpt.py; take logs/<RUN_ID>.py of its run")
     refuse_other_version(saved["architecture"], where)
-    refuse_other_architecture(run.cfg, saved["architecture"], where)
+    refuse_other(saved["architecture"], run.cfg.architecture(), f"{where} is of another model", "set the same here")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if any({name: tensor.shape for name, tensor in saved[key].items()} != shapes for key in ("raw", "average")):
         raise UserError(f"{where}: its tensors are not those of its architecture; it is damaged")
-    refuse_other_data(saved["identity"], validation, where)
+    tokenizer = {"tokenizer_sha256": validation.identity["tokenizer_sha256"]}
+    refuse_other(saved["identity"], tokenizer, f"{where} belongs to another tokenizer", "set its TOKENIZER_PATH")
     return saved
 
 
-def refuse_other_data(saved: Mapping[str, Any], validation: ValidationSet, where: str, *keys: str) -> None:
-    """UserError where a saved model belongs to another tokenizer than that in hand, or to another set (`keys`)."""
-    for key in ("tokenizer_sha256", *keys):
-        if saved.get(key) != validation.identity[key]:
-            what = "tokenizer: set its TOKENIZER_PATH" if "token" in key else "validation set: set its DATA_PATH"
-            raise UserError(f"{where} belongs to another {what} ({key} {str(saved.get(key))[:16]}, here "
-                            f"{validation.identity[key][:16]})")  # fmt: skip
-
-
-def refuse_other_run(run: Runtime, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """UserError where a run is to be resumed with another script, data, ranks or variables."""
+def refuse_other(saved: Mapping[str, Any], ours: Mapping[str, Any], where: str, remedy: str) -> None:
+    """UserError where a saved model or run differs from this one in any of `ours`: variables, files, ranks, script."""
     if changed := [name for name in ours if saved.get(name) != ours[name]]:
         pairs = ", ".join(f"{n.upper()} was {str(saved.get(n))[:60]}, is {str(ours[n])[:60]}" for n in changed[:8])
-        raise UserError(f"RESUME=1: {run.cfg.weights_file} is from another run: {pairs}; a run goes on as it began")
+        raise UserError(f"{where}: {pairs}; {remedy}")
 
 
 def refuse_other_version(saved: Any, where: str) -> None:
@@ -4238,14 +4196,6 @@ def refuse_other_version(saved: Any, where: str) -> None:
         lacking = " ".join(sorted(map(str, names))).upper()[:200] if isinstance(saved, dict) else "all variables"
         raise UserError(f"{where} was made by another version of train_gpt.py (one of them lacks {lacking}); "
                         "take logs/<RUN_ID>.py of its run")  # fmt: skip
-
-
-def refuse_other_architecture(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
-    """UserError when a saved model was built with other variables than this run's."""
-    ours = cfg.architecture()
-    other = {k.upper(): v for k, v in saved.items() if ours[k] != (tuple(v) if isinstance(v, list) else v)}
-    if other:
-        raise UserError(f"{where} was trained with {' '.join(f'{k}={v}' for k, v in other.items())}; set the same here")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -5250,7 +5200,8 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produce
         if not blob.endswith(produced.digest):
             raise UserError(f"ARTIFACT_PATH={path}: another process has replaced it since it was written")
         header, parameters = decode_artifact(blob, path)
-        refuse_other_data(header["identity"], validation, f"ARTIFACT_PATH={path}", "val_sha256")
+        where = f"ARTIFACT_PATH={path} belongs to another tokenizer or validation set"
+        refuse_other(header["identity"], validation.identity, where, "set its TOKENIZER_PATH and DATA_PATH")
         model = produced.model or build_model(run, cfg, validation.bos_id)
         model.load(parameters)
         model.order = tuple(header["order"])
@@ -5301,8 +5252,9 @@ def adopt_architecture(cfg: Config) -> Config:
     if not cfg.artifact_file.is_file():
         raise UserError(f"ARTIFACT_PATH={cfg.artifact_file}: no such file; a run writes logs/<RUN_ID>.pgolf")
     _, made, _ = read_header(cfg.artifact_file.read_bytes(), cfg.artifact_file)
-    asked = {k: v for k, v in made.architecture().items() if cfg.sources[k] != "default"}
-    refuse_other_architecture(cfg, asked, f"ARTIFACT_PATH={cfg.artifact_file}")
+    asked = {name: value for name, value in cfg.architecture().items() if cfg.sources[name] != "default"}
+    where = f"ARTIFACT_PATH={cfg.artifact_file} is of another model"
+    refuse_other(made.architecture(), asked, where, "set the same here, or nothing")
     return replace(cfg, **made.architecture())
 
 
@@ -5316,7 +5268,8 @@ def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
     check_tokenizer(cfg, trainer.loader.stream, validation.identity["tokenizer_sha256"])
     saved = read_weights(run, model, validation) if cfg.export_only or cfg.resume else None
     if cfg.resume:
-        refuse_other_run(run, saved["identity"], run_identity(run, trainer.loader.stream, validation))
+        ours, where = run_identity(run, trainer.loader.stream, validation), f"RESUME=1: {cfg.weights_file}"
+        refuse_other(saved["identity"], ours, f"{where} is from another run", "a run goes on as it began")
     if saved and (cfg.export_only or saved["state"] == "ended"):
         run.ledger.extend(tuple(row) for row in saved["standing"]["ledger"] if cfg.resume)
         model.order = tuple(saved["order"])

@@ -37,7 +37,8 @@ except script.UserError as error:
 else:
     names = list(Config.variables())
     values = {name.lower(): getattr(cfg, name.lower()) for name in names}
-    print(json.dumps({"values": values, "sources": dict(cfg.sources), "aliases": sorted(vars(script).get("ALIASES", ())),
+    aliases = sorted(vars(script).get("ALIASES", ()))
+    print(json.dumps({"values": values, "sources": dict(cfg.sources), "aliases": aliases,
                       "tokenizer_file": str(cfg.tokenizer_file)}))
 """
 
