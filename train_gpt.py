@@ -662,11 +662,10 @@ def launch_numbers(env: Mapping[str, str]) -> tuple[int, int, int]:
     given = {name: env.get(name, "").strip() for name in names}
     if not any(given[name] for name in names[:3]):
         return 0, 1, 0
-    if given["WORLD_SIZE"] == "1":
-        given |= {"MASTER_PORT": "1", "MASTER_ADDR": "unused"}
-    are_numbers = all(re.fullmatch(r"[0-9]{1,9}", given[name]) for name in names[:4])
-    rank, world, local_rank, port = (int(given[name]) for name in names[:4]) if are_numbers else (0, 0, 0, 0)
-    if not (rank < world and 0 < port < 65_536 and given["MASTER_ADDR"]):
+    numbers = [int(given[name]) if re.fullmatch(r"[0-9]{1,9}", given[name]) else -1 for name in names[:4]]
+    rank, world, local_rank, port = numbers
+    has_meeting_place = 0 < port < 65_536 and given["MASTER_ADDR"]
+    if not (0 <= rank < world and local_rank >= 0 and (world == 1 or has_meeting_place)):
         pairs = " ".join(f"{name}={value!r}" for name, value in given.items())
         raise UserError(f"{pairs}: whole numbers, RANK below WORLD_SIZE, MASTER_PORT from 1 to 65535; "
                         "torchrun sets all of them; unset them for a run of one process")  # fmt: skip
@@ -749,12 +748,12 @@ def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
         partial_path.write_bytes(blob)
         partial_path.replace(path)
     except OSError as problem:
+        free = "?"
         with contextlib.suppress(OSError):
             partial_path.unlink(missing_ok=True)
-        room = f"{len(blob)} bytes to write"
-        with contextlib.suppress(OSError):
-            room += f", {shutil.disk_usage(path.parent).free} free"
-        raise UserError(f"{variable}={path}: {problem.strerror}, {room}; make room or take another disk") from None
+            free = shutil.disk_usage(path.parent).free
+        raise UserError(f"{variable}={path}: {problem.strerror}, {len(blob)} bytes to write, {free} free; make room or "
+                        "take another disk") from None  # fmt: skip
 
 
 class Claim:
@@ -1204,13 +1203,11 @@ class Loader:
         count, length = self.shape.sequences, self.cfg.train_seq_len
         place = number * self.ranks.world + self.ranks.rank
         if self.cfg.loader == "sequential":
-            span = self.stream.read(place * (count * length + 1), count * length + 1)
-            inputs, targets = span[:-1].reshape(count, length), span[1:].reshape(count, length)
+            starts = [place * (count * length + 1) + i * length for i in range(count)]
         else:
             starts = [self.window_start(place * count + i) for i in range(count)]
-            rows = np.stack([self.stream.read(start, length + 1) for start in starts])
-            inputs, targets = rows[:, :-1], rows[:, 1:]
-        pair = torch.from_numpy(np.stack([inputs, targets]))
+        rows = np.stack([self.stream.read(start, length + 1) for start in starts])
+        pair = torch.from_numpy(np.stack([rows[:, :-1], rows[:, 1:]]))
         pair = pair.pin_memory() if self.ranks.device.type == "cuda" else pair
         return pair[0], pair[1]
 
@@ -1290,14 +1287,6 @@ class ByteTable:
             found.append(slice(start, end))
         return [place for place in found if place.stop > place.start]
 
-    def same_tokens(self, tokens: np.ndarray, text: str) -> int:
-        """How many of `tokens` come again when `text` is encoded: before the first difference and after the last."""
-        again = np.array(self.pieces.encode(text), np.int64)
-        length = min(len(tokens), len(again))
-        head = np.flatnonzero(tokens[:length] != again[:length])
-        tail = np.flatnonzero(tokens[::-1][:length] != again[::-1][:length])
-        return min(sum(int(places[0]) if len(places) else length for places in (head, tail)), len(tokens))
-
     def self_test(self, tokens: np.ndarray, sidecar: np.ndarray | None) -> str:
         """UserError unless this is the tokenizer of `tokens`; says in words what was compared.
 
@@ -1307,10 +1296,13 @@ class ByteTable:
         where, places = f"TOKENIZER_PATH={self.path}: not the tokenizer of these shards", self.passages(tokens)
         same, plain = 0, 0
         for number, place in enumerate(places):
-            text = self.pieces.decode(tokens[place].tolist())
-            same += self.same_tokens(tokens[place], text)
+            ours = tokens[place].tolist()
+            text = self.pieces.decode(ours)
+            again = self.pieces.encode(text)
+            head, tail = (os.path.commonprefix(pair) for pair in ([ours, again], [ours[::-1], again[::-1]]))
+            same += min(len(head) + len(tail), len(ours))
             plain += len(re.sub("[\ue000-\uf8ff]", "", text).encode())
-            counted, actual = int(self.count(np.append(self.bos_id, tokens[place])).sum()), len(text.encode())
+            counted, actual = int(self.count(np.append(self.bos_id, ours)).sum()), len(text.encode())
             if counted != actual and sidecar is None:
                 raise UserError(f"{where}: validation document {number} has {actual} bytes decoded, {counted} counted")
         total = sum(place.stop - place.start for place in places)
@@ -3807,8 +3799,7 @@ class Trainer:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
         phase = phases(self.run.cfg)[plan.phase]
         accum, graph, total = self.loader.shape.accum, self.graphs.get(phase), 0.0
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.model.zero_grad()
         for micro in range(accum):
             batch = self.batch(number * accum + micro, phase)
             total = total + (graph.replay(batch) if graph else self.gradients(phase, *batch))
@@ -3994,9 +3985,9 @@ class Training:
             lost = max(beat, 0.0) + standing["seconds"] / max(self.step, 1)  # and the step that had begun
         (lost,) = run.ranks.agree(lost)
         self.clock.total = standing["seconds"] + lost
-        spent_ms, lost_ms = (round(1000 * seconds) for seconds in (self.clock.total, lost))
-        run.log(f"resumed: step:{self.step} train_time:{spent_ms}ms of which lost:{lost_ms}ms")
-        run.log.event("resume", step=self.step, train_time_ms=spent_ms, lost_ms=lost_ms)
+        spent = 1000 * self.clock.total
+        run.log(f"resumed: step:{self.step} train_time:{spent:.0f}ms of which lost:{1000 * lost:.0f}ms")
+        run.log.event("resume", step=self.step, train_time_ms=round(spent), lost_ms=round(1000 * lost))
         self.save("running")
 
 
@@ -4044,12 +4035,12 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapp
 def run_identity(run: Runtime, stream: TokenStream, validation: ValidationSet) -> dict[str, Any]:
     """What must be the same for a run to go on: script, data, ranks, and every variable but names and places."""
     free = ("recipe", "run_id", "resume", "overwrite", "data_dir", "data_path", "tokenizer_path", "artifact_path",
-            "weights_path", "checkpoint_every", "device")  # fmt: skip
-    values = {name.lower(): vars(run.cfg)[name.lower()] for name in Config.variables() if name.lower() not in free}
-    shards = [[shard.path.name, shard.count] for shard in stream.shards]
+            "weights_path", "checkpoint_every", "device", "sources")  # fmt: skip
+    values = {name: value for name, value in vars(run.cfg).items() if name not in free}
+    shards = [(shard.path.name, shard.count) for shard in stream.shards]
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     facts = {"script": script, "world_size": run.ranks.world, "device": run.ranks.device.type, "train_shards": shards}
-    return {**facts, **validation.identity, **json.loads(json.dumps(values))}
+    return {**facts, **validation.identity, **values}
 
 
 def is_due(every: int, step: int) -> bool:
