@@ -345,7 +345,7 @@ class Config:
                 if text := mapping.get(name, "").strip():
                     values[spec.name], sources[spec.name] = parse_value(name, text, spec), source
         cfg = cls(**values, sources=sources)
-        validate(cfg, model_rules, training_rules, evaluation_rules)
+        validate(cfg, model_rules, run_rules)
         return replace(cfg, run_id=cfg.run_id or str(uuid.uuid4()))
 
     def architecture(self) -> dict[str, Any]:
@@ -508,11 +508,13 @@ def model_rules(cfg: Config) -> Rules:
     ]  # fmt: skip
 
 
-def training_rules(cfg: Config) -> Rules:
-    """The same for training and export."""
+def run_rules(cfg: Config) -> Rules:
+    """The same for training, export, evaluation and re-entry."""
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
     short, ends, slow = cfg.short_seq_len, cfg.short_seq_frac, cfg.muon_slow_share
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
+    is_plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
+    window = f"the window of {cfg.eval_len} tokens"
     return [
         (cfg.lowbit_bits != 1, "$LOWBIT_BITS: 2 to 8, or 0 for MATRIX_BITS"),
         (not idle, f"LOWBIT_NAME_PATTERNS={','.join(idle)}: not in {' '.join(names[:: cfg.num_layers])}"),
@@ -534,14 +536,6 @@ def training_rules(cfg: Config) -> Rules:
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
         (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor].strongest,
          "$COMPRESSOR_LEVEL: too high for $COMPRESSOR; unset it for the best"),
-    ]  # fmt: skip
-
-
-def evaluation_rules(cfg: Config) -> Rules:
-    """The same for evaluation and re-entry."""
-    is_plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
-    window = f"the window of {cfg.eval_len} tokens"
-    return [
         (is_plain_name and len(cfg.run_id.encode(errors="replace")) <= 200,
          f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, at most 200 bytes"),
         (os.path.realpath(cfg.artifact_file) != os.path.realpath(cfg.weights_file),
@@ -3709,17 +3703,14 @@ class StepGraph:
     ) -> None:
         """Record; `function` has run on such a batch before, so that nothing is compiled or loaded here.
 
-        `pool` is the memory of an earlier graph, to be shared since only the latest replay's gradients are read.
+        The parameters have no gradients now. `pool` is the memory of an earlier graph, to be shared since only the
+        latest replay's gradients are read.
         """
         self.batch, self.parameters = [tensor.clone() for tensor in batch], parameters
         self.graph = torch.cuda.CUDAGraph()
-        for parameter in parameters:
-            parameter.grad = None
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # the loader's thread goes on
             self.loss = function(*self.batch)
         self.grads = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
 
     def replay(self, batch: list[Tensor]) -> Tensor:
         """Add the gradients of `batch` to the parameters'; returns the value, which the next call overwrites."""
@@ -3782,8 +3773,10 @@ class Trainer:
         self.model.zero_grad()
         want = [self.gradients(phase, *batch).cpu().double(), flat([p.grad for p in parameters]).cpu().double()]
         pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
+        self.model.zero_grad()
         try:
             graph = StepGraph(partial(self.gradients, phase), batch, parameters, pool)
+            self.model.zero_grad()
             reason = fault(max(relative_errors([graph.replay(batch), flat(graph.grads)], want)), allowed)
         except RuntimeError as problem:
             reason = str(problem).strip().splitlines()[0][:200]
