@@ -345,7 +345,7 @@ class Config:
                 if text := mapping.get(name, "").strip():
                     values[spec.name], sources[spec.name] = parse_value(name, text, spec), source
         cfg = cls(**values, sources=sources)
-        validate(cfg, model_rules, run_rules)
+        validate(cfg, model_rules(cfg) + run_rules(cfg))
         return replace(cfg, run_id=cfg.run_id or str(uuid.uuid4()))
 
     def architecture(self) -> dict[str, Any]:
@@ -449,14 +449,6 @@ def check_names(mapping: Mapping[str, str], strict: bool) -> None:
                         "not meant for this run")  # fmt: skip
 
 
-def parse_number(name: str, text: str, kind: type) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        word = "a whole number" if kind is int else "a number"
-        raise UserError(f"{name}={text!r}: expected {word}") from None
-
-
 def parse_value(name: str, text: str, spec: Field) -> Any:
     """The text of a variable as its field's type; UserError names variable, value and what is allowed."""
     low, high, choices = (spec.metadata[key] for key in ("low", "high", "choices"))
@@ -466,24 +458,26 @@ def parse_value(name: str, text: str, spec: Field) -> Any:
         if text.lower() not in words:
             raise UserError(f"{name}={text!r}: expected 0 or 1 (true/false, yes/no and on/off are understood)")
         return words.index(text.lower()) >= 4
-    if isinstance(spec.default, tuple):
-        return tuple(parse_number(name, part.strip(), kind) for part in text.split(",") if part.strip())
+    is_list = isinstance(spec.default, tuple)
+    try:
+        values = tuple(kind(part.strip()) for part in (text.split(",") if is_list else [text]) if part.strip())
+    except ValueError:
+        raise UserError(f"{name}={text!r}: expected {'a whole number' if kind is int else 'a number'}") from None
+    if is_list:
+        return values
+    (value,) = values
     if kind is str:
-        if choices and text not in choices:
+        if choices and value not in choices:
             raise UserError(f"{name}={text!r}: expected one of {', '.join(choices)}")
-        return text
-    value = parse_number(name, text, kind)
+        return value
     if not math.isfinite(value) or not low <= value <= high:
         limits = [f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
         raise UserError(f"{name}={text}: expected a finite number{' of ' * bool(limits)}{' and '.join(limits)}")
     return value
 
 
-Rules = list[tuple[Any, str]]  # what must hold, and what the error says otherwise: $NAME stands for NAME=value
-
-
-def model_rules(cfg: Config) -> Rules:
-    """What must hold between variables of the model."""
+def model_rules(cfg: Config) -> list[tuple[Any, str]]:
+    """What must hold between variables of the model, and what the error says otherwise; $NAME stands for NAME=value."""
     layers, head_dim, lanes = cfg.num_layers, cfg.head_dim, cfg.parallel_start_layer
     ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(layers))) != []
     return [
@@ -508,7 +502,7 @@ def model_rules(cfg: Config) -> Rules:
     ]  # fmt: skip
 
 
-def run_rules(cfg: Config) -> Rules:
+def run_rules(cfg: Config) -> list[tuple[Any, str]]:
     """The same for training, export, evaluation and re-entry."""
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
     short, ends, slow = cfg.short_seq_len, cfg.short_seq_frac, cfg.muon_slow_share
@@ -556,10 +550,10 @@ def run_rules(cfg: Config) -> Rules:
     ]  # fmt: skip
 
 
-def validate(cfg: Config, *rule_sets: Callable[[Config], Rules]) -> None:
+def validate(cfg: Config, rules: list[tuple[Any, str]]) -> None:
     """Check what involves several variables; messages name them with their values."""
     shown = {f"${name}": f"{name}={as_text(vars(cfg)[name.lower()]).removesuffix('.0')}" for name in cfg.variables()}
-    for holds, message in itertools.chain(*(rules(cfg) for rules in rule_sets)):
+    for holds, message in rules:
         if not holds:
             raise UserError(re.sub(r"\$[A-Z_]+", lambda name: shown.get(name[0], name[0]), message))
 
@@ -1099,8 +1093,8 @@ def shard_paths(cfg: Config, split: str) -> list[Path]:
 
     `split` may be "val_bytes": the byte sidecars, of which there may be none.
     """
-    found = sorted(cfg.shard_folder.glob(f"fineweb_{split}_*"))
-    paths = [path for path in found if split == "val_bytes" or "_bytes_" not in path.name]
+    paths = [path for path in sorted(cfg.shard_folder.glob(f"fineweb_{split}_*"))
+             if split == "val_bytes" or "_bytes_" not in path.name]  # fmt: skip
     for number, path in enumerate(paths):
         if path.name != f"fineweb_{split}_{number:06d}.bin":
             raise UserError(f"DATA_PATH={cfg.shard_folder}: found {path.name} where fineweb_{split}_{number:06d}.bin "
@@ -1123,16 +1117,15 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start`, wrapping round at the end; int64."""
-        pieces, position = [], start % self.total
+        pieces = []
         while count > 0:
-            index = int(np.searchsorted(self.ends, position, side="right"))
-            shard, rest = self.shards[index], int(self.ends[index]) - position
+            index = int(np.searchsorted(self.ends, start % self.total, side="right"))
+            shard, rest = self.shards[index], int(self.ends[index]) - start % self.total
             piece = shard.read(shard.count - rest, min(count, rest))
             if int(piece.max()) >= self.vocab_size:
                 raise UserError(f"{shard.path}: token {piece.max()}, set VOCAB_SIZE={self.vocab_size} higher")
             pieces.append(piece)
-            count -= len(piece)
-            position = (position + len(piece)) % self.total
+            start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces).astype(np.int64)
 
 
@@ -1249,16 +1242,12 @@ class ByteTable:
         if pieces.vocab_size() != vocab_size:
             raise UserError(f"TOKENIZER_PATH={path} has {pieces.vocab_size()} pieces but VOCAB_SIZE={vocab_size}")
         self.path, self.bos_id, self.sha256 = path, pieces.bos_id(), hashlib.sha256(model).hexdigest()
-        self.base = np.zeros(vocab_size, np.int32)
-        self.has_space, self.is_boundary = np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
-        for token in range(vocab_size):
-            if pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_unused(token):
-                continue
-            text = pieces.id_to_piece(token)
-            self.is_boundary[token] = False
-            self.has_space[token] = text.startswith("\u2581")
-            text = text.removeprefix("\u2581").replace("\u2581", " ")
-            self.base[token] = 1 if pieces.is_byte(token) else len(text.encode())
+        is_mark = [pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in range(vocab_size)]
+        texts = ["" if mark else pieces.id_to_piece(i) for i, mark in enumerate(is_mark)]
+        lengths = [len(text.removeprefix("\u2581").replace("\u2581", " ").encode()) for text in texts]
+        self.base = np.array([min(n, 1) if pieces.is_byte(i) else n for i, n in enumerate(lengths)], np.int32)
+        self.has_space = np.array([text.startswith("\u2581") for text in texts])
+        self.is_boundary = np.array(is_mark)
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of each token given the one before it, (n,) int32; entry 0, never a target, counts 0."""
@@ -4602,7 +4591,7 @@ def saved_config(saved: Any, where: str) -> Config:
         words = value if isinstance(value, list | tuple) else [int(value) if isinstance(value, bool) else value]
         values[name] = parse_value(name.upper(), ",".join(map(str, words)), Config.variables()[name.upper()])
     cfg = replace(Config(), **values)
-    validate(cfg, model_rules)
+    validate(cfg, model_rules(cfg))
     return cfg
 
 
