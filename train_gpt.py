@@ -28,10 +28,8 @@ Contents
 import contextlib
 import copy
 import difflib
-import errno
 import fcntl
 import hashlib
-import importlib
 import importlib.util
 import io
 import itertools
@@ -774,7 +772,7 @@ class Claim:
         name = path.with_name(f".{path.name}.lock")
         try:
             if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "is a folder")
+                raise IsADirectoryError(0, "is a folder")
             name.parent.mkdir(parents=True, exist_ok=True)
             beat = name.stat().st_mtime if name.exists() else None
             handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
