@@ -777,15 +777,15 @@ class Claim:
             beat = name.stat().st_mtime if name.exists() else None
             handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not name.exists() or not os.path.samestat(os.fstat(handle), name.stat()):  # its owner ended just now
+                os.close(handle)
+                return self.lock(variable, path, run_id)
         except BlockingIOError:
             owner = os.read(handle, 200).decode(errors="replace")
             os.close(handle)
             raise UserError(f"{variable}={path}: {owner or 'another run'} writes it now; set another one") from None
         except OSError as problem:
             raise UserError(f"{variable}={path}: cannot be written ({problem.strerror}); set another one") from None
-        if not os.fstat(handle).st_nlink:  # its owner ended just now and has removed it
-            os.close(handle)
-            return self.lock(variable, path, run_id)
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {platform.node()}, RUN_ID={run_id},".encode())
         self.locks[name] = handle
@@ -1061,13 +1061,12 @@ class Shard(NamedTuple):
     def read(self, offset: int, count: int) -> np.ndarray:
         """`count` tokens, uint16. Read, not mapped: a mapped file that shrinks kills the process (SIGBUS)."""
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                blob = os.pread(file.fileno(), 2 * count, SHARD_HEADER_BYTES + 2 * offset)
+            tokens = np.fromfile(self.path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
         except OSError as problem:
             raise UserError(f"{self.path}: {problem.strerror}; fetch it again") from None
-        if len(blob) != 2 * count:
+        if len(tokens) != count:
             raise UserError(f"{self.path}: has become shorter since the run began; fetch it again")
-        return np.frombuffer(blob, "<u2")
+        return tokens
 
 
 def open_shard(path: Path) -> Shard:
