@@ -28,10 +28,8 @@ Contents
 import contextlib
 import copy
 import difflib
-import errno
 import fcntl
 import hashlib
-import importlib
 import importlib.util
 import io
 import itertools
@@ -336,19 +334,16 @@ class Config:
 
         Raises UserError for a name or value that cannot be meant; names the variable and the remedy.
         """
-        given = {"environment": env}
-        if env.get("RECIPE"):
-            given = {"recipe": read_recipe(Path(env["RECIPE"])), **given}
         values: dict[str, Any] = {}
         sources = {f.name: "default" for f in cls.variables().values()}
-        for source, mapping in given.items():
+        recipe = read_recipe(Path(env["RECIPE"])) if env.get("RECIPE") else {}
+        for source, mapping in {"recipe": recipe, "environment": env}.items():
             check_names(mapping, strict=source == "recipe")
-            for name, (value, spelled) in given_values(mapping).items():
-                spec = cls.variables()[name]
-                values[spec.name] = value
-                sources[spec.name] = source if spelled == name else f"{source} as {spelled}"
+            for name, spec in cls.variables().items():
+                if text := mapping.get(name, "").strip():
+                    values[spec.name], sources[spec.name] = parse_value(name, text, spec), source
         cfg = cls(**values, sources=sources)
-        validate(cfg, model_rules, training_rules, evaluation_rules)
+        validate(cfg, model_rules(cfg) + run_rules(cfg))
         return replace(cfg, run_id=cfg.run_id or str(uuid.uuid4()))
 
     def architecture(self) -> dict[str, Any]:
@@ -365,37 +360,30 @@ class Config:
             meta = spec.metadata
             if meta["group"]:
                 lines += ["", meta["group"]]
-            default = ",".join(map(str, spec.default)) if isinstance(spec.default, tuple) else spec.default
             words = f" [{' | '.join(meta['choices'])}]" if meta["choices"] else ""
-            shown = int(default) if isinstance(default, bool) else "" if default is None else default
-            lines.append(f"  {name:<28} {shown!s:<14} {meta['text']}{words}")
-        lines += ["", "Other spellings that are understood"]
-        for alias, (name, factor) in sorted(ALIASES.items()):
-            lines.append(f"  {alias:<28} = {name}" + (f", times {factor:g}" if factor else ""))
+            lines.append(f"  {name:<28} {as_text(spec.default):<14} {meta['text']}{words}")
         return "\n".join(lines)
 
 
-# Spellings of other scripts, by ours. A number converts the unit: TARGET_MB means decimal megabytes.
-SPELLINGS = """
-ADAM_WD: ADAM_WEIGHT_DECAY | BIGRAM_DIM: BIGRAM_HASH_DIM | BIGRAM_VOCAB_SIZE: BIGRAM_BUCKETS BIGRAM_HASH_BUCKETS
-COMPILE: COMPILE_MODEL USE_COMPILE | COMPRESSOR: SERIAL_COMPRESSOR | COMPRESSOR_LEVEL: ZSTD_LEVEL
-EMA_ENABLED: EMA | EMBED_BITS: EMBED_QUANT_BITS QUANT_BITS_EMBED | EVAL_STRIDE: SLIDING_EVAL_STRIDE STRIDE
-GATED_ATTN_ENABLED: GATED_ATTENTION GATED_ATTN | GPTQ_ENABLED: USE_GPTQ
-GPTQ_CALIBRATION_BATCHES: GPTQ_CALIB_BATCHES GPTQ_CALIBRATION_STEPS | LATE_QAT_THRESHOLD: QAT_THRESHOLD
-LAWA_FREQ: LAWA_INTERVAL | LAWA_K: LAWA_WINDOW | MATRIX_BITS: QUANT_BITS WEIGHT_QUANT_BITS
-MLP_ACTIVATION: ACTIVATION | MUON_ROW_NORMALIZE: MUON_EQ_R | MUON_WD: MUON_WEIGHT_DECAY WEIGHT_DECAY
-NEGATIVE_SLOPE: LEAKY_SLOPE LEAKY_RELU_SLOPE MLP_LEAKY_SLOPE | ORTHO_INIT: USE_ORTHO_INIT
-PARALLEL_START_LAYER: PARALLEL_RESIDUAL_START
-POLAR_EXPRESS: USE_POLAR_EXPRESS | QAT_ENABLED: QAT ENABLE_QAT | ROPE_DIMS: PARTIAL_ROPE_DIMS
-SMEAR_GATE_ENABLED: SMEAR SMEAR_GATE SMEARGATE USE_SMEARGATE | SWA_ENABLED: SWA | TARGET_BYTES: TARGET_TOTAL_BYTES
-TRAIN_SEQ_LEN: TRAIN_MAX_SEQ_LEN | VAL_BATCH_SIZE: VAL_BATCH_TOKENS | VALUE_RESIDUAL: VRL
-WARMDOWN_FRAC: WARMDOWN_FRACTION | XSA_LAST_N: XSA_LAYERS
-"""
-ALIASES: dict[str, tuple[str, float | None]] = {
-    alias: (row.split(":")[0].strip(), None)
-    for row in SPELLINGS.replace("\n", "|").split("|")
-    for alias in row.partition(":")[2].split()
-} | {"GPTQ_RESERVE_MS": ("GPTQ_RESERVE_SECONDS", 1e-3), "TARGET_MB": ("TARGET_BYTES", 1e6)}
+def as_text(value: Any) -> str:
+    """A value as the environment would spell it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(int(value) if isinstance(value, bool) else value)
+
+
+# What other scripts call our variables: never accepted, since units and meanings differ, but named in the error.
+OTHER_NAMES = dict(pair.split("=") for pair in """
+ACTIVATION=MLP_ACTIVATION ADAM_WEIGHT_DECAY=ADAM_WD BIGRAM_BUCKETS=BIGRAM_VOCAB_SIZE BIGRAM_HASH_DIM=BIGRAM_DIM
+BIGRAM_HASH_BUCKETS=BIGRAM_VOCAB_SIZE COMPILE_MODEL=COMPILE EMBED_QUANT_BITS=EMBED_BITS LAWA_INTERVAL=LAWA_FREQ
+GATED_ATTENTION=GATED_ATTN_ENABLED GPTQ_RESERVE_MS=GPTQ_RESERVE_SECONDS LAWA_WINDOW=LAWA_K LEAKY_SLOPE=NEGATIVE_SLOPE
+LEAKY_RELU_SLOPE=NEGATIVE_SLOPE MLP_LEAKY_SLOPE=NEGATIVE_SLOPE MUON_EQ_R=MUON_ROW_NORMALIZE MUON_WEIGHT_DECAY=MUON_WD
+PARALLEL_RESIDUAL_START=PARALLEL_START_LAYER PARTIAL_ROPE_DIMS=ROPE_DIMS QAT_THRESHOLD=LATE_QAT_THRESHOLD
+QUANT_BITS=MATRIX_BITS QUANT_BITS_EMBED=EMBED_BITS SERIAL_COMPRESSOR=COMPRESSOR SLIDING_EVAL_STRIDE=EVAL_STRIDE
+SMEARGATE=SMEAR_GATE_ENABLED STRIDE=EVAL_STRIDE TARGET_MB=TARGET_BYTES TARGET_TOTAL_BYTES=TARGET_BYTES
+USE_SMEARGATE=SMEAR_GATE_ENABLED VAL_BATCH_TOKENS=VAL_BATCH_SIZE VRL=VALUE_RESIDUAL WEIGHT_DECAY=MUON_WD
+WEIGHT_QUANT_BITS=MATRIX_BITS XSA_LAYERS=XSA_LAST_N ZSTD_LEVEL=COMPRESSOR_LEVEL
+""".split())  # fmt: skip
 
 # A name with one of these words, or that ends in one of the others, is meant for a training script: such scripts read
 # some 460 names, and one that passes here for a setting of another program would do nothing in silence.
@@ -442,50 +430,21 @@ def read_recipe(path: Path) -> dict[str, str]:
     return values
 
 
-def is_meant_for_training(name: str, known: list[str]) -> bool:
-    """Whether an unknown environment variable looks like one of a training script."""
-    if name.startswith(FOREIGN_PREFIXES) or not name.isupper():
-        return False
-    ours = OWN_WORDS & set(name.split("_")) or name.startswith(("TRAIN_", "EVAL_", "VAL_", "USE_"))
-    return bool(ours) or name.endswith(OWN_ENDINGS) or bool(difflib.get_close_matches(name, known, n=1, cutoff=0.84))
-
-
 def check_names(mapping: Mapping[str, str], strict: bool) -> None:
     """Refuse unknown variables in one message: all of a recipe's, and those of the environment that look like ours."""
-    known, found = [*Config.variables(), *ALIASES], []
-    for name in sorted(set(mapping) - set(known)):
-        if strict or (mapping[name] and is_meant_for_training(name, known)):
-            near = difflib.get_close_matches(name, known, n=2, cutoff=0.84)
-            near = near or [longer for longer in known if longer.startswith(f"{name}_")][:2]
-            found.append(f"{name}={mapping[name]}" + f" (did you mean {' or '.join(near)}?)" * bool(near))
+    ours, found = Config.variables(), []
+    for name in sorted(mapping.keys() - ours.keys()):
+        near = OTHER_NAMES.get(name, "").split() or difflib.get_close_matches(name, ours, n=2, cutoff=0.84)
+        is_like_ours = near or OWN_WORDS & set(name.split("_")) or name.endswith(OWN_ENDINGS)
+        is_foreign = not (mapping[name] and name.isupper()) or name.startswith(FOREIGN_PREFIXES)
+        if not strict and (is_foreign or not is_like_ours and not name.startswith(("TRAIN_", "VAL_", "USE_"))):
+            continue
+        beginning = name.removeprefix("USE_").removeprefix("ENABLE_")
+        near = near or [longer for longer in ours if longer.startswith(beginning)][:2]
+        found.append(f"{name}={mapping[name]}" + f" (did you mean {' or '.join(near)}?)" * bool(near))
     if found:
         raise UserError(f"no such variable: {', '.join(found)}; python train_gpt.py --help lists all. Unset what is "
                         "not meant for this run")  # fmt: skip
-
-
-def given_values(mapping: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
-    """Known, non-empty variables of a mapping: name -> (value in our type and unit, spelling that was used)."""
-    found: dict[str, tuple[Any, str]] = {}
-    for spelled in sorted(set(mapping) & {*Config.variables(), *ALIASES}, key=lambda s: s in ALIASES):
-        name, factor = ALIASES.get(spelled, (spelled, None))
-        text, spec = mapping[spelled].strip(), Config.variables()[name]
-        if not text:
-            continue
-        if factor:
-            number = parse_number(spelled, text, float) * factor
-            text = str(round(number) if spec.type is int else number)
-        value = parse_value(spelled, text, spec)
-        if found.setdefault(name, (value, spelled))[0] != value:
-            raise UserError(f"{spelled}={text} contradicts {found[name][1]}={found[name][0]}; unset one of them")
-    return found
-
-
-def parse_number(name: str, text: str, kind: type) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        word = "a whole number" if kind is int else "a number"
-        raise UserError(f"{name}={text!r}: expected {word}") from None
 
 
 def parse_value(name: str, text: str, spec: Field) -> Any:
@@ -497,84 +456,79 @@ def parse_value(name: str, text: str, spec: Field) -> Any:
         if text.lower() not in words:
             raise UserError(f"{name}={text!r}: expected 0 or 1 (true/false, yes/no and on/off are understood)")
         return words.index(text.lower()) >= 4
-    if isinstance(spec.default, tuple):
-        return tuple(parse_number(name, part.strip(), kind) for part in text.split(",") if part.strip())
+    is_list = isinstance(spec.default, tuple)
+    try:
+        values = tuple(kind(part.strip()) for part in (text.split(",") if is_list else [text]) if part.strip())
+    except ValueError:
+        raise UserError(f"{name}={text!r}: expected {'a whole number' if kind is int else 'a number'}") from None
+    if is_list:
+        return values
+    (value,) = values
     if kind is str:
-        if choices and text not in choices:
+        if choices and value not in choices:
             raise UserError(f"{name}={text!r}: expected one of {', '.join(choices)}")
-        return text
-    value = parse_number(name, text, kind)
+        return value
     if not math.isfinite(value) or not low <= value <= high:
         limits = [f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
         raise UserError(f"{name}={text}: expected a finite number{' of ' * bool(limits)}{' and '.join(limits)}")
     return value
 
 
-Rules = list[tuple[Any, str]]  # what must hold, and what the error says otherwise
-
-
-def model_rules(cfg: Config) -> Rules:
-    """What must hold between variables of the model."""
-    model_dim, heads, kv_heads, head_dim = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(cfg.num_layers))) != []
+def model_rules(cfg: Config) -> list[tuple[Any, str]]:
+    """What must hold between variables of the model, and what the error says otherwise; $NAME stands for NAME=value."""
+    layers, head_dim, lanes = cfg.num_layers, cfg.head_dim, cfg.parallel_start_layer
+    ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(layers))) != []
     return [
-        (model_dim % heads == 0, f"MODEL_DIM={model_dim} is not divisible by NUM_HEADS={heads}"),
-        (heads % kv_heads == 0, f"NUM_HEADS={heads} is not divisible by NUM_KV_HEADS={kv_heads}"),
+        (cfg.model_dim % cfg.num_heads == 0, "$MODEL_DIM is not divisible by $NUM_HEADS"),
+        (cfg.num_heads % cfg.num_kv_heads == 0, "$NUM_HEADS is not divisible by $NUM_KV_HEADS"),
         (head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={head_dim} is odd: rotary embedding needs pairs"),
-        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"ROPE_DIMS={cfg.rope_dims}: even, at most {head_dim}"),
-        (cfg.hidden_dim > 0, f"MLP_HIDDEN={cfg.mlp_hidden} and MLP_MULT={cfg.mlp_mult} give an MLP of width 0"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"$ROPE_DIMS: even, at most {head_dim}"),
+        (cfg.hidden_dim > 0, "$MLP_HIDDEN and $MLP_MULT give an MLP of width 0"),
         (cfg.attn_backend in ("auto", *attention_back_ends(cfg).makers),
-         f"ATTN_BACKEND={cfg.attn_backend}: not with DOC_ATTENTION=1; leave it at auto or set DOC_ATTENTION=0"),
-        (cfg.xsa_last_n <= cfg.num_layers, f"XSA_LAST_N={cfg.xsa_last_n} exceeds NUM_LAYERS={cfg.num_layers}"),
-        (ve_fits or not cfg.ve_enabled,
-         f"VE_LAYERS={cfg.ve_layers}: different layers below NUM_LAYERS={cfg.num_layers}, or set VE_ENABLED=0"),
-        (not (lanes := cfg.parallel_start_layer) or bool(cfg.num_loops) * (cfg.loop_end + 1) <= lanes < cfg.num_layers,
-         f"PARALLEL_START_LAYER={lanes}: not below NUM_LAYERS={cfg.num_layers}, or not above LOOP_END={cfg.loop_end}"),
-        (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers,
-         f"LOOP_START={cfg.loop_start} LOOP_END={cfg.loop_end}: not in order within NUM_LAYERS={cfg.num_layers}"),
+         "$ATTN_BACKEND: not with DOC_ATTENTION=1; leave it at auto or set DOC_ATTENTION=0"),
+        (cfg.xsa_last_n <= layers, "$XSA_LAST_N exceeds $NUM_LAYERS"),
+        (ve_fits or not cfg.ve_enabled, "$VE_LAYERS: different layers below $NUM_LAYERS, or set VE_ENABLED=0"),
+        (not lanes or bool(cfg.num_loops) * (cfg.loop_end + 1) <= lanes < layers,
+         "$PARALLEL_START_LAYER: not below $NUM_LAYERS, or not above $LOOP_END"),
+        (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < layers,
+         "$LOOP_START $LOOP_END: not in order within $NUM_LAYERS"),
         (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
-         f"LORA_RANK={cfg.lora_rank}: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
+         "$LORA_RANK: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
         (not (cfg.gated_attn_enabled and cfg.sparse_attn_gate_scale),
-         f"GATED_ATTN_ENABLED=1 SPARSE_ATTN_GATE_SCALE={cfg.sparse_attn_gate_scale:g}: one gate for a head"),
-        (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 switches it off, else at least 2"),
+         "$GATED_ATTN_ENABLED $SPARSE_ATTN_GATE_SCALE: one gate for a head"),
+        (cfg.bigram_vocab_size != 1, "$BIGRAM_VOCAB_SIZE: 0 switches it off, else at least 2"),
     ]  # fmt: skip
 
 
-def training_rules(cfg: Config) -> Rules:
-    """The same for training and export."""
+def run_rules(cfg: Config) -> list[tuple[Any, str]]:
+    """The same for training, export, evaluation and re-entry."""
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
-    short, ends = cfg.short_seq_len, cfg.short_seq_frac
+    short, ends, slow = cfg.short_seq_len, cfg.short_seq_frac, cfg.muon_slow_share
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
+    is_plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
+    window = f"the window of {cfg.eval_len} tokens"
     return [
-        (cfg.lowbit_bits != 1, "LOWBIT_BITS=1: 2 to 8, or 0 for MATRIX_BITS"),
+        (cfg.lowbit_bits != 1, "$LOWBIT_BITS: 2 to 8, or 0 for MATRIX_BITS"),
         (not idle, f"LOWBIT_NAME_PATTERNS={','.join(idle)}: not in {' '.join(names[:: cfg.num_layers])}"),
-        (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns),
-         f"LOWBIT_BITS={cfg.lowbit_bits} and LOWBIT_NAME_PATTERNS={','.join(cfg.lowbit_name_patterns)}: set both"),
+        (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns), "$LOWBIT_BITS and $LOWBIT_NAME_PATTERNS: set both"),
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
         (not cfg.muon_head_group or cfg.num_kv_heads % cfg.muon_head_group == 0,
-         f"MUON_HEAD_GROUP={cfg.muon_head_group} does not divide NUM_KV_HEADS={cfg.num_kv_heads}; 0 for all heads"),
-        (0 < len(slow := cfg.muon_slow_share) < 3 and all(0 <= share <= 1 for share in slow),
-         f"MUON_SLOW_SHARE={','.join(map(str, slow))}: one or two numbers from 0 to 1"),
-        (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, f"MUON_RAILS_AT={cfg.muon_rails_at}: MUON_MOMENTUM below 1"),
+         "$MUON_HEAD_GROUP does not divide $NUM_KV_HEADS; 0 for all heads"),
+        (0 < len(slow) < 3 and all(0 <= share <= 1 for share in slow),
+         "$MUON_SLOW_SHARE: one or two numbers from 0 to 1"),
+        (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, "$MUON_RAILS_AT: MUON_MOMENTUM below 1"),
         (len(short) == len(ends) and [*short] == sorted({*short}) and [*ends] == sorted(ends) and min(short) >= 0
          and not any(cfg.train_seq_len % n for n in short if 0 < n < cfg.train_seq_len),
-         f"SHORT_SEQ_LEN={','.join(map(str, short))} SHORT_SEQ_FRAC={','.join(map(str, ends))}: as many of each, both "
-         f"rising, lengths that divide TRAIN_SEQ_LEN={cfg.train_seq_len}; SHORT_SEQ_LEN=0 SHORT_SEQ_FRAC=0 for none"),
+         "$SHORT_SEQ_LEN $SHORT_SEQ_FRAC: as many of each, both rising, lengths that divide $TRAIN_SEQ_LEN; "
+         "SHORT_SEQ_LEN=0 SHORT_SEQ_FRAC=0 for none"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
-         f"POST_QAT_SECONDS={cfg.post_qat_seconds:g} is all of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
+         "$POST_QAT_SECONDS is all of $MAX_WALLCLOCK_SECONDS"),
         (not (cfg.qat_enabled and cfg.fits_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
         (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor].strongest,
-         f"COMPRESSOR_LEVEL={cfg.compressor_level}: too high for COMPRESSOR={cfg.compressor}; unset it for the best"),
-    ]  # fmt: skip
-
-
-def evaluation_rules(cfg: Config) -> Rules:
-    """The same for evaluation and re-entry."""
-    plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
-    return [
-        (plain_name and len(cfg.run_id.encode(errors="replace")) <= 200,
+         "$COMPRESSOR_LEVEL: too high for $COMPRESSOR; unset it for the best"),
+        (is_plain_name and len(cfg.run_id.encode(errors="replace")) <= 200,
          f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, at most 200 bytes"),
         (os.path.realpath(cfg.artifact_file) != os.path.realpath(cfg.weights_file),
          f"ARTIFACT_PATH and WEIGHTS_PATH are one file, {cfg.artifact_file}: the one would replace the other"),
@@ -582,26 +536,24 @@ def evaluation_rules(cfg: Config) -> Rules:
         (not cfg.resume or cfg.run_id, "RESUME=1 needs the RUN_ID of the run that is to go on"),
         (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
         (not cfg.export_only or cfg.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH=<file>"),
-        (cfg.eval_stride <= cfg.eval_len, f"EVAL_STRIDE={cfg.eval_stride} exceeds the window of {cfg.eval_len} tokens"),
+        (cfg.eval_stride <= cfg.eval_len, f"$EVAL_STRIDE exceeds {window}"),
         (not cfg.ttt_enabled or cfg.eval_stride > 0, "TTT_ENABLED=1 needs EVAL_STRIDE above 0"),
         (cfg.ttt_chunk_tokens > cfg.eval_len or not cfg.ttt_enabled,
-         f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no whole window of {cfg.eval_len} tokens and its target"),
+         f"$TTT_CHUNK_TOKENS holds no whole window of {cfg.eval_len} tokens and its target"),
         (not cfg.ngram_enabled or cfg.eval_stride > 0, "NGRAM_ENABLED=1 needs EVAL_STRIDE above 0"),
-        (cfg.ngram_min_order <= cfg.ngram_max_order,
-         f"NGRAM_MIN_ORDER={cfg.ngram_min_order} exceeds NGRAM_MAX_ORDER={cfg.ngram_max_order}"),
-        (cfg.ngram_alpha_low <= cfg.ngram_alpha_high < 1,
-         f"NGRAM_ALPHA_LOW={cfg.ngram_alpha_low:g} NGRAM_ALPHA_HIGH={cfg.ngram_alpha_high:g}: in order and below 1"),
-        (cfg.ttt_freeze_blocks <= cfg.num_layers, f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks} exceeds NUM_LAYERS"),
-        (not cfg.ttt_lora_enabled or cfg.ttt_chunk_size <= cfg.eval_len,
-         f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} exceeds the window of {cfg.eval_len} tokens"),
+        (cfg.ngram_min_order <= cfg.ngram_max_order, "$NGRAM_MIN_ORDER exceeds $NGRAM_MAX_ORDER"),
+        (cfg.ngram_alpha_low <= cfg.ngram_alpha_high < 1, "$NGRAM_ALPHA_LOW $NGRAM_ALPHA_HIGH: in order and below 1"),
+        (cfg.ttt_freeze_blocks <= cfg.num_layers, "$TTT_FREEZE_BLOCKS exceeds NUM_LAYERS"),
+        (not cfg.ttt_lora_enabled or cfg.ttt_chunk_size <= cfg.eval_len, f"$TTT_CHUNK_SIZE exceeds {window}"),
     ]  # fmt: skip
 
 
-def validate(cfg: Config, *rule_sets: Callable[[Config], Rules]) -> None:
+def validate(cfg: Config, rules: list[tuple[Any, str]]) -> None:
     """Check what involves several variables; messages name them with their values."""
-    for holds, message in itertools.chain(*(rules(cfg) for rules in rule_sets)):
+    shown = {f"${name}": f"{name}={as_text(vars(cfg)[name.lower()]).removesuffix('.0')}" for name in cfg.variables()}
+    for holds, message in rules:
         if not holds:
-            raise UserError(message)
+            raise UserError(re.sub(r"\$[A-Z_]+", lambda name: shown.get(name[0], name[0]), message))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -656,14 +608,10 @@ class Ranks:
 
     def broadcast_bytes(self, blob: bytes) -> bytes:
         """Rank 0's bytes on every rank."""
-        if self.world == 1:
-            return blob
-        size = int(self.agree(len(blob))[0])
-        tensor = torch.zeros(size, dtype=torch.uint8)
-        if self.is_main:
-            tensor.copy_(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
-        dist.broadcast(tensor, 0, group=self.control)
-        return tensor.numpy().tobytes()
+        blobs = [blob]
+        if self.world > 1:
+            dist.broadcast_object_list(blobs, 0, group=self.control)
+        return blobs[0]
 
     def gather(self, text: str) -> list[str]:
         """Every rank's text, on every rank."""
@@ -696,22 +644,17 @@ class Ranks:
 
 def launch_numbers(env: Mapping[str, str]) -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK of a launcher such as torchrun; without them this is rank 0 of 1."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = {name: env[name].strip() for name in names if env.get(name, "").strip()}
-    if not given:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    given = {name: env.get(name, "").strip() for name in names}
+    if not any(given[name] for name in names[:3]):
         return 0, 1, 0
-    if given.get("WORLD_SIZE", "") not in ("", "1"):
-        names += ("MASTER_ADDR", "MASTER_PORT")
-    remedy = "torchrun sets all of them; unset them for a run of one process"
-    if missing := [name for name in names if not env.get(name, "").strip()]:
-        raise UserError(f"{' '.join(f'{n}={v}' for n, v in given.items())} without {' '.join(missing)}: {remedy}")
-    wrong = [name for name in names if name != "MASTER_ADDR" and not re.fullmatch(r"[0-9]{1,9}", env[name].strip())]
-    if wrong:
-        raise UserError(f"{' '.join(f'{name}={env[name]!r}' for name in wrong)}: not a whole number; {remedy}")
-    rank, world, local_rank = (int(env[name]) for name in names[:3])
-    if rank >= world or ("MASTER_PORT" in names and int(env["MASTER_PORT"]) not in range(1, 65_536)):
-        pairs = " ".join(f"{name}={env[name]}" for name in names)
-        raise UserError(f"{pairs}: RANK must be below WORLD_SIZE, MASTER_PORT from 1 to 65535; {remedy}")
+    numbers = [int(given[name]) if re.fullmatch(r"[0-9]{1,9}", given[name]) else -1 for name in names[:4]]
+    rank, world, local_rank, port = numbers
+    has_meeting_place = 0 < port < 65_536 and given["MASTER_ADDR"]
+    if not (0 <= rank < world and local_rank >= 0 and (world == 1 or has_meeting_place)):
+        pairs = " ".join(f"{name}={value!r}" for name, value in given.items())
+        raise UserError(f"{pairs}: whole numbers, RANK below WORLD_SIZE, MASTER_PORT from 1 to 65535; "
+                        "torchrun sets all of them; unset them for a run of one process")  # fmt: skip
     return rank, world, local_rank
 
 
@@ -774,12 +717,6 @@ class Clock:
     def seconds(self) -> float:
         return self.total + (self.now() - self.started if self.started is not None else 0.0)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        self.start()
-        yield
-        self.stop()
-
 
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
@@ -797,12 +734,12 @@ def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
         partial_path.write_bytes(blob)
         partial_path.replace(path)
     except OSError as problem:
+        free = "?"
         with contextlib.suppress(OSError):
             partial_path.unlink(missing_ok=True)
-        room = f"{len(blob)} bytes to write"
-        with contextlib.suppress(OSError):
-            room += f", {shutil.disk_usage(path.parent).free} free"
-        raise UserError(f"{variable}={path}: {problem.strerror}, {room}; make room or take another disk") from None
+            free = shutil.disk_usage(path.parent).free
+        raise UserError(f"{variable}={path}: {problem.strerror}, {len(blob)} bytes to write, {free} free; make room or "
+                        "take another disk") from None  # fmt: skip
 
 
 class Claim:
@@ -812,31 +749,37 @@ class Claim:
     a run that is resumed when the killed one began its last step.
     """
 
+    MARKS = {"ARTIFACT_PATH": b"PGOLF", "WEIGHTS_PATH": b"PK"}  # how the files begin that this script writes
+
     def __init__(self, cfg: Config) -> None:
         """Try every path and lock it; UserError names what is in the way before anything is lost."""
         self.locks: dict[Path, int] = {}
         self.last_beat: float | None = None  # of the run that held the weights before
         try:
             for variable, path in cfg.outputs.items():
-                self.lock(variable, path, cfg)
-            refuse_to_replace(cfg)
+                self.lock(variable, path, cfg.run_id)
+            taken = [f"{variable}={cfg.run_id if variable == 'RUN_ID' else path}"
+                     for variable, path in cfg.outputs.items() if self.is_taken(variable, path)]  # fmt: skip
+            if taken and not (cfg.overwrite or cfg.resume):
+                raise UserError(f"{' '.join(taken)}: an earlier run left its files there. Set another one, OVERWRITE=1 "
+                                "to replace them, or RESUME=1 to go on with a training run")  # fmt: skip
         except UserError:
             self.release()
             raise
 
-    def lock(self, variable: str, path: Path, cfg: Config) -> None:
+    def lock(self, variable: str, path: Path, run_id: str) -> None:
         """Take the lock beside `path`, which also shows that files can be made there."""
         name = path.with_name(f".{path.name}.lock")
         try:
             if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "is a folder")
+                raise IsADirectoryError(0, "is a folder")
             name.parent.mkdir(parents=True, exist_ok=True)
             beat = name.stat().st_mtime if name.exists() else None
             handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not name.exists() or not os.path.samestat(os.fstat(handle), name.stat()):  # its owner ended just now
                 os.close(handle)
-                return self.lock(variable, path, cfg)
+                return self.lock(variable, path, run_id)
         except BlockingIOError:
             owner = os.read(handle, 200).decode(errors="replace")
             os.close(handle)
@@ -844,9 +787,18 @@ class Claim:
         except OSError as problem:
             raise UserError(f"{variable}={path}: cannot be written ({problem.strerror}); set another one") from None
         os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {platform.node()}, RUN_ID={cfg.run_id},".encode())
+        os.write(handle, f"process {os.getpid()} on {platform.node()}, RUN_ID={run_id},".encode())
         self.locks[name] = handle
         self.last_beat = beat if variable == "WEIGHTS_PATH" else self.last_beat
+
+    def is_taken(self, variable: str, path: Path) -> bool:
+        """Whether weights, an artifact, or a log with steps or scores are there; UserError for a foreign file."""
+        if variable == "RUN_ID":
+            events = path.with_suffix(".jsonl")
+            return events.is_file() and bool(re.search(rb'"event": "(train|score)"', events.read_bytes()))
+        if path.exists() and not path.open("rb").read(8).startswith(self.MARKS[variable]):
+            raise UserError(f"{variable}={path}: not a file that a run has written; set another one or remove it")
+        return path.exists()
 
     def beat(self) -> None:
         """Note the time, at the start of a step; costs a microsecond."""
@@ -859,27 +811,6 @@ class Claim:
             with contextlib.suppress(OSError):
                 name.unlink()
             os.close(handle)
-        self.locks = {}
-
-
-FILE_MARKS = {"ARTIFACT_PATH": b"PGOLF", "WEIGHTS_PATH": b"PK"}  # how the files begin that this script writes
-
-
-def refuse_to_replace(cfg: Config) -> None:
-    """UserError if the run would replace weights, an artifact, a log with steps or scores, or a foreign file."""
-    taken = []
-    for variable, path in cfg.outputs.items():
-        if variable == "RUN_ID":
-            events = path.with_suffix(".jsonl")
-            is_taken = events.is_file() and re.search(rb'"event": "(train|score)"', events.read_bytes())
-        else:
-            is_taken = path.exists()
-            if is_taken and path.open("rb").read(8)[: len(FILE_MARKS[variable])] != FILE_MARKS[variable]:
-                raise UserError(f"{variable}={path}: not a file that a run has written; set another one or remove it")
-        taken += [f"{variable}={cfg.run_id if variable == 'RUN_ID' else path}"] if is_taken else []
-    if taken and not (cfg.overwrite or cfg.resume):
-        raise UserError(f"{' '.join(taken)}: an earlier run left its files there. Set another one, OVERWRITE=1 to "
-                        "replace them, or RESUME=1 to go on with a training run")  # fmt: skip
 
 
 class Log:
@@ -891,8 +822,8 @@ class Log:
     """
 
     def __init__(self, cfg: Config, enabled: bool) -> None:
-        self.cfg, self.enabled, self.console = cfg, enabled, True
-        self.paths = {kind: Path(f"logs/{cfg.log_name}.{kind}") for kind in ("txt", "jsonl")} if enabled else {}
+        self.cfg, self.console = cfg, enabled
+        self.paths = {kind: Path(f"logs/{cfg.log_name}.{kind}") for kind in ("txt", "jsonl") if enabled}
         if enabled:
             Path("logs").mkdir(exist_ok=True)
         self.files = {kind: open(path, "ab" if cfg.resume else "wb", buffering=0) for kind, path in self.paths.items()}
@@ -900,10 +831,9 @@ class Log:
 
     def __call__(self, text: str, console: bool = True) -> None:
         self.write("txt", text)
-        if not (self.enabled and self.console and console):
-            return
         try:
-            print(text, flush=True)
+            if self.console and console:
+                print(text, flush=True)
         except (OSError, ValueError) as problem:
             self.console = False
             if sys.stdout is sys.__stdout__:  # or what is buffered fails again when the interpreter ends
@@ -916,11 +846,10 @@ class Log:
 
     def write(self, kind: str, line: str) -> None:
         """Append a line to a file, if it still takes any."""
-        if not self.enabled:
-            return
         data = line.encode(errors="backslashreplace") + b"\n"
-        self.lines[kind] += data
         try:
+            if kind in self.lines:
+                self.lines[kind] += data
             if kind in self.files:
                 self.files[kind].write(data)
         except OSError as problem:
@@ -931,7 +860,7 @@ class Log:
         """Write again what its folder has lost, and after a good training run the logs that submissions ship."""
         wanted = {path: self.lines[kind] for kind, path in self.paths.items()
                   if kind not in self.files or not path.exists()}  # fmt: skip
-        if ended_well and self.enabled and self.cfg.log_name == self.cfg.run_id:
+        if ended_well and self.lines and self.cfg.log_name == self.cfg.run_id:
             names = [f"train_seed{self.cfg.seed}.log"] + ["train.log"] * (self.cfg.seed == 1337)
             wanted |= {Path(name): self.lines["txt"] for name in names}
         for path, blob in wanted.items():
@@ -953,12 +882,11 @@ class Signals:
     at once. A signal that was ignored when the process began (nohup) stays ignored.
     """
 
-    NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
     def __init__(self, cfg: Config, log: Log, ranks: Ranks) -> None:
         self.cfg, self.log, self.ranks = cfg, log, ranks
-        self.noted: list[str] = []
-        self.is_deferred, self.answered = False, threading.Event()
+        self.noted, self.is_deferred, self.answered = [], False, threading.Event()
         self.terminals = [handle for handle in (0, 1, 2) if os.isatty(handle)]
 
     def handle(self, number: int, _: Any) -> None:
@@ -989,12 +917,8 @@ class Signals:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator["Signals"]:
-        """Take the signals over from Python; a thread that cannot (only the main one can) leaves them as they are."""
-        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        usual = {n: signal.signal(n, self.handle) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+        """Take the signals over from Python."""
+        usual = {n: signal.signal(n, self.handle) for n in self.NUMBERS if signal.getsignal(n) is not signal.SIG_IGN}
         readable, writable = os.pipe()
         os.set_blocking(writable, False)
         usual_pipe = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
@@ -1061,9 +985,9 @@ class Runtime:
     def timed(self, phase: str, budget: str) -> Iterator[None]:
         """Book the time of a block under one of the budgets train, eval or untimed."""
         clock = Clock(self.ranks.device)
-        with clock.running():
-            yield
-        self.ledger.append((budget, phase, clock.total))
+        clock.start()
+        yield
+        self.ledger.append((budget, phase, clock.stop()))
 
     def spent(self, budget: str) -> float:
         return sum(seconds for name, _, seconds in self.ledger if name == budget)
@@ -1137,13 +1061,12 @@ class Shard(NamedTuple):
     def read(self, offset: int, count: int) -> np.ndarray:
         """`count` tokens, uint16. Read, not mapped: a mapped file that shrinks kills the process (SIGBUS)."""
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                blob = os.pread(file.fileno(), 2 * count, SHARD_HEADER_BYTES + 2 * offset)
+            tokens = np.fromfile(self.path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
         except OSError as problem:
             raise UserError(f"{self.path}: {problem.strerror}; fetch it again") from None
-        if len(blob) != 2 * count:
+        if len(tokens) != count:
             raise UserError(f"{self.path}: has become shorter since the run began; fetch it again")
-        return np.frombuffer(blob, "<u2")
+        return tokens
 
 
 def open_shard(path: Path) -> Shard:
@@ -1167,8 +1090,8 @@ def shard_paths(cfg: Config, split: str) -> list[Path]:
 
     `split` may be "val_bytes": the byte sidecars, of which there may be none.
     """
-    found = sorted(cfg.shard_folder.glob(f"fineweb_{split}_*"))
-    paths = [path for path in found if split == "val_bytes" or "_bytes_" not in path.name]
+    paths = [path for path in sorted(cfg.shard_folder.glob(f"fineweb_{split}_*"))
+             if split == "val_bytes" or "_bytes_" not in path.name]  # fmt: skip
     for number, path in enumerate(paths):
         if path.name != f"fineweb_{split}_{number:06d}.bin":
             raise UserError(f"DATA_PATH={cfg.shard_folder}: found {path.name} where fineweb_{split}_{number:06d}.bin "
@@ -1191,16 +1114,15 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start`, wrapping round at the end; int64."""
-        pieces, position = [], start % self.total
+        pieces = []
         while count > 0:
-            index = int(np.searchsorted(self.ends, position, side="right"))
-            shard, rest = self.shards[index], int(self.ends[index]) - position
+            index = int(np.searchsorted(self.ends, start % self.total, side="right"))
+            shard, rest = self.shards[index], int(self.ends[index]) - start % self.total
             piece = shard.read(shard.count - rest, min(count, rest))
             if int(piece.max()) >= self.vocab_size:
                 raise UserError(f"{shard.path}: token {piece.max()}, set VOCAB_SIZE={self.vocab_size} higher")
             pieces.append(piece)
-            count -= len(piece)
-            position = (position + len(piece)) % self.total
+            start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces).astype(np.int64)
 
 
@@ -1265,13 +1187,11 @@ class Loader:
         count, length = self.shape.sequences, self.cfg.train_seq_len
         place = number * self.ranks.world + self.ranks.rank
         if self.cfg.loader == "sequential":
-            span = self.stream.read(place * (count * length + 1), count * length + 1)
-            inputs, targets = span[:-1].reshape(count, length), span[1:].reshape(count, length)
+            starts = [place * (count * length + 1) + i * length for i in range(count)]
         else:
             starts = [self.window_start(place * count + i) for i in range(count)]
-            rows = np.stack([self.stream.read(start, length + 1) for start in starts])
-            inputs, targets = rows[:, :-1], rows[:, 1:]
-        pair = torch.from_numpy(np.stack([inputs, targets]))
+        rows = np.stack([self.stream.read(start, length + 1) for start in starts])
+        pair = torch.from_numpy(np.stack([rows[:, :-1], rows[:, 1:]]))
         pair = pair.pin_memory() if self.ranks.device.type == "cuda" else pair
         return pair[0], pair[1]
 
@@ -1319,16 +1239,12 @@ class ByteTable:
         if pieces.vocab_size() != vocab_size:
             raise UserError(f"TOKENIZER_PATH={path} has {pieces.vocab_size()} pieces but VOCAB_SIZE={vocab_size}")
         self.path, self.bos_id, self.sha256 = path, pieces.bos_id(), hashlib.sha256(model).hexdigest()
-        self.base = np.zeros(vocab_size, np.int32)
-        self.has_space, self.is_boundary = np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
-        for token in range(vocab_size):
-            if pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_unused(token):
-                continue
-            text = pieces.id_to_piece(token)
-            self.is_boundary[token] = False
-            self.has_space[token] = text.startswith("\u2581")
-            text = text.removeprefix("\u2581").replace("\u2581", " ")
-            self.base[token] = 1 if pieces.is_byte(token) else len(text.encode())
+        is_mark = [pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in range(vocab_size)]
+        texts = ["" if mark else pieces.id_to_piece(i) for i, mark in enumerate(is_mark)]
+        lengths = [len(text.removeprefix("\u2581").replace("\u2581", " ").encode()) for text in texts]
+        self.base = np.array([min(n, 1) if pieces.is_byte(i) else n for i, n in enumerate(lengths)], np.int32)
+        self.has_space = np.array([text.startswith("\u2581") for text in texts])
+        self.is_boundary = np.array(is_mark)
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of each token given the one before it, (n,) int32; entry 0, never a target, counts 0."""
@@ -1351,14 +1267,6 @@ class ByteTable:
             found.append(slice(start, end))
         return [place for place in found if place.stop > place.start]
 
-    def same_tokens(self, tokens: np.ndarray, text: str) -> int:
-        """How many of `tokens` come again when `text` is encoded: before the first difference and after the last."""
-        again = np.array(self.pieces.encode(text), np.int64)
-        length = min(len(tokens), len(again))
-        head = np.flatnonzero(tokens[:length] != again[:length])
-        tail = np.flatnonzero(tokens[::-1][:length] != again[::-1][:length])
-        return min(sum(int(places[0]) if len(places) else length for places in (head, tail)), len(tokens))
-
     def self_test(self, tokens: np.ndarray, sidecar: np.ndarray | None) -> str:
         """UserError unless this is the tokenizer of `tokens`; says in words what was compared.
 
@@ -1368,10 +1276,13 @@ class ByteTable:
         where, places = f"TOKENIZER_PATH={self.path}: not the tokenizer of these shards", self.passages(tokens)
         same, plain = 0, 0
         for number, place in enumerate(places):
-            text = self.pieces.decode(tokens[place].tolist())
-            same += self.same_tokens(tokens[place], text)
+            ours = tokens[place].tolist()
+            text = self.pieces.decode(ours)
+            again = self.pieces.encode(text)
+            head, tail = (os.path.commonprefix(pair) for pair in ([ours, again], [ours[::-1], again[::-1]]))
+            same += min(len(head) + len(tail), len(ours))
             plain += len(re.sub("[\ue000-\uf8ff]", "", text).encode())
-            counted, actual = int(self.count(np.append(self.bos_id, tokens[place])).sum()), len(text.encode())
+            counted, actual = int(self.count(np.append(self.bos_id, ours)).sum()), len(text.encode())
             if counted != actual and sidecar is None:
                 raise UserError(f"{where}: validation document {number} has {actual} bytes decoded, {counted} counted")
         total = sum(place.stop - place.start for place in places)
@@ -3778,17 +3689,14 @@ class StepGraph:
     ) -> None:
         """Record; `function` has run on such a batch before, so that nothing is compiled or loaded here.
 
-        `pool` is the memory of an earlier graph, to be shared since only the latest replay's gradients are read.
+        The parameters have no gradients now. `pool` is the memory of an earlier graph, to be shared since only the
+        latest replay's gradients are read.
         """
         self.batch, self.parameters = [tensor.clone() for tensor in batch], parameters
         self.graph = torch.cuda.CUDAGraph()
-        for parameter in parameters:
-            parameter.grad = None
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # the loader's thread goes on
             self.loss = function(*self.batch)
         self.grads = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
 
     def replay(self, batch: list[Tensor]) -> Tensor:
         """Add the gradients of `batch` to the parameters'; returns the value, which the next call overwrites."""
@@ -3851,8 +3759,10 @@ class Trainer:
         self.model.zero_grad()
         want = [self.gradients(phase, *batch).cpu().double(), flat([p.grad for p in parameters]).cpu().double()]
         pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
+        self.model.zero_grad()
         try:
             graph = StepGraph(partial(self.gradients, phase), batch, parameters, pool)
+            self.model.zero_grad()
             reason = fault(max(relative_errors([graph.replay(batch), flat(graph.grads)], want)), allowed)
         except RuntimeError as problem:
             reason = str(problem).strip().splitlines()[0][:200]
@@ -3864,13 +3774,11 @@ class Trainer:
             self.run.warn_of_cost(f"a step cannot be recorded as a CUDA graph ({reason}); launched one by one it takes "
                                   "up to 25% longer, by how fast the host is")  # fmt: skip
 
-
     def step(self, number: int, plan: StepPlan) -> Tensor:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
         phase = phases(self.run.cfg)[plan.phase]
         accum, graph, total = self.loader.shape.accum, self.graphs.get(phase), 0.0
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.model.zero_grad()
         for micro in range(accum):
             batch = self.batch(number * accum + micro, phase)
             total = total + (graph.replay(batch) if graph else self.gradients(phase, *batch))
@@ -3919,12 +3827,14 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     calibration, rounding = Clock(run.ranks.device), Clock(run.ranks.device)
     if batches:
         collect_hessians(run, trainer, 0, 1)  # compiles
-        with calibration.running():
-            hessians = collect_hessians(run, trainer, 0, 3)
+        calibration.start()
+        hessians = collect_hessians(run, trainer, 0, 3)
+        calibration.stop()
     exporter = Exporter(run, model, hessians, {})
     exporter.fit()  # loads libraries
-    with rounding.running():
-        exporter.fit()
+    rounding.start()
+    exporter.fit()
+    rounding.stop()
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
     seconds = batches * calibration.total / 3 + passes * rounding.total
     return run.ranks.agree(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
@@ -3972,7 +3882,11 @@ class Training:
             if self.step >= cfg.iterations or seconds * (1 + 1 / max(self.step, 1)) >= self.budget:
                 break  # the next one would end too late
             if stopped:
-                self.stop(next(filter(None, ranks.gather(reason))))
+                self.run.signals.answered.set()
+                self.clock.stop()
+                saved = f"RESUME=1 goes on from {cfg.weights_file}, EXPORT_ONLY=1 makes an artifact of it"
+                raise UserError(f"{next(filter(None, ranks.gather(reason)))}: stopped after step {self.step}; "
+                                f"{saved if self.save('stopped') else 'not saved'}")  # fmt: skip
             self.advance(seconds)
         self.run.ledger.append(("train", "steps", self.clock.stop()))
 
@@ -3993,25 +3907,16 @@ class Training:
         self.averager.update(self.step, plan.lr_scale)
         self.active |= {self.phase, "warmdown" if plan.lr_scale < 1 else self.phase}
         report_step(run, self.step, loss, plan, self.clock)
-        if is_due(cfg.val_loss_every, self.step) or is_due(cfg.checkpoint_every, self.step):
+        scores = is_due(cfg.val_loss_every, self.step)
+        saves = is_due(cfg.checkpoint_every, self.step) and self.step < cfg.iterations
+        if scores or saves:
             self.clock.stop()
-            self.pause()
+            if scores:
+                validate_step(run, self.model, self.validation, self.step, self.clock.total)
+            if saves:
+                with run.timed("checkpoint", "untimed"):
+                    self.save("running")
             self.clock.start()
-
-    def pause(self) -> None:
-        """What is due after a step, with the clock stopped: validation, checkpoint."""
-        if is_due(self.cfg.val_loss_every, self.step):
-            validate_step(self.run, self.model, self.validation, self.step, self.clock.total)
-        if is_due(self.cfg.checkpoint_every, self.step) and self.step < self.cfg.iterations:
-            with self.run.timed("checkpoint", "untimed"):
-                self.save("running")
-
-    def stop(self, reason: str) -> None:
-        """Save and end the run."""
-        self.run.signals.answered.set()
-        self.clock.stop()
-        saved = f"RESUME=1 goes on from {self.cfg.weights_file}, EXPORT_ONLY=1 makes an artifact of it"
-        raise UserError(f"{reason}: stopped after step {self.step}; {saved if self.save('stopped') else 'not saved'}")
 
     def save(self, state: str) -> bool:
         """Write the checkpoint to WEIGHTS_PATH; all ranks return together with whether that went well.
@@ -4019,25 +3924,24 @@ class Training:
         `state` is running, stopped (no step came after) or ended. A full disk is a warning: the run may still end well.
         Weights that are not finite never replace good ones.
         """
-        run, order, is_saved = self.run, list(self.model.order), 0.0
+        run, is_saved = self.run, False
         optimizers = self.trainer.optimizers.gathered_state()
         if run.ranks.is_main:
             raw = self.model.state_dict()
             if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
                 raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], self.step)
-            about = {"architecture": self.cfg.architecture(), "steps": self.step, "order": order, "state": state}
-            active = sorted(self.active | self.averager.active())
-            standing = {"seconds": self.clock.total, "saved_at": time.time(), "phase": self.phase, "active": active,
-                        "graphs": self.graphs, "ledger": [*map(list, run.ledger)],
-                        "clip_sigmas": self.model.clip_sigmas.item()}  # fmt: skip
-            weights = {"raw": raw, "average": self.averager.weights()}
-            parts = {"optimizers": optimizers, "averager": self.averager.state()}
+            standing = {"seconds": self.clock.total, "saved_at": time.time(), "phase": self.phase,
+                        "active": sorted(self.active | self.averager.active()), "graphs": self.graphs,
+                        "ledger": [*map(list, run.ledger)], "clip_sigmas": self.model.clip_sigmas.item()}  # fmt: skip
+            saved = {"architecture": self.cfg.architecture(), "steps": self.step, "order": list(self.model.order),
+                     "state": state, "raw": raw, "average": self.averager.weights(), "optimizers": optimizers,
+                     "averager": self.averager.state(), "identity": self.identity, "standing": standing}  # fmt: skip
             buffer = io.BytesIO()
-            torch.save({**about, **weights, **parts, "identity": self.identity, "standing": standing}, buffer)
+            torch.save(saved, buffer)
             try:
                 path = write_output(run, self.cfg.weights_file, buffer.getbuffer(), "WEIGHTS_PATH")
                 run.log(f"weights: {path} (raw, average) {path.stat().st_size} bytes")
-                is_saved = 1.0
+                is_saved = True
             except UserError as problem:
                 run.log(f"WARNING: weights of step {self.step} not saved: {problem}")
         return bool(run.ranks.agree(is_saved)[0])
@@ -4060,9 +3964,9 @@ class Training:
             lost = max(beat, 0.0) + standing["seconds"] / max(self.step, 1)  # and the step that had begun
         (lost,) = run.ranks.agree(lost)
         self.clock.total = standing["seconds"] + lost
-        spent_ms, lost_ms = (round(1000 * seconds) for seconds in (self.clock.total, lost))
-        run.log(f"resumed: step:{self.step} train_time:{spent_ms}ms of which lost:{lost_ms}ms")
-        run.log.event("resume", step=self.step, train_time_ms=spent_ms, lost_ms=lost_ms)
+        spent = 1000 * self.clock.total
+        run.log(f"resumed: step:{self.step} train_time:{spent:.0f}ms of which lost:{1000 * lost:.0f}ms")
+        run.log.event("resume", step=self.step, train_time_ms=round(spent), lost_ms=round(1000 * lost))
         self.save("running")
 
 
@@ -4086,28 +3990,36 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapp
         run.log(f"graphs compiled inside the clock: {training.graphs}")
         run.log.event("clock", graphs_compiled=training.graphs, reserve_s=reserve)
         training.save("stopped" if cfg.post_qat_seconds else "ended")  # before anything else can fail
-    finish_log(run, training)
+    if training.step < cfg.iterations:
+        milliseconds = f"{1000 * training.clock.total:.0f}ms"
+        run.log(f"stopping_early: wallclock_cap train_time:{milliseconds} step:{training.step}/{cfg.iterations}")
+    if run.ranks.device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+        run.log.event("memory", allocated_mib=allocated, reserved_mib=reserved)
+    if not is_due(cfg.val_loss_every, training.step):
+        validate_step(run, model, validation, training.step, training.clock.total)
+    training.active |= training.averager.active()
     average = blend(cfg, model.state_dict(), training.averager.weights())
-    active, step = training.active | training.averager.active(), training.step
     if cfg.post_qat_seconds:
         model.load(average)
-        training.step += post_qat(run, trainer, validation, step)
+        training.step += post_qat(run, trainer, validation, training.step)
         training.averager = Averager(replace(cfg, ema_enabled=False, swa_enabled=False, lawa_enabled=False), model)
-        average, active, step = dict(model.named_parameters()), active | {"post_qat"}, training.step
-        training.active = active
+        training.active.add("post_qat")
         training.save("ended")
-    return Trained(step, {name: value.detach().clone() for name, value in average.items()}, active)
+        average = dict(model.named_parameters())
+    return Trained(training.step, {name: value.detach().clone() for name, value in average.items()}, training.active)
 
 
 def run_identity(run: Runtime, stream: TokenStream, validation: ValidationSet) -> dict[str, Any]:
     """What must be the same for a run to go on: script, data, ranks, and every variable but names and places."""
     free = ("recipe", "run_id", "resume", "overwrite", "data_dir", "data_path", "tokenizer_path", "artifact_path",
-            "weights_path", "checkpoint_every", "device")  # fmt: skip
-    values = {name.lower(): vars(run.cfg)[name.lower()] for name in Config.variables() if name.lower() not in free}
-    shards = [[shard.path.name, shard.count] for shard in stream.shards]
+            "weights_path", "checkpoint_every", "device", "sources")  # fmt: skip
+    values = {name: value for name, value in vars(run.cfg).items() if name not in free}
+    shards = [(shard.path.name, shard.count) for shard in stream.shards]
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     facts = {"script": script, "world_size": run.ranks.world, "device": run.ranks.device.type, "train_shards": shards}
-    return {**facts, **validation.identity, **json.loads(json.dumps(values))}
+    return {**facts, **validation.identity, **values}
 
 
 def is_due(every: int, step: int) -> bool:
@@ -4173,7 +4085,7 @@ def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Cl
     `clock` has run since step `first`.
     """
     cfg = run.cfg
-    if step > 10 and not (cfg.train_log_every and step % cfg.train_log_every == 0):
+    if step > 10 and not is_due(cfg.train_log_every, step):
         return
     value, seconds = (run.ranks.sum_(loss) / run.ranks.world).item(), clock.seconds()
     average, total = 1000 * seconds / (step - first), 1000 * (run.spent("train") + seconds)
@@ -4203,30 +4115,20 @@ def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int
     run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(1000 * seconds))
 
 
-def finish_log(run: Runtime, training: Training) -> None:
-    """Closing lines of training."""
-    cfg, step, clock = run.cfg, training.step, training.clock
-    if step < cfg.iterations:
-        run.log(f"stopping_early: wallclock_cap train_time:{1000 * clock.total:.0f}ms step:{step}/{cfg.iterations}")
-    if run.ranks.device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-        run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-        run.log.event("memory", allocated_mib=allocated, reserved_mib=reserved)
-    if not is_due(cfg.val_loss_every, step):
-        validate_step(run, training.model, training.validation, step, clock.total)
-
-
 def write_output(run: Runtime, path: Path, blob: bytes | memoryview, variable: str) -> Path:
-    """Write a file to its path, or with a warning to another folder where that fails; returns where it is."""
-    folders = [path.parent, Path("logs"), run.cfg.weights_file.parent, Path(tempfile.gettempdir())]
-    for folder in folders:
+    """Write a file to its path, or with a warning to another folder where that fails; returns where it is.
+
+    Where no folder takes it, the error is that of the path which was asked for.
+    """
+    problems = []
+    for folder in dict.fromkeys([path.parent, Path("logs"), run.cfg.weights_file.parent, Path(tempfile.gettempdir())]):
         try:
             write_whole(folder / path.name, blob, variable)
             return folder / path.name
-        except UserError as error:
-            problem = error
+        except UserError as problem:
+            problems.append(problem)
             run.log(f"WARNING: {problem}")
-    raise problem
+    raise problems[0]
 
 
 def read_weights(run: Runtime, model: GPT, validation: ValidationSet) -> dict[str, Any]:
@@ -4242,28 +4144,20 @@ def read_weights(run: Runtime, model: GPT, validation: ValidationSet) -> dict[st
     if not isinstance(saved, dict) or not {"architecture", "raw", "average", "identity", "standing"} <= saved.keys():
         raise UserError(f"{where}: not a checkpoint of this version of train_gpt.py; take logs/<RUN_ID>.py of its run")
     refuse_other_version(saved["architecture"], where)
-    refuse_other_architecture(run.cfg, saved["architecture"], where)
+    refuse_other(saved["architecture"], run.cfg.architecture(), f"{where} is of another model", "set the same here")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if any({name: tensor.shape for name, tensor in saved[key].items()} != shapes for key in ("raw", "average")):
         raise UserError(f"{where}: its tensors are not those of its architecture; it is damaged")
-    refuse_other_data(saved["identity"], validation, where)
+    tokenizer = {"tokenizer_sha256": validation.identity["tokenizer_sha256"]}
+    refuse_other(saved["identity"], tokenizer, f"{where} belongs to another tokenizer", "set its TOKENIZER_PATH")
     return saved
 
 
-def refuse_other_data(saved: Mapping[str, Any], validation: ValidationSet, where: str, *keys: str) -> None:
-    """UserError where a saved model belongs to another tokenizer than that in hand, or to another set (`keys`)."""
-    for key in ("tokenizer_sha256", *keys):
-        if saved.get(key) != validation.identity[key]:
-            what = "tokenizer: set its TOKENIZER_PATH" if "token" in key else "validation set: set its DATA_PATH"
-            raise UserError(f"{where} belongs to another {what} ({key} {str(saved.get(key))[:16]}, here "
-                            f"{validation.identity[key][:16]})")  # fmt: skip
-
-
-def refuse_other_run(run: Runtime, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """UserError where a run is to be resumed with another script, data, ranks or variables."""
+def refuse_other(saved: Mapping[str, Any], ours: Mapping[str, Any], where: str, remedy: str) -> None:
+    """UserError where a saved model or run differs from this one in any of `ours`: variables, files, ranks, script."""
     if changed := [name for name in ours if saved.get(name) != ours[name]]:
         pairs = ", ".join(f"{n.upper()} was {str(saved.get(n))[:60]}, is {str(ours[n])[:60]}" for n in changed[:8])
-        raise UserError(f"RESUME=1: {run.cfg.weights_file} is from another run: {pairs}; a run goes on as it began")
+        raise UserError(f"{where}: {pairs}; {remedy}")
 
 
 def refuse_other_version(saved: Any, where: str) -> None:
@@ -4272,14 +4166,6 @@ def refuse_other_version(saved: Any, where: str) -> None:
         lacking = " ".join(sorted(map(str, names))).upper()[:200] if isinstance(saved, dict) else "all variables"
         raise UserError(f"{where} was made by another version of train_gpt.py (one of them lacks {lacking}); "
                         "take logs/<RUN_ID>.py of its run")  # fmt: skip
-
-
-def refuse_other_architecture(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
-    """UserError when a saved model was built with other variables than this run's."""
-    ours = cfg.architecture()
-    other = {k.upper(): v for k, v in saved.items() if ours[k] != (tuple(v) if isinstance(v, list) else v)}
-    if other:
-        raise UserError(f"{where} was trained with {' '.join(f'{k}={v}' for k, v in other.items())}; set the same here")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -4702,7 +4588,7 @@ def saved_config(saved: Any, where: str) -> Config:
         words = value if isinstance(value, list | tuple) else [int(value) if isinstance(value, bool) else value]
         values[name] = parse_value(name.upper(), ",".join(map(str, words)), Config.variables()[name.upper()])
     cfg = replace(Config(), **values)
-    validate(cfg, model_rules)
+    validate(cfg, model_rules(cfg))
     return cfg
 
 
@@ -5284,7 +5170,8 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produce
         if not blob.endswith(produced.digest):
             raise UserError(f"ARTIFACT_PATH={path}: another process has replaced it since it was written")
         header, parameters = decode_artifact(blob, path)
-        refuse_other_data(header["identity"], validation, f"ARTIFACT_PATH={path}", "val_sha256")
+        where = f"ARTIFACT_PATH={path} belongs to another tokenizer or validation set"
+        refuse_other(header["identity"], validation.identity, where, "set its TOKENIZER_PATH and DATA_PATH")
         model = produced.model or build_model(run, cfg, validation.bos_id)
         model.load(parameters)
         model.order = tuple(header["order"])
@@ -5335,8 +5222,9 @@ def adopt_architecture(cfg: Config) -> Config:
     if not cfg.artifact_file.is_file():
         raise UserError(f"ARTIFACT_PATH={cfg.artifact_file}: no such file; a run writes logs/<RUN_ID>.pgolf")
     _, made, _ = read_header(cfg.artifact_file.read_bytes(), cfg.artifact_file)
-    asked = {k: v for k, v in made.architecture().items() if cfg.sources[k] != "default"}
-    refuse_other_architecture(cfg, asked, f"ARTIFACT_PATH={cfg.artifact_file}")
+    asked = {name: value for name, value in cfg.architecture().items() if cfg.sources[name] != "default"}
+    where = f"ARTIFACT_PATH={cfg.artifact_file} is of another model"
+    refuse_other(made.architecture(), asked, where, "set the same here, or nothing")
     return replace(cfg, **made.architecture())
 
 
@@ -5350,7 +5238,8 @@ def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
     check_tokenizer(cfg, trainer.loader.stream, validation.identity["tokenizer_sha256"])
     saved = read_weights(run, model, validation) if cfg.export_only or cfg.resume else None
     if cfg.resume:
-        refuse_other_run(run, saved["identity"], run_identity(run, trainer.loader.stream, validation))
+        ours, where = run_identity(run, trainer.loader.stream, validation), f"RESUME=1: {cfg.weights_file}"
+        refuse_other(saved["identity"], ours, f"{where} is from another run", "a run goes on as it began")
     if saved and (cfg.export_only or saved["state"] == "ended"):
         run.ledger.extend(tuple(row) for row in saved["standing"]["ledger"] if cfg.resume)
         model.order = tuple(saved["order"])

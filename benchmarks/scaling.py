@@ -140,11 +140,11 @@ def second_call(run: t.Runtime, action: Callable[[], Any]) -> float:
     action()
     clock = t.Clock(run.ranks.device)
     run.ranks.agree(0.0)
-    with clock.running():
-        action()
-        t.synchronize(run.ranks.device)
-        run.ranks.agree(0.0)
-    return clock.total
+    clock.start()
+    action()
+    t.synchronize(run.ranks.device)
+    run.ranks.agree(0.0)
+    return clock.stop()
 
 
 def time_parts(run: t.Runtime, trainer: t.Trainer, validation: t.ValidationSet, limit: int | None) -> Parts:

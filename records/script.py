@@ -37,7 +37,8 @@ except script.UserError as error:
 else:
     names = list(Config.variables())
     values = {name.lower(): getattr(cfg, name.lower()) for name in names}
-    print(json.dumps({"values": values, "sources": dict(cfg.sources), "aliases": sorted(script.ALIASES),
+    aliases = sorted(vars(script).get("ALIASES", ()))
+    print(json.dumps({"values": values, "sources": dict(cfg.sources), "aliases": aliases,
                       "tokenizer_file": str(cfg.tokenizer_file)}))
 """
 
@@ -48,7 +49,7 @@ class Resolved:
 
     values: dict[str, Any]
     sources: dict[str, str]
-    aliases: list[str]
+    aliases: list[str]  # other spellings, which older versions of the script took
     tokenizer_file: str
 
     @property
@@ -167,7 +168,7 @@ def names_read(text: str) -> set[str]:
     """Names that a script takes from the environment, read off its syntax tree.
 
     Strings that are a name in capitals (os.environ.get("SEED")), the fields of a Config that is built by from_env,
-    and the words of its table SPELLINGS.
+    and the words of the table SPELLINGS of older versions.
     """
     tree = syntax(unpacked(text) or text)
     names = {value for value in constants(tree) if isinstance(value, str) and re.fullmatch(r"[A-Z][A-Z0-9_]+", value)}

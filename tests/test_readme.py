@@ -20,11 +20,11 @@ def test_variable_table_is_the_help() -> None:
 
 
 def test_texts_name_only_known_variables() -> None:
-    """Every KEY=value and every `LONG_NAME` is a variable of the script or a spelling of one, or stands for any."""
+    """Every KEY=value and every `LONG_NAME` is a variable of the script, or stands for any."""
     prose = README.split("```text\n", 1)[0] + RESULTS
     named = set(re.findall(r"\b([A-Z][A-Z0-9_]{2,})=", prose)) | set(re.findall(r"`([A-Z0-9]+(?:_[A-Z0-9]+)+)`", prose))
     assert {"ITERATIONS", "EVAL_ONLY", "ATTN_BACKEND", "NUM_LOOPS"} <= named
-    assert named <= {*t.Config.variables(), *t.ALIASES, "KEY"}
+    assert named <= {*t.Config.variables(), "KEY"}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "records" / "recipes").glob("*.env")))

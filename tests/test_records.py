@@ -874,11 +874,11 @@ def test_readme_commands() -> None:
 
 
 def test_names_read() -> None:
-    """Of our script: every variable and spelling, and none that it does not take; of others: what they look up."""
+    """Of our script: every variable, and none that it does not take; of others: what they look up."""
     import train_gpt as t
 
     names = names_read(SCRIPT.read_text())
-    assert {*t.Config.variables(), *t.ALIASES} <= names and not {"PHASED_TTT_ENABLED", "LATE_QAT", "FOO"} & names
+    assert {*t.Config.variables()} <= names and not {"PHASED_TTT_ENABLED", "LATE_QAT", "FOO"} & names
     assert {"SEED", "DATA_PATH"} <= names_read(FOREIGN)
 
 
