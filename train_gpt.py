@@ -507,6 +507,8 @@ def run_rules(cfg: Config) -> list[tuple[Any, str]]:
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
     is_plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
     window = f"the window of {cfg.eval_len} tokens"
+    logs = [f"logs/{cfg.log_name}.{kind}" for kind in ("txt", "jsonl", "py")] + ["train.log", f"train_seed{cfg.seed}.log"]
+    own = [cfg.artifact_file, cfg.weights_file, *logs]
     return [
         (cfg.lowbit_bits != 1, "$LOWBIT_BITS: 2 to 8, or 0 for MATRIX_BITS"),
         (not idle, f"LOWBIT_NAME_PATTERNS={','.join(idle)}: not in {' '.join(names[:: cfg.num_layers])}"),
@@ -530,8 +532,8 @@ def run_rules(cfg: Config) -> list[tuple[Any, str]]:
          "$COMPRESSOR_LEVEL: too high for $COMPRESSOR; unset it for the best"),
         (is_plain_name and len(cfg.run_id.encode(errors="replace")) <= 200,
          f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, at most 200 bytes"),
-        (os.path.realpath(cfg.artifact_file) != os.path.realpath(cfg.weights_file),
-         f"ARTIFACT_PATH and WEIGHTS_PATH are one file, {cfg.artifact_file}: the one would replace the other"),
+        (len({*map(os.path.realpath, own)}) == len(own),
+         f"ARTIFACT_PATH={cfg.artifact_file} WEIGHTS_PATH={cfg.weights_file}: one file for two, or one of the run's logs"),
         (cfg.eval_only + cfg.export_only + cfg.resume <= 1, "EVAL_ONLY, EXPORT_ONLY, RESUME: set one of them at most"),
         (not cfg.resume or cfg.run_id, "RESUME=1 needs the RUN_ID of the run that is to go on"),
         (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
@@ -726,18 +728,19 @@ def synchronize(device: torch.device) -> None:
 def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
     """Write a file through a temporary name: it is whole or the older one. UserError where that fails.
 
-    A folder that has vanished is made again.
+    A folder that has vanished is made again, and a link is followed.
     """
-    partial_path = path.with_name(path.name + ".partial")
+    real = Path(os.path.realpath(path))
+    partial_path = real.with_name(real.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        real.parent.mkdir(parents=True, exist_ok=True)
         partial_path.write_bytes(blob)
-        partial_path.replace(path)
+        partial_path.replace(real)
     except OSError as problem:
         free = "?"
         with contextlib.suppress(OSError):
             partial_path.unlink(missing_ok=True)
-            free = shutil.disk_usage(path.parent).free
+            free = shutil.disk_usage(real.parent).free
         raise UserError(f"{variable}={path}: {problem.strerror}, {len(blob)} bytes to write, {free} free; make room or "
                         "take another disk") from None  # fmt: skip
 
@@ -768,8 +771,9 @@ class Claim:
             raise
 
     def lock(self, variable: str, path: Path, run_id: str) -> None:
-        """Take the lock beside `path`, which also shows that files can be made there."""
-        name = path.with_name(f".{path.name}.lock")
+        """Take the lock beside `path`, wherever links lead; it also shows that files can be made there."""
+        real = Path(os.path.realpath(path))
+        name = real.with_name(f".{real.name}.lock")
         try:
             if path.is_dir():
                 raise IsADirectoryError(0, "is a folder")

@@ -186,7 +186,9 @@ BLOCKED = {
                                       "ARTIFACT_PATH": "logs/one.pgolf", "MATRIX_BITS": 5}, "ARTIFACT_PATH="),
     "a bad tokenizer": ({"RUN_ID": "two", "TOKENIZER_PATH": "/nope"}, "TOKENIZER_PATH=/nope"),
     "the script for an artifact": ({"RUN_ID": "two", "ARTIFACT_PATH": "logs/one.py", "OVERWRITE": 1}, "logs/one.py: not a"),
-    "one path for two files": ({"RUN_ID": "two", "ARTIFACT_PATH": "./logs/../x", "WEIGHTS_PATH": "x"}, "are one file"),
+    "one path for two files": ({"RUN_ID": "two", "ARTIFACT_PATH": "./logs/../x", "WEIGHTS_PATH": "x"}, "one file for two"),
+    "its log for an artifact": ({"RUN_ID": "two", "ARTIFACT_PATH": "logs/two.jsonl"}, "logs/two.jsonl WEIGHTS_PATH="),
+    "a seed log for weights": ({"RUN_ID": "two", "WEIGHTS_PATH": "train.log"}, "WEIGHTS_PATH=train.log: one file for two"),
     "a folder for an artifact": ({"RUN_ID": "two", "ARTIFACT_PATH": "logs"}, "ARTIFACT_PATH=logs: cannot be written"),
     "a slash in the name": ({"RUN_ID": "a/../one"}, "RUN_ID='a/../one'"),
     "a long name": ({"RUN_ID": "x" * 300}, "at most 200 bytes"),
@@ -225,11 +227,13 @@ def test_overwrite_replaces_what_a_run_left(finished: Path, corpus: dict[str, st
 
 
 @pytest.mark.parametrize("second", [{"RUN_ID": "a"}, {"RUN_ID": "b", "ARTIFACT_PATH": "logs/a.pgolf"},
-                                    {"RUN_ID": "b", "WEIGHTS_PATH": "sub/../logs/a.weights.pt"}],
-                         ids=["name", "artifact", "weights"])  # fmt: skip
+                                    {"RUN_ID": "b", "WEIGHTS_PATH": "sub/../logs/a.weights.pt"},
+                                    {"RUN_ID": "b", "WEIGHTS_PATH": "link.pt"}],
+                         ids=["name", "artifact", "weights", "link"])  # fmt: skip
 def test_two_runs_never_share_a_file(in_tmp: Path, corpus: dict[str, str], second: dict[str, str]) -> None:
     """The second one ends at once and names the first; when that has ended its locks are gone."""
     Path("sub").mkdir()
+    Path("link.pt").symlink_to("logs/a.weights.pt")
     with t.Runtime.start(tiny_config(**corpus, RUN_ID="a"), {}) as first:
         first.log("step of the first")
         with pytest.raises(t.UserError, match=rf"process {os.getpid()} on .*RUN_ID=a, writes it now"):
@@ -336,6 +340,13 @@ def test_a_console_without_unicode_ends_nothing(tmp_path: Path, corpus: dict[str
     result = train(tmp_path / "work", env)
     assert result.returncode == 0, result.stderr
     assert "\\xfc" in result.stdout and str(folder) in (tmp_path / "work/logs/r.txt").read_text()
+
+
+def test_a_link_to_another_disk_stays(in_tmp: Path) -> None:
+    """What is written to it lands where it leads."""
+    Path("link").symlink_to("disk/file")
+    t.write_whole(Path("link"), b"blob", "WEIGHTS_PATH")
+    assert Path("link").is_symlink() and Path("disk/file").read_bytes() == b"blob"
 
 
 def test_folders_that_vanish_come_back(tmp_path: Path, corpus: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
