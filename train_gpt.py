@@ -1292,7 +1292,8 @@ class ByteTable:
         total = sum(place.stop - place.start for place in places)
         share = same / max(total, 1)
         if share < SAME_TOKENS:
-            raise UserError(f"{where}: of {total} validation tokens {share:.1%} come again when their text is encoded")
+            raise UserError(f"{where}: of {total} validation tokens {share:.1%} come again when their text is encoded; set "
+                            "the one that they were made with")  # fmt: skip
         if sidecar is None and any(self.pieces.piece_to_id(mark) != self.pieces.unk_id() for mark in CASE_MARKS):
             raise UserError(f"TOKENIZER_PATH={self.path} has case marks, which count no bytes: shards of it need their "
                             "byte sidecar, fineweb_val_bytes_*.bin")  # fmt: skip
