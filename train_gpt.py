@@ -214,7 +214,6 @@ class Config:
     lawa_enabled: bool = opt(False, "export the mean of the latest LAWA_K snapshots")
     lawa_k: int = opt(10, "snapshots in the LAWA window", low=1)
     lawa_freq: int = opt(100, "steps between LAWA snapshots", low=1)
-    average_blend: float = opt(1.0, "part of the average in the export; the rest: the last weights", low=0, high=1)
     qat_enabled: bool = opt(False, "train on the export grid (straight-through) during the whole run")
     late_qat_threshold: float = opt(0.15, "the same once the rate's scale is below this (0: never)", low=0, high=1)
 
@@ -3753,11 +3752,6 @@ class Averager:
         return {name for name, taken in {"ema": self.ema, snapshots: self.count}.items() if taken}
 
 
-def blend(cfg: Config, last: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """AVERAGE_BLEND x the average + the rest x the last weights (modded-nanogpt PR #325), by parameter name."""
-    return {name: last[name].lerp(tensor, cfg.average_blend) for name, tensor in average.items()}
-
-
 # ----------------------------------------------------------------------------------------------
 # 9. Training
 # ----------------------------------------------------------------------------------------------
@@ -4087,7 +4081,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapp
         run.log.event("clock", graphs_compiled=training.graphs, reserve_s=reserve)
         training.save("stopped" if cfg.post_qat_seconds else "ended")  # before anything else can fail
     finish_log(run, training)
-    average = blend(cfg, model.state_dict(), training.averager.weights())
+    average = training.averager.weights()
     active, step = training.active | training.averager.active(), training.step
     if cfg.post_qat_seconds:
         model.load(average)
@@ -4901,7 +4895,7 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
     with run.timed("averaged weights", "untimed"):
         score = evaluate(run, model, validation, cfg.eval_len)
     last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
-    log_score(run, f"DIAGNOSTIC {last}", score, f" blend:{cfg.average_blend:g}" if cfg.average_blend < 1 else "")
+    log_score(run, f"DIAGNOSTIC {last}", score)
     if cfg.qat_enabled or "late_qat" in trained.active:
         score_rounded(run, model, validation, last)
     return Produced(model, score, trained.active, path, blob[-8:])
@@ -5354,8 +5348,7 @@ def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
     if saved and (cfg.export_only or saved["state"] == "ended"):
         run.ledger.extend(tuple(row) for row in saved["standing"]["ledger"] if cfg.resume)
         model.order = tuple(saved["order"])
-        average = blend(cfg, saved["raw"], saved["average"])
-        trained = Trained(saved["steps"], average, set(saved["standing"]["active"]))
+        trained = Trained(saved["steps"], saved["average"], set(saved["standing"]["active"]))
     else:
         trained = train(run, trainer, validation, saved)
     return export_model(run, trainer, trained, validation)

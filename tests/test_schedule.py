@@ -302,15 +302,10 @@ def test_steps_that_the_device_has_not_made_yet_count(run: t.Runtime, monkeypatc
     assert 2.7 < spent < 3.2, "not what four steps more would take (3.35 s); a busy machine sleeps longer"
 
 
-@pytest.mark.parametrize("part", [0.0, 0.25, 1.0])
-def test_what_is_exported_is_the_average_blended_with_the_last_weights(part: float, run: t.Runtime) -> None:
-    """After training and from the weights file, which holds both unblended; 1 is the average to the last bit."""
-    run = t.replace(run, cfg=t.replace(run.cfg, average_blend=part))
+def test_what_is_exported_is_the_average(run: t.Runtime) -> None:
+    """After training and from the weights file, which holds the last weights beside it; to the last bit."""
     trained = t.train(run, t.Trainer(run, t.build_model(run, run.cfg, 1)), t.load_validation(run))
     saved = torch.load(run.cfg.weights_file, weights_only=True)
-    for weights in (trained.average, t.blend(run.cfg, saved["raw"], saved["average"])):
-        for name, tensor in weights.items():
-            raw, average = saved["raw"][name], saved["average"][name]
-            torch.testing.assert_close(tensor, part * average + (1 - part) * raw, rtol=1e-5, atol=1e-7)
-            assert part < 1 or torch.equal(tensor, average)
+    assert trained.average.keys() == saved["average"].keys() == saved["raw"].keys()
+    assert all(torch.equal(tensor, saved["average"][name]) for name, tensor in trained.average.items())
     assert not torch.equal(saved["raw"]["banks.up"], saved["average"]["banks.up"])
