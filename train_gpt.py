@@ -192,7 +192,6 @@ class Config:
     muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
     muon_rails_at: float = opt(1.0, "part of the run after which momentum has two rails (1: never)", low=0, high=1)
-    muon_slow_share: tuple[float, ...] = opt((0.5615,), "share of the slow rail (or at first and at the end: 0.7,0.45)")
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
     muon_head_group: int = opt(0, "heads whose rows of Q, or of K, Muon orthogonalizes together (0: all)", low=0)
     muon_row_normalize: bool = opt(True, "normalize update rows before orthogonalizing (MuonEq-R)")
@@ -552,8 +551,6 @@ def training_rules(cfg: Config) -> Rules:
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
         (not cfg.muon_head_group or cfg.num_kv_heads % cfg.muon_head_group == 0,
          f"MUON_HEAD_GROUP={cfg.muon_head_group} does not divide NUM_KV_HEADS={cfg.num_kv_heads}; 0 for all heads"),
-        (0 < len(slow := cfg.muon_slow_share) < 3 and all(0 <= share <= 1 for share in slow),
-         f"MUON_SLOW_SHARE={','.join(map(str, slow))}: one or two numbers from 0 to 1"),
         (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, f"MUON_RAILS_AT={cfg.muon_rails_at}: MUON_MOMENTUM below 1"),
         (len(short) == len(ends) and [*short] == sorted({*short}) and [*ends] == sorted(ends) and min(short) >= 0
          and not any(cfg.train_seq_len % n for n in short if 0 < n < cfg.train_seq_len),
@@ -3366,7 +3363,7 @@ class ParallelMuon:
         self.coefficients, self.dtype = newton_schulz_coefficients(cfg), model.dtype
         self.owned = -(-cfg.num_layers // ranks.world)  # layers per rank; the last ranks may hold padding
         zeros = partial(torch.zeros, device=ranks.device)  # the rails of the owned layers' momentum
-        self.state = {s.name: [zeros(self.owned, s.rows, s.cols) for _ in RAILS[: 1 + (cfg.muon_rails_at < 1)]]
+        self.state = {s.name: [zeros(self.owned, s.rows, s.cols) for _ in range(1 + (cfg.muon_rails_at < 1))]
                       for s in self.specs}  # fmt: skip
         self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
         self.as_tensor = partial(torch.full, (), dtype=torch.float32, device=ranks.device)  # numbers would recompile
@@ -3622,16 +3619,16 @@ def muon_share_at(cfg: Config, progress: float) -> float:
 
 
 class StepPlan(NamedTuple):
-    """Learning-rate scale, Muon momentum, phase, part of Muon's directions, share of the slow rail (None: one rail)."""
+    """Learning-rate scale, Muon momentum, phase, part of Muon's directions, whether its momentum has two rails."""
 
     lr_scale: float
     momentum: float
     phase: str
     muon_share: float = 1.0
-    slow_share: float | None = None
+    two_rails: bool = False
 
 
-RAILS = (0.85, 0.98)  # decay of the fast and the slow one; with shares .4385 and .5615 the mean age is 30 steps
+RAILS = {0.85: 0.4385, 0.98: 0.5615}  # decay and share of the fast and the slow one: their mean age is 30 steps
 
 
 def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, float]]:
@@ -3639,23 +3636,13 @@ def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, floa
     update is the gradient + the sum of weight x rail.
 
     Two rails (modded-nanogpt PR #340) f, s are averages of decays .85 and .98, and the update is
-    (1 - mu) gradient + mu ((1 - share) f + share s), all over 1 - mu here, since what follows makes its own length.
+    (1 - mu) gradient + mu (.4385 f + .5615 s), all over 1 - mu here, since what follows makes its own length.
     Until MUON_RAILS_AT both are the plain momentum sum of decay mu, in the same units: so both start from it.
     """
-    mu = plan.momentum
-    if plan.slow_share is None:
-        count = 1 + (cfg.muon_rails_at < 1)
+    mu, count = plan.momentum, 1 + (cfg.muon_rails_at < 1)
+    if not plan.two_rails:
         return [(mu, 1.0, mu / count)] * count
-    shares = zip(RAILS, (1 - plan.slow_share, plan.slow_share), strict=True)
-    return [(decay, (1 - decay) / (1 - mu), mu * share) for decay, share in shares]
-
-
-def slow_share_at(cfg: Config, progress: float) -> float | None:
-    """Share of the slow rail from MUON_RAILS_AT on, linear to the end of the run (modded-nanogpt PR #357)."""
-    if not progress >= cfg.muon_rails_at < 1:
-        return None
-    first, last = cfg.muon_slow_share[0], cfg.muon_slow_share[-1]
-    return first + (last - first) * (min(progress, 1.0) - cfg.muon_rails_at) / (1 - cfg.muon_rails_at)
+    return [(decay, (1 - decay) / (1 - mu), mu * share) for decay, share in RAILS.items()]
 
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
@@ -3663,8 +3650,8 @@ def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan
     scale, progress = lr_scale_at(cfg, step, seconds, budget), progress_at(cfg, step, seconds, budget)
     is_late = scale < cfg.late_qat_threshold and not cfg.qat_enabled
     phase = "late_qat" if is_late else phase_at(cfg, progress)[0]
-    shares = muon_share_at(cfg, progress), slow_share_at(cfg, progress)
-    return StepPlan(scale, momentum_at(cfg, step), phase, *shares)
+    two_rails = progress >= cfg.muon_rails_at < 1
+    return StepPlan(scale, momentum_at(cfg, step), phase, muon_share_at(cfg, progress), two_rails)
 
 
 class Grid(NamedTuple):
@@ -4114,8 +4101,8 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
     What it is good for is logged: the score of the weights rounded to that grid, before and after.
     """
     cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
-    scale, slow = cfg.post_qat_lr / cfg.matrix_lr, slow_share_at(cfg, 1.0)
-    plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, slow)
+    scale, two_rails = cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_rails_at < 1
+    plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, two_rails)
     enter_phase(run, trainer.model, plan, first, run.spent("train"))
     score_rounded(run, trainer.model, validation, "before_post_qat")
     clock.start()
