@@ -3,6 +3,7 @@
 MUTATIONS=10000 pytest tests/test_hostile.py tries more than the few hundred of every day.
 """
 
+import copy
 import hashlib
 import json
 import lzma
@@ -86,7 +87,7 @@ def mutated(blob: bytes, rng: random.Random) -> bytes:
         elif choice < 0.3 and type(parent[last]) in (int, float):
             parent[last] *= rng.choice([2, 10, 1000, -1])
         else:
-            parent[last] = rng.choice(ODD)
+            parent[last] = copy.deepcopy(rng.choice(ODD))  # or a later change goes into ODD, and it into itself
         if not header:
             break
     return pack(header, streams)
@@ -166,6 +167,16 @@ HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_header_that_no_run_wrote_is_refused(artifacts: list[bytes], name: str) -> None:
     header, streams = unpack(artifacts[0])
     assert "some.pgolf" in attempt(pack(HEADERS[name](header), streams))
+
+
+@pytest.mark.parametrize("depth", [10, 500, *range(900, 1000, 9), 100_000])
+@pytest.mark.parametrize("name", ["architecture", "order", "matrix_bits", "coded", "kept", "streams", "identity"])
+def test_a_value_nested_deeply_is_refused(artifacts: list[bytes], name: str, depth: int) -> None:
+    """Also where reading it just stays within Python's recursion limit, and comparing or printing it does not."""
+    header, streams = unpack(artifacts[0])
+    for inner in ("?", {"model_dim": "?"}):
+        text = json.dumps({**header, name: inner}).replace('"?"', "[" * depth + "]" * depth)
+        assert "some.pgolf" in attempt(pack(zlib.compress(text.encode()), streams))
 
 
 def test_weights_that_are_no_numbers_are_refused(artifacts: list[bytes]) -> None:
