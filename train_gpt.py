@@ -4705,13 +4705,16 @@ def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
         cfg = saved_config(header["architecture"], str(path))
         coded, kept = tensor_table(cfg)
         names, coders, sizes = zip(*header["streams"], strict=True)
+        orders = [[*range(cfg.num_layers)], [*final_order(cfg)]]
         sound = [
-            header["coded"] == coded and header["kept"] == kept and names == ("codes", "scales", "kept"),
+            # As text, since Python takes true and 1.0 for 1.
+            json.dumps([header["coded"], header["kept"]]) == json.dumps([coded, kept]),
+            names == ("codes", "scales", "kept") and json.dumps(header["order"]) in map(json.dumps, orders),
             sum(math.prod(shape) for _, shape in [*coded, *kept]) <= 16 * len(blob),
             {*coders[1:]} <= CODECS.keys() and coders[0] in ("ans", *CODECS),
             all(type(size) is int and size >= 0 for size in sizes) and end + sum(sizes) + 8 == len(blob),
-            header["order"] in ([*range(cfg.num_layers)], [*final_order(cfg)]),
-            header["matrix_bits"] in range(2, 9) and {*map(type, header["identity"].values())} <= {str},
+            type(header["matrix_bits"]) is int and 2 <= header["matrix_bits"] <= 8,
+            {*map(type, header["identity"].values())} <= {str},
         ]
     except DAMAGE as problem:
         raise UserError(f"{path}: its header is none of this script ({str(problem)[:200]})") from None

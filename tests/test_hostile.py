@@ -144,6 +144,11 @@ def test_a_stream_that_swells_is_cut_off(artifacts: list[bytes], coder: str, str
     assert "its streams are damaged" in attempt(pack(header, b"".join(parts)))
 
 
+def replaced_size(table: list[list], one: Any) -> list[list]:
+    """The table of coded tensors with each size of 1 as something that equals it."""
+    return [[name, [one if size == 1 else size for size in shape]] for name, shape in table]
+
+
 HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a bomb": lambda header: zlib.compress(b'{"a": "' + ZEROS.replace(b"\0", b" ") + b'"}'),
     "nested deeply": lambda header: zlib.compress(b"[" * 500_000),
@@ -159,6 +164,11 @@ HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a negative stream": lambda header: {**header, "streams": [[n, c, -s] for n, c, s in header["streams"]]},
     "streams twice": lambda header: {**header, "streams": header["streams"] * 2},
     "an unknown coder": lambda header: {**header, "streams": [[n, "pickle", s] for n, _, s in header["streams"]]},
+    "an order of truths": lambda header: {**header, "order": [0, True, 2, 3]},
+    "an order of fractions": lambda header: {**header, "order": [0, 1.0, 2, 3]},
+    "a size that is a truth": lambda header: {**header, "coded": replaced_size(header["coded"], True)},
+    "a size that is a fraction": lambda header: {**header, "coded": replaced_size(header["coded"], 1.0)},
+    "bits that are a fraction": lambda header: {**header, "matrix_bits": 6.0},
     "an identity of numbers": lambda header: {**header, "identity": {"tokenizer_sha256": 1}},
 }
 
