@@ -3318,9 +3318,8 @@ POLAR_EXPRESS = (  # per-iteration coefficients of Polar Express (arXiv 2505.169
 
 def newton_schulz_coefficients(cfg: Config) -> list[tuple[float, float, float]]:
     """(a, b, c) of each iteration X <- aX + (bA + cA^2)X with A = XX^T."""
-    if not cfg.polar_express:
-        return [QUINTIC] * cfg.muon_backend_steps
-    return [POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)] for i in range(cfg.muon_backend_steps)]
+    rows = POLAR_EXPRESS if cfg.polar_express else (QUINTIC,)
+    return [rows[min(i, len(rows) - 1)] for i in range(cfg.muon_backend_steps)]
 
 
 def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
@@ -3397,16 +3396,7 @@ class ParallelMuon:
 
     def launch(self) -> dict[str, tuple[Tensor, Any]]:
         """Start averaging every bank's gradient; bank -> (owned layers' gradient, handle to wait for)."""
-        launched = {}
-        for spec in self.specs:
-            grad = self.banks[spec.name].grad
-            if self.ranks.world == 1:
-                launched[spec.name] = (grad, None)
-                continue
-            padded = grad.new_zeros((self.owned * self.ranks.world, *grad.shape[1:]), dtype=self.dtype)
-            padded[: len(grad)] = grad / self.ranks.world
-            launched[spec.name] = reduce_scatter(self.ranks, padded)
-        return launched
+        return {spec.name: reduce_scatter(self.ranks, self.banks[spec.name].grad, self.dtype) for spec in self.specs}
 
     def gather(self, gradients: dict[str, Tensor], plan: "StepPlan", clip: Tensor) -> dict[str, tuple[Tensor, Any]]:
         """Updates of the owned layers from their gradients; bank -> (all ranks' updates, handle to wait for).
@@ -3434,34 +3424,29 @@ def arrived(pair: tuple[Tensor, Any]) -> Tensor:
     return pair[0]
 
 
-def reduce_scatter(ranks: Ranks, full: Tensor) -> tuple[Tensor, Any]:
-    """This rank's slice of the sum over ranks along dimension 0, and a handle to wait for."""
-    owned = len(full) // ranks.world
+def padded(layers: Tensor, world: int) -> Tensor:
+    """(layers, rows, cols) with layers of zeros at the end, so that every rank owns as many."""
+    return F.pad(layers, (0, 0, 0, 0, 0, -len(layers) % world))
+
+
+def reduce_scatter(ranks: Ranks, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """The mean over ranks of the layers that this rank owns, summed as `dtype`, and a handle to wait for."""
+    if ranks.world == 1:
+        return grad, None
+    full = padded((grad / ranks.world).to(dtype), ranks.world)
+    shard = full.chunk(ranks.world)[ranks.rank]
     if ranks.device.type != "cuda":  # gloo has no reduce-scatter on every supported version
-        handle = dist.all_reduce(full, async_op=True)
-        return full[ranks.rank * owned : (ranks.rank + 1) * owned], handle
-    shard = full.new_empty((owned, *full.shape[1:]))
+        return shard, dist.all_reduce(full, async_op=True)
+    shard = torch.empty_like(shard)
     return shard, dist.reduce_scatter_tensor(shard, full, async_op=True)
 
 
 def all_gather(ranks: Ranks, shard: Tensor) -> tuple[Tensor, Any]:
-    """All ranks' shards along dimension 0, and a handle to wait for (None for a world of one)."""
+    """All ranks' shards along dimension 0, and a handle to wait for."""
     if ranks.world == 1:
         return shard, None
     full = shard.new_empty((len(shard) * ranks.world, *shard.shape[1:]))
     return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
-
-
-def adam_groups(cfg: Config) -> dict[str, tuple[float, float]]:
-    """Adam group -> (learning rate, weight decay)."""
-    embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
-    return {
-        "embed": (embed_lr, cfg.embed_wd),
-        "head": (cfg.head_lr, cfg.adam_wd),
-        "scalar": (cfg.scalar_lr, cfg.adam_wd),
-        "asqu": (cfg.asqu_lr, 0.0),
-        "lora": (cfg.lora_lr, 0.0),
-    }
 
 
 class Optimizers:
@@ -3470,10 +3455,17 @@ class Optimizers:
     def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
         self.cfg, self.ranks = cfg, ranks
         self.muon = ParallelMuon(cfg, ranks, model)
+        rates = {  # Adam group -> (learning rate, weight decay)
+            "embed": (cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr, cfg.embed_wd),
+            "head": (cfg.head_lr, cfg.adam_wd),
+            "scalar": (cfg.scalar_lr, cfg.adam_wd),
+            "asqu": (cfg.asqu_lr, 0.0),
+            "lora": (cfg.lora_lr, 0.0),
+        }
         groups = []
-        for name, (lr, decay) in adam_groups(cfg).items():
-            members = [model.rest[s.name] for s in model.rest_specs if s.group == name]
-            groups += [{"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay}] if members else []
+        for name, (lr, decay) in rates.items():
+            if members := [model.rest[s.name] for s in model.rest_specs if s.group == name]:
+                groups.append({"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay})
         fused = ranks.device.type == "cuda"
         self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
         self.small = [p for group in groups for p in group["params"]]
@@ -3515,26 +3507,15 @@ class Optimizers:
         self.muon.finish(gathered, self.muon.as_tensor(self.cfg.matrix_lr * plan.lr_scale))
 
     def state_dict(self) -> dict[str, Any]:
-        """All optimizer state of this rank; a restore from it is bitwise."""
-        return {"muon": self.muon.state, "adam": self.adam.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for mine, saved in zip(tensor_leaves(self.muon.state), tensor_leaves(state["muon"]), strict=True):
-            mine.copy_(saved)
-        self.adam.load_state_dict(state["adam"])
-
-    def gathered_state(self) -> dict[str, Any]:
-        """`state_dict` with the momentum of all ranks' layers, for a checkpoint; every rank calls it."""
-        whole = [arrived(all_gather(self.ranks, shard)) for shard in tensor_leaves(self.muon.state)]
+        """All optimizer state, with the momentum of all ranks' layers; every rank calls it."""
+        whole = [arrived(all_gather(self.ranks, rail)) for rail in tensor_leaves(self.muon.state)]
         return {"muon": [full[: self.cfg.num_layers] for full in whole], "adam": self.adam.state_dict()}
 
-    def load_gathered_state(self, state: dict[str, Any]) -> None:
-        """Take this rank's part of a `gathered_state`."""
-        first = self.ranks.rank * self.muon.owned
-        own = [whole[first : first + self.muon.owned] for whole in state["muon"]]
-        padding = [self.muon.owned - len(part) for part in own]
-        own = [F.pad(part, (0, 0, 0, 0, 0, count)) for part, count in zip(own, padding, strict=True)]
-        self.load_state_dict({"muon": own, "adam": state["adam"]})
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take this rank's part of a `state_dict`, bitwise."""
+        for rail, full in zip(tensor_leaves(self.muon.state), state["muon"], strict=True):
+            rail.copy_(padded(full, self.ranks.world).chunk(self.ranks.world)[self.ranks.rank])
+        self.adam.load_state_dict(state["adam"])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -4001,7 +3982,7 @@ class Training:
         Weights that are not finite never replace good ones.
         """
         run, order, is_saved = self.run, list(self.model.order), 0.0
-        optimizers = self.trainer.optimizers.gathered_state()
+        optimizers = self.trainer.optimizers.state_dict()
         if run.ranks.is_main:
             raw = self.model.state_dict()
             if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
@@ -4027,7 +4008,7 @@ class Training:
         """Go on from a checkpoint. What a killed run spent after it is counted, and at once noted in the file."""
         run, standing = self.run, saved["standing"]
         self.model.load(saved["raw"])
-        self.trainer.optimizers.load_gathered_state(saved["optimizers"])
+        self.trainer.optimizers.load_state_dict(saved["optimizers"])
         self.averager.load(saved["averager"])
         self.step, self.phase, self.graphs = saved["steps"], standing["phase"], standing["graphs"]
         self.active, self.model.order = set(standing["active"]), tuple(saved["order"])
