@@ -3540,9 +3540,8 @@ def final_order(cfg: Config) -> tuple[int, ...]:
     A stack of shared blocks (PR #38) is LOOP_START=0 LOOP_END=NUM_LAYERS-1 ENABLE_LOOPING_AT=0; its "number of loops"
     counts all passes and so is 1 + NUM_LOOPS.
     """
-    looped = tuple(range(cfg.loop_start, cfg.loop_end + 1)) * (1 + cfg.num_loops)
-    plain = tuple(range(cfg.num_layers))
-    return plain[: cfg.loop_start] + looped + plain[cfg.loop_end + 1 :] if cfg.num_loops else plain
+    plain, first, end = tuple(range(cfg.num_layers)), cfg.loop_start, cfg.loop_end + 1
+    return plain[:first] + plain[first:end] * (1 + cfg.num_loops) + plain[end:] if cfg.num_loops else plain
 
 
 def phase_at(cfg: Config, progress: float) -> tuple[str, Phase]:

@@ -189,6 +189,14 @@ def test_a_value_nested_deeply_is_refused(artifacts: list[bytes], name: str, dep
         assert "some.pgolf" in attempt(pack(zlib.compress(text.encode()), streams))
 
 
+@pytest.mark.parametrize("name", ["loop_start", "loop_end", "xsa_last_n", "parallel_start_layer", "num_loops"])
+def test_a_layer_that_does_not_exist_takes_no_memory(artifacts: list[bytes], name: str) -> None:
+    """Without NUM_LOOPS the loop's ends mean nothing: any number is read, and no list of so many layers is made."""
+    header, streams = unpack(artifacts[0])
+    message = attempt(pack({**header, "architecture": {**header["architecture"], name: 2**31}}, streams))
+    assert ("some.pgolf" in message) == (not name.startswith("loop_"))
+
+
 def test_weights_that_are_no_numbers_are_refused(artifacts: list[bytes]) -> None:
     """Half-precision infinities in the scales."""
     header, streams = unpack(artifacts[1])
