@@ -502,7 +502,7 @@ def parse_value(name: str, text: str, spec: Field) -> Any:
             raise UserError(f"{name}={text!r}: expected one of {', '.join(choices)}")
         return text
     value = parse_number(name, text, kind)
-    if not math.isfinite(value) or not low <= value <= high:
+    if not abs(value) < 1e38 or not low <= value <= high:  # neither NaN nor beyond float32
         limits = [f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
         raise UserError(f"{name}={text}: expected a finite number{' of ' * bool(limits)}{' and '.join(limits)}")
     return value

@@ -164,6 +164,7 @@ HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a negative stream": lambda header: {**header, "streams": [[n, c, -s] for n, c, s in header["streams"]]},
     "streams twice": lambda header: {**header, "streams": header["streams"] * 2},
     "an unknown coder": lambda header: {**header, "streams": [[n, "pickle", s] for n, _, s in header["streams"]]},
+    "a gain beyond float32": lambda header: {**header, "architecture": {**header["architecture"], "qk_gain_init": 1e308}},
     "an order of truths": lambda header: {**header, "order": [0, True, 2, 3]},
     "an order of fractions": lambda header: {**header, "order": [0, 1.0, 2, 3]},
     "a size that is a truth": lambda header: {**header, "coded": replaced_size(header["coded"], True)},
