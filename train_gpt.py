@@ -53,7 +53,7 @@ import traceback
 import types
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
@@ -3449,6 +3449,11 @@ def all_gather(ranks: Ranks, shard: Tensor) -> tuple[Tensor, Any]:
     return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
 
 
+def cut(flat: Tensor, shapes: list[Sequence[int]]) -> list[Tensor]:
+    """Tensors of these shapes from all their entries in one row."""
+    return [piece.view(shape) for piece, shape in zip(flat.split([*map(math.prod, shapes)]), shapes, strict=True)]
+
+
 class Optimizers:
     """Muon and AdamW behind one `step`; every parameter is in exactly one of them."""
 
@@ -3498,9 +3503,8 @@ class Optimizers:
         gradients, bucket = {name: arrived(pair) for name, pair in launched.items()}, arrived(small)
         clip = self.clip_factor(bucket, list(gradients.values()))
         gathered = self.muon.gather(gradients, plan, clip)
-        pieces = (bucket * clip).split([p.numel() for p in self.small])
-        for parameter, piece in zip(self.small, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
+        for parameter, grad in zip(self.small, cut(bucket * clip, [p.shape for p in self.small]), strict=True):
+            parameter.grad = grad
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * plan.lr_scale
         self.adam.step()
@@ -3559,13 +3563,13 @@ def phase_at(cfg: Config, progress: float) -> tuple[str, Phase]:
 def phases(cfg: Config) -> dict[str, Phase]:
     """Name -> phase, in the order in which the schedule will use them; late QAT has all loops and the whole length."""
     begins = {0.0, *cfg.seq_lengths.values(), cfg.enable_looping_at if cfg.num_loops else 0.0} - {math.inf}
+    found = dict(phase_at(cfg, begin) for begin in sorted(begins))
     late = Phase(final_order(cfg), True, cfg.train_seq_len)
-    rows = [
-        *((True, *phase_at(cfg, begin)) for begin in sorted(begins)),
-        (cfg.late_qat_threshold > 0 and not cfg.qat_enabled, "late_qat", late),
-        (cfg.post_qat_seconds, "post_qat", late),
-    ]
-    return {name: phase for present, name, phase in rows if present}
+    if cfg.late_qat_threshold > 0 and not cfg.qat_enabled:
+        found["late_qat"] = late
+    if cfg.post_qat_seconds:
+        found["post_qat"] = late
+    return found
 
 
 def progress_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
@@ -3591,11 +3595,6 @@ def momentum_at(cfg: Config, step: int) -> float:
     """Muon momentum, linear from its start to its final value."""
     done = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
     return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
-
-
-def muon_share_at(cfg: Config, progress: float) -> float:
-    """Part of the singular directions in Muon's update: all at the start, MUON_RANK_FRAC at the end, by cosine."""
-    return cfg.muon_rank_frac + (1 - cfg.muon_rank_frac) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 class StepPlan(NamedTuple):
@@ -3626,12 +3625,15 @@ def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, floa
 
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
-    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
+    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold.
+
+    Muon's updates have all singular directions at the start and MUON_RANK_FRAC of them at the end, by a cosine.
+    """
     scale, progress = lr_scale_at(cfg, step, seconds, budget), progress_at(cfg, step, seconds, budget)
     is_late = scale < cfg.late_qat_threshold and not cfg.qat_enabled
     phase = "late_qat" if is_late else phase_at(cfg, progress)[0]
-    two_rails = progress >= cfg.muon_rails_at < 1
-    return StepPlan(scale, momentum_at(cfg, step), phase, muon_share_at(cfg, progress), two_rails)
+    share = cfg.muon_rank_frac + (1 - cfg.muon_rank_frac) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return StepPlan(scale, momentum_at(cfg, step), phase, share, two_rails=progress >= cfg.muon_rails_at < 1)
 
 
 class Grid(NamedTuple):
@@ -4381,23 +4383,20 @@ def gptq_quantize(job: QuantJob, hessian: Tensor, scale: Tensor, cfg: Config) ->
     return torch.empty_like(codes).scatter_(2, order[:, None, :].expand_as(codes), codes)
 
 
-def quantize_jobs(cfg: Config, jobs: list[QuantJob], hessians: Mapping[str, Tensor], sigmas: float) -> dict[str, Coded]:
-    """Quantize every job: GPTQ where its inputs were observed, round to nearest elsewhere (embedding tables)."""
-    coded = {}
-    for job in jobs:
-        scale = job_scale(cfg, job, hessians, sigmas)
-        if broken := [name for name in job.hessians if name in hessians and not hessians[name].isfinite().all()]:
-            raise UserError(f"Hessians of {broken} are not finite: activations overflowed on the calibration data")
-        if cfg.gptq_enabled and all(name in hessians for name in job.hessians):
-            codes = gptq_quantize(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
-        else:
-            codes = round_to_grid(job.tensor, scale, job.bits)
-        coded[job.name] = Coded(codes.to(torch.int8), scale.half())
-    return coded
+def quantize(cfg: Config, job: QuantJob, hessians: Mapping[str, Tensor], sigmas: float) -> Coded:
+    """Codes of a job by GPTQ where its inputs were observed, by rounding to nearest elsewhere (embedding tables)."""
+    scale = job_scale(cfg, job, hessians, sigmas)
+    if broken := [name for name in job.hessians if name in hessians and not hessians[name].isfinite().all()]:
+        raise UserError(f"Hessians of {broken} are not finite: activations overflowed on the calibration data")
+    if cfg.gptq_enabled and all(name in hessians for name in job.hessians):
+        codes = gptq_quantize(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
+    else:
+        codes = round_to_grid(job.tensor, scale, job.bits)
+    return Coded(codes.to(torch.int8), scale.half())
 
 
-def quantize_shared(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tensor], sigmas: float) -> dict[str, Coded]:
-    """`quantize_jobs` with the layers of all jobs shared over the ranks; every rank gets all codes.
+def quantize_jobs(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tensor], sigmas: float) -> dict[str, Coded]:
+    """Codes of all jobs by name, their layers shared over the ranks; every rank gets all.
 
     GPTQ is a loop over columns, so each rank takes layers that have the same number of columns in all. Sums over
     ranks join the parts: what a rank does not own is zero there.
@@ -4412,7 +4411,7 @@ def quantize_shared(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tens
         if own := (owner == ranks.rank).nonzero()[:, 0].tolist():
             names = [job.hessians[layer] for layer in own]
             part = job._replace(tensor=job.tensor[own], bits=job.bits[own], hessians=names)
-            codes[own], scale[own] = quantize_jobs(run.cfg, [part], hessians, sigmas)[job.name]
+            codes[own], scale[own] = quantize(run.cfg, part, hessians, sigmas)
         coded[job.name] = Coded(codes, scale)
     return {name: Coded(*map(ranks.sum_, parts)) for name, parts in coded.items()}
 
@@ -4483,9 +4482,10 @@ def join_bytes(raw: bytes) -> Tensor:
 
 
 class Codec(NamedTuple):
-    """A coder: module, name of its level argument, strongest level, and how at most `size` bytes are read."""
+    """A coder: module, its error, name of its level argument, strongest level, how at most `size` bytes are read."""
 
     module: str
+    error: str
     argument: str
     strongest: int
     read: Callable[[Any, bytes, int], bytes]  # module, data, size
@@ -4493,12 +4493,13 @@ class Codec(NamedTuple):
 
 MOST_WINDOW = 2**27  # bytes of memory that a stream may ask its decoder for
 CODECS = {
-    "zlib": Codec("zlib", "level", 9, lambda m, data, size: m.decompressobj().decompress(data, size)),
-    "lzma": Codec("lzma", "preset", 9,
+    "zlib": Codec("zlib", "error", "level", 9, lambda m, data, size: m.decompressobj().decompress(data, size)),
+    "lzma": Codec("lzma", "LZMAError", "preset", 9,
                   lambda m, data, size: m.LZMADecompressor(memlimit=MOST_WINDOW).decompress(data, size)),
-    "zstd": Codec("zstandard", "level", 22,
+    "zstd": Codec("zstandard", "ZstdError", "level", 22,
                   lambda m, data, size: m.ZstdDecompressor(max_window_size=MOST_WINDOW).stream_reader(data).read(size)),
-    "brotli": Codec("brotli", "quality", 11, lambda m, data, size: read_brotli(m.Decompressor(), data, size)),
+    "brotli": Codec("brotli", "error", "quality", 11,
+                    lambda m, data, size: read_brotli(m.Decompressor(), data, size)),
 }  # fmt: skip
 
 
@@ -4531,16 +4532,13 @@ def encode_stream(cfg: Config, raw: bytes) -> tuple[str, bytes]:
     return min(options, key=lambda option: len(option[1]))
 
 
-def codec_errors() -> tuple[type[Exception], ...]:
-    """What the installed coders raise on a damaged stream."""
-    found = {"lzma": "LZMAError", "zstandard": "ZstdError", "brotli": "error"}
-    return tuple(getattr(importlib.import_module(module), name) for module, name in found.items()
-                 if importlib.util.find_spec(module))  # fmt: skip
-
-
 def decode_stream(coder: str, data: bytes, size: int) -> bytes:
-    """The `size` bytes of a stream; ValueError where it has others, before it can fill the memory."""
-    raw = CODECS[coder].read(codec(coder), data, size + 1)
+    """The `size` bytes of a stream; ValueError where it is damaged or has others, before it can fill the memory."""
+    module = codec(coder)
+    try:
+        raw = CODECS[coder].read(module, data, size + 1)
+    except getattr(module, CODECS[coder].error) as problem:
+        raise ValueError(str(problem)) from None
     if len(raw) != size:
         raise ValueError(f"a stream holds {len(raw)} bytes or more, not {size}")
     return raw
@@ -4647,12 +4645,11 @@ DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, E
 MOST_HEADER_BYTES = 2**20
 
 
-def tensor_table(cfg: Config) -> tuple[list[list], list[list]]:
-    """[name, shape] of the coded tensors and of the kept ones that an architecture has, as an artifact lists them."""
-    banks = [[spec.name, [cfg.num_layers, spec.rows, spec.cols]] for spec in bank_specs(cfg)]
-    rest = rest_specs(cfg)
-    kept = [[spec.name, list(spec.shape)] for spec in rest if not spec.coded]
-    return [*banks, *([spec.name, [1, *spec.shape]] for spec in rest if spec.coded)], kept
+def tensor_table(cfg: Config) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Shapes by name of the coded tensors and of the kept ones that an architecture has, in an artifact's order."""
+    banks = {spec.name: [cfg.num_layers, spec.rows, spec.cols] for spec in bank_specs(cfg)}
+    coded = {spec.name: [1, *spec.shape] for spec in rest_specs(cfg) if spec.coded}
+    return banks | coded, {spec.name: [*spec.shape] for spec in rest_specs(cfg) if not spec.coded}
 
 
 def saved_config(saved: Any, where: str) -> Config:
@@ -4688,9 +4685,9 @@ def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
         orders = [[*range(cfg.num_layers)], [*final_order(cfg)]]
         sound = [
             # As text, since Python takes true and 1.0 for 1.
-            json.dumps([header["coded"], header["kept"]]) == json.dumps([coded, kept]),
+            json.dumps([header["coded"], header["kept"]]) == json.dumps([[*coded.items()], [*kept.items()]]),
             names == ("codes", "scales", "kept") and json.dumps(header["order"]) in map(json.dumps, orders),
-            sum(math.prod(shape) for _, shape in [*coded, *kept]) <= 16 * len(blob),
+            sum(map(math.prod, [*coded.values(), *kept.values()])) <= 16 * len(blob),
             {*coders[1:]} <= CODECS.keys() and coders[0] in ("ans", *CODECS),
             all(type(size) is int and size >= 0 for size in sizes) and end + sum(sizes) + 8 == len(blob),
             type(header["matrix_bits"]) is int and 2 <= header["matrix_bits"] <= 8,
@@ -4706,30 +4703,30 @@ def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
 def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header, and the parameters by name in fp32 as the model has them; UserError where the streams are damaged."""
     header, cfg, offset = read_header(blob, path)
-    ends = list(itertools.accumulate((size for _, _, size in header["streams"]), initial=offset))
-    coders = [coder for _, coder, _ in header["streams"]]
-    code_data, scale_data, kept_data = (blob[a:b] for a, b in itertools.pairwise(ends))
-    sizes = [rows * cols for _, (n, rows, cols) in header["coded"] for _ in range(n)]
+    coded, kept = tensor_table(cfg)
+    file = io.BytesIO(blob[offset:])
+    streams = [(coder, file.read(size)) for _, coder, size in header["streams"]]
+    segments = [rows * cols for layers, rows, cols in coded.values() for _ in range(layers)]
+
+    def halves(stream: int, shapes: list[list[int]]) -> list[Tensor]:
+        """A stream's tensors of half-precision values."""
+        raw = decode_stream(*streams[stream], 2 * sum(map(math.prod, shapes)))
+        return cut(join_bytes(raw), shapes)
+
     try:
-        codes = ans_decode(code_data, sizes) if coders[0] == "ans" else decode_stream(coders[0], code_data, sum(sizes))
-        codes = torch.from_numpy(np.frombuffer(codes, np.int8).copy())
-        rows, count = (sum(math.prod(shape[:2]) for _, shape in header["coded"]),
-                       sum(math.prod(shape) for _, shape in header["kept"]))  # fmt: skip
-        scales, kept = (join_bytes(decode_stream(coder, data, 2 * length)) for coder, data, length in
-                        ((coders[1], scale_data, rows), (coders[2], kept_data, count)))  # fmt: skip
-    except (*DAMAGE, *codec_errors()) as problem:
+        is_ans = streams[0][0] == "ans"
+        raw = ans_decode(streams[0][1], segments) if is_ans else decode_stream(*streams[0], sum(segments))
+        codes = cut(torch.from_numpy(np.frombuffer(raw, np.int8).copy()), [*coded.values()])
+        scales, values = halves(1, [shape[:2] for shape in coded.values()]), halves(2, [*kept.values()])
+    except DAMAGE as problem:
         raise UserError(f"{path}: its streams are damaged ({str(problem)[:200]})") from None
-    if not (scales.isfinite().all() and kept.isfinite().all()):
+    if not all(tensor.isfinite().all() for tensor in [*scales, *values]):
         raise UserError(f"{path}: it holds scales that are not finite; export it again with EXPORT_ONLY=1")
     parameters, banks = {}, {spec.name for spec in bank_specs(cfg)}
-    shapes = [shape for _, shape in header["coded"]]
-    pieces = zip(codes.split([math.prod(s) for s in shapes]), scales.split([s[0] * s[1] for s in shapes]), strict=True)
-    for (name, shape), (code, scale) in zip(header["coded"], pieces, strict=True):
-        tensor = Coded(code.view(shape), scale.view(shape[:2])).dequantize()
+    for name, *pair in zip(coded, codes, scales, strict=True):
+        tensor = Coded(*pair).dequantize()
         parameters[f"banks.{name}" if name in banks else f"rest.{name}"] = tensor if name in banks else tensor[0]
-    pieces = kept.split([math.prod(shape) for _, shape in header["kept"]])
-    parameters |= {f"rest.{n}": piece.view(s).float() for (n, s), piece in zip(header["kept"], pieces, strict=True)}
-    return header, parameters
+    return header, parameters | {f"rest.{name}": value.float() for name, value in zip(kept, values, strict=True)}
 
 
 class Exporter:
@@ -4748,7 +4745,7 @@ class Exporter:
         jobs = quant_jobs(self.model, self.layer_bits)
         if self.cfg.fits_clip and not self.layer_bits:
             (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
-        self.coded = quantize_shared(self.run, jobs, self.hessians, self.sigmas)
+        self.coded = quantize_jobs(self.run, jobs, self.hessians, self.sigmas)
 
     def quantize(self, ratio: float = 1.0) -> None:
         """`fit` on the clock."""
@@ -4764,8 +4761,8 @@ class Exporter:
                 "order": list(self.model.order),
                 "identity": dict(self.identity),
             }
-            is_main = self.run.ranks.is_main
-            self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes) if is_main else b""
+            if self.run.ranks.is_main:
+                self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes)
             self.size = int(self.run.ranks.agree(len(self.blob))[0])
             self.ratio *= self.size / self.expected()
         return self.size
@@ -4790,19 +4787,15 @@ class Exporter:
 
     def prune(self) -> None:
         """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
-        if not self.cfg.selective_prune_enabled:
-            return
-        names = [spec.name for spec in self.model.specs]
-        costs = {n: self.coded[n].scale.float().square().unsqueeze(-1).expand_as(self.coded[n].codes) for n in names}
-        ones = {n: self.coded[n].codes.abs() == 1 for n in names}
-        ranked = torch.cat([costs[n][ones[n]] for n in names]).sort().values
-        full = dict(self.coded)
+        full = {spec.name: self.coded[spec.name] for spec in self.model.specs}
+        costs = {n: bank.scale.float().square().unsqueeze(-1).expand_as(bank.codes) for n, bank in full.items()}
+        ones = {n: bank.codes.abs() == 1 for n, bank in full.items()}
+        ranked = torch.cat([costs[n][ones[n]] for n in full]).sort().values
 
         def zeroed_size(share: float) -> float:
             threshold = ranked[min(int(share * len(ranked)), len(ranked) - 1)]
-            for n in names:
-                codes = full[n].codes.masked_fill(ones[n] & (costs[n] <= threshold), 0)
-                self.coded[n] = full[n]._replace(codes=codes)
+            for n, bank in full.items():
+                self.coded[n] = bank._replace(codes=bank.codes.masked_fill(ones[n] & (costs[n] <= threshold), 0))
             return self.expected()
 
         for _ in range(4):  # by entropy, and then by the coder, which corrects what is expected of it
@@ -4814,25 +4807,24 @@ class Exporter:
 
     def lower_layers(self) -> None:
         """Give one layer after another five bits, from the centre outwards, until the artifact fits (PR #638)."""
-        if not self.cfg.int5_fallback or self.cfg.matrix_bits <= 5:
-            return
-        middle, last = (self.cfg.num_layers - 1) / 2, self.cfg.num_layers - 1
-        for count, layer in enumerate(sorted(range(self.cfg.num_layers), key=lambda i: abs(i - middle))):
+        layers = sorted(range(self.cfg.num_layers), key=lambda i: abs(i - (self.cfg.num_layers - 1) / 2))
+        for layer in layers:
             if self.size <= self.limit:
                 return
             self.layer_bits[layer] = 5
             self.quantize()
             size = self.expected()
-            if size < 1.02 * self.limit or count == last:  # near enough that only the coder can tell
+            if size < 1.02 * self.limit or layer == layers[-1]:  # near enough that only the coder can tell
                 size = self.encode()
             self.run.log(f"int5_fallback: layer {layer} at 5 bits, artifact:{size:.0f}")
 
     def export(self) -> bytes:
         """The artifact (on rank 0); UserError, with the excess, when nothing that is allowed makes it fit."""
         self.fill()
-        for strategy in (self.prune, self.lower_layers):
-            if self.size > self.limit:
-                strategy()
+        if self.size > self.limit and self.cfg.selective_prune_enabled:
+            self.prune()
+        if self.size > self.limit and self.cfg.int5_fallback and self.cfg.matrix_bits > 5:
+            self.lower_layers()
         if self.size > self.limit:
             raise UserError(
                 f"artifact {self.size} + code {code_bytes()} bytes are {self.size - self.limit} bytes over "
@@ -5074,7 +5066,7 @@ class TestTimeTrainer:
         (nll.mean(1) * weight[share.start : share.stop]).sum().backward()
         grads = [parameter.grad for parameter in self.parameters]
         bucket = ranks.sum_(torch.cat([grad.flatten() for grad in grads]))
-        torch._foreach_copy_(grads, [b.view_as(g) for g, b in zip(grads, bucket.split([g.numel() for g in grads]))])
+        torch._foreach_copy_(grads, cut(bucket, [grad.shape for grad in grads]))
         for parameter in self.layered:
             parameter.grad[: cfg.ttt_freeze_blocks] = 0
         if cfg.ttt_grad_clip:

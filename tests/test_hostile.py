@@ -21,7 +21,7 @@ import brotli
 import pytest
 import torch
 import zstandard
-from conftest import tiny_model
+from conftest import codes_of, tiny_model
 
 import train_gpt as t
 
@@ -39,7 +39,7 @@ def artifacts() -> list[bytes]:
     blobs = []
     for coder in ("ans", "zlib", "lzma", "zstd", "brotli"):
         model = tiny_model(GPTQ_ENABLED=0, COMPRESSOR=coder)
-        coded = t.quantize_jobs(model.cfg, t.quant_jobs(model), {}, 6.0)
+        coded = codes_of(model.cfg, t.quant_jobs(model), {}, 6.0)
         blobs.append(t.encode_artifact(model.cfg, coded, t.kept_tensors(model), NOTES))
     return blobs
 

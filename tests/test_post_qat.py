@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_env, tiny_model, unscaled
+from conftest import codes_of, tiny_config, tiny_env, tiny_model, unscaled
 
 import train_gpt as t
 
@@ -31,7 +31,7 @@ def test_patterns_choose_rows_of_a_bank() -> None:
 def test_export_and_training_share_the_mixed_grid() -> None:
     """Codes stay within the bits of their row, use them, and are what the forward pass trains on."""
     model = tiny_model(**LOWBIT, **GRID)
-    coded = t.quantize_jobs(model.cfg, t.quant_jobs(model), {}, 0.0)
+    coded = codes_of(model.cfg, t.quant_jobs(model), {}, 0.0)
     trained_on = unscaled(model, model.weights(True))
     for name, bits in model.bits.items():
         codes = coded[name].codes.float().abs().amax(-1, keepdim=True)
