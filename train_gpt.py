@@ -4906,12 +4906,11 @@ def plan_document_windows(spans: np.ndarray, length: int, stride: int) -> np.nda
 
 
 class Score(NamedTuple):
-    """Sums over scored targets, and the seconds it took."""
+    """Sums over scored targets."""
 
     nats: float
     targets: int
     bytes: int
-    seconds: float
 
     @property
     def loss(self) -> float:
@@ -4982,14 +4981,14 @@ class NgramMixer:
 def score_windows(
     run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray, mixer: NgramMixer | None = None
 ) -> Tensor:
-    """[nats, targets, bytes] over the scored targets of `windows`, this rank's part, float64; a mixer adds its nats.
+    """[nats, targets, bytes] over the scored targets of `windows`, shared over the ranks, float64; a mixer adds its nats.
 
     The only place that runs the model for a score. All batches have one shape: the last is filled with windows that
     score nothing.
     """
-    length, device = run.cfg.eval_len, run.ranks.device
+    length, device, share = run.cfg.eval_len, run.ranks.device, run.ranks.share(len(windows))
     batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, model.micro_batch) // length)
-    plan = torch.from_numpy(np.pad(windows, ((0, -len(windows) % batch), (0, 0)))).to(device)
+    plan = torch.from_numpy(np.pad(windows[share.start : share.stop], ((0, -len(share) % batch), (0, 0)))).to(device)
     weights, order = model.fast_weights(False), model.order
     exact = exact_device(device)
     sums = torch.zeros(3 if mixer is None else 4, dtype=torch.float64, device=exact)
@@ -5004,27 +5003,23 @@ def score_windows(
             nll, entropy = model.fast_nll_and_entropy(tokens, targets, weights, order)
             mixed = [mixer.mix(*(t[scored].to(exact) for t in (positions + 1, nll, entropy))).sum()]
         sums += torch.stack([*(t.to(exact).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)), *mixed])
-    return sums
+    return run.ranks.sum_(sums)
 
 
-def scores(validation: ValidationSet, sums: Tensor, seconds: float) -> list[Score]:
+def scores(validation: ValidationSet, sums: Tensor) -> list[Score]:
     """The Score of each column of nats in `sums` over the whole validation set; asserts that it was covered exactly."""
     nats, targets, counted, *mixed = sums.tolist()
     expected = validation.targets, int(validation.token_bytes[1:].sum())
     assert (int(targets), int(counted)) == expected, f"scored {targets, counted} targets and bytes of {expected}"
-    return [Score(total, int(targets), int(counted), seconds) for total in (nats, *mixed)]
+    return [Score(total, int(targets), int(counted)) for total in (nats, *mixed)]
 
 
 def evaluate(run: Runtime, model: GPT, validation: ValidationSet, stride: int, by_document: bool = False) -> Score:
     """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`, or begin at documents."""
-    clock = Clock(run.ranks.device)
-    clock.start()
     windows = plan_windows(validation.targets, run.cfg.eval_len, stride)
     if by_document:
         windows = plan_document_windows(document_spans(validation), run.cfg.eval_len, stride)
-    share = run.ranks.share(len(windows))
-    sums = run.ranks.sum_(score_windows(run, model, validation, windows[share.start : share.stop]))
-    return scores(validation, sums, clock.stop())[0]
+    return scores(validation, score_windows(run, model, validation, windows))[0]
 
 
 class TestTimeTrainer:
@@ -5081,21 +5076,18 @@ def evaluate_online(
 
     Returns the score, and with a mixer a second one with its predictions mixed in. The weights are restored.
     """
-    ranks, clock, total = run.ranks, Clock(run.ranks.device), 0.0
-    clock.start()
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    total, kept = 0.0, {name: value.clone() for name, value in model.state_dict().items()}
     windows = plan_windows(validation.targets, run.cfg.eval_len, run.cfg.eval_stride)
     chunk_of = (windows[:, 2] - 1) // run.cfg.ttt_chunk_tokens  # where its last target lies
     chunks = np.split(windows, np.flatnonzero(np.diff(chunk_of)) + 1)
     for number, chunk in enumerate(chunks, 1):
-        share = ranks.share(len(chunk))
-        total += ranks.sum_(score_windows(run, model, validation, chunk[share.start : share.stop], mixer))
+        total += score_windows(run, model, validation, chunk, mixer)
         if trainer and number < len(chunks):
             trainer.learn(int(chunk[-1, 2]), (number - 1) / (len(chunks) - 1))
         if mixer and number < len(chunks):
             mixer.learn(chunk)
     model.load(kept)
-    return scores(validation, total, clock.stop())
+    return scores(validation, total)
 
 
 class DocumentAdditions:
@@ -5196,19 +5188,18 @@ def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tens
 
 def evaluate_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Score:
     """Score the whole validation set document by document; asserts that every target was scored once."""
-    clock = Clock(run.ranks.device)
-    clock.start()
     nats, times = score_documents(run, model, validation)
     assert (times == 1).all(), f"{int((times != 1).sum())} targets were not scored exactly once"
     counted = (times * validation.token_bytes[1:].to(times)).sum()
-    return scores(validation, torch.stack([nats.sum(), times.sum(), counted]), clock.stop())[0]
+    return scores(validation, torch.stack([nats.sum(), times.sum(), counted]))[0]
 
 
 def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
-    """A score under its canonical name, rounded and exact."""
-    run.log(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}{extra} eval_time:{1000 * score.seconds:.0f}ms")
+    """A score under its canonical name, rounded and exact, with the time that was booked last."""
+    milliseconds = round(1000 * run.ledger[-1][2])
+    run.log(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}{extra} eval_time:{milliseconds}ms")
     run.log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}{extra}")
-    run.log.event("score", name=name, val_loss=score.loss, val_bpb=score.bpb, eval_time_ms=round(1000 * score.seconds))
+    run.log.event("score", name=name, val_loss=score.loss, val_bpb=score.bpb, eval_time_ms=milliseconds)
 
 
 class Produced(NamedTuple):

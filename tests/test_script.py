@@ -104,7 +104,7 @@ def test_canonical_lines_come_once_and_in_order(full: Path) -> None:
 def test_degradation_is_exact_and_warns_above_a_hundredth(run: t.Runtime, lost: float, warns: bool) -> None:
     """Eight decimals with a sign."""
     nats = math.log(2) * 1000
-    t.log_degradation(run, t.Score(nats, 10, 1000, 0.0), t.Score(nats * (1 + lost), 10, 1000, 0.0))
+    t.log_degradation(run, t.Score(nats, 10, 1000), t.Score(nats * (1 + lost), 10, 1000))
     line = one_line(r"^quantization_degradation .*$", Path(f"logs/{run.cfg.run_id}.txt").read_text())
     assert f"bpb:{lost:+.8f}" in line and ("WARNING" in line) == warns
 
