@@ -3884,10 +3884,10 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
         collect_hessians(run, trainer, 0, 1)  # compiles
         with calibration.running():
             hessians = collect_hessians(run, trainer, 0, 3)
-    exporter = Exporter(run, model, hessians, {})
-    exporter.fit()  # loads libraries
+    exporter = Exporter(replace(run, ledger=[]), model, hessians, {})
+    exporter.quantize()  # loads libraries
     with rounding.running():
-        exporter.fit()
+        exporter.quantize()
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
     seconds = batches * calibration.total / 3 + passes * rounding.total
     return run.ranks.agree(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
@@ -4345,11 +4345,9 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     """Upper U with U^T U = (H + damp x mean diagonal)^-1 (n, cols, cols); damp grows tenfold where that fails."""
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian + damp * mean * eye)
-        if not failed.any():
-            break
-        damp = max(10 * damp, 1e-6)
+    lower, failed = torch.linalg.cholesky_ex(hessian + damp * mean * eye)
+    if failed.any():
+        return inverse_factor(hessian, max(10 * damp, 1e-6))
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
@@ -4366,8 +4364,8 @@ def gptq_quantize(job: QuantJob, hessian: Tensor, scale: Tensor, cfg: Config) ->
     w = w.masked_fill(dead[:, None, :], 0.0)
     columns = torch.arange(w.shape[2], device=w.device).expand_as(diagonal)
     order = diagonal.argsort(dim=-1, descending=True, stable=True) if cfg.gptq_act_order else columns
-    w = w.gather(2, order[:, None, :].expand_as(w))
-    hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
+    w = w.take_along_dim(order[:, None, :], 2)
+    hessian = hessian.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
     factor = inverse_factor(hessian, cfg.gptq_damp)
     codes = torch.empty_like(w)
     for begin in range(0, w.shape[2], cfg.gptq_block_size):
@@ -4380,7 +4378,7 @@ def gptq_quantize(job: QuantJob, hessian: Tensor, scale: Tensor, cfg: Config) ->
             block[:, :, j:] -= error * row[:, None, j:]
             codes[:, :, begin + j], errors[:, :, j] = code[..., 0], error[..., 0]
         w[:, :, end:] -= errors @ factor[:, begin:end, end:]
-    return torch.empty_like(codes).scatter_(2, order[:, None, :].expand_as(codes), codes)
+    return codes.take_along_dim(order.argsort()[:, None, :], 2)
 
 
 def quantize(cfg: Config, job: QuantJob, hessians: Mapping[str, Tensor], sigmas: float) -> Coded:
@@ -4740,17 +4738,13 @@ class Exporter:
         self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
         self.ratio = 1.0  # of the size over the entropy, when last encoded
 
-    def fit(self, ratio: float = 1.0) -> None:
-        """Quantize; a clip that is ours to choose is first chosen by the expected size, `ratio` times its estimate."""
-        jobs = quant_jobs(self.model, self.layer_bits)
-        if self.cfg.fits_clip and not self.layer_bits:
-            (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
-        self.coded = quantize_jobs(self.run, jobs, self.hessians, self.sigmas)
-
     def quantize(self, ratio: float = 1.0) -> None:
-        """`fit` on the clock."""
+        """Quantize; a clip that is ours to choose is first chosen by the expected size, `ratio` times its estimate."""
         with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
-            self.fit(ratio)
+            jobs = quant_jobs(self.model, self.layer_bits)
+            if self.cfg.fits_clip and not self.layer_bits:
+                (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
+            self.coded = quantize_jobs(self.run, jobs, self.hessians, self.sigmas)
 
     def encode(self) -> int:
         """Encode the current codes, on rank 0; returns the artifact's size, on every rank."""
@@ -5102,11 +5096,11 @@ class DocumentAdditions:
         with torch.no_grad():
             weights = model.fast_weights(False)
         self.base = {**{spec.name: weights[spec.name].unbind() for spec in model.specs}, "head": (weights["head"],)}
-        shapes = {name: (len(matrices), *matrices[0].shape) for name, matrices in self.base.items()}
         generator = torch.Generator().manual_seed(cfg.seed)
         self.first, self.inner, self.outer = {}, {}, {}
         fresh = partial(torch.empty, device=run.ranks.device, requires_grad=True)
-        for name, (count, rows, cols) in shapes.items():
+        for name, matrices in self.base.items():
+            count, (rows, cols) = len(matrices), matrices[0].shape
             first = (2 * torch.rand(count, cfg.ttt_lora_rank, cols, generator=generator) - 1) * cols**-0.5
             self.first[name] = first.to(run.ranks.device)
             self.inner[name] = fresh(cfg.ttt_batch_size, *first.shape)
