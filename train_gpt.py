@@ -3302,9 +3302,8 @@ class TritonLayer(PlainLayer):
 # ----------------------------------------------------------------------------------------------
 # 6. Optimizers
 # ----------------------------------------------------------------------------------------------
-# Muon trains the banks, Adam the rest. With several ranks each bank's gradient is reduce-scattered
-# by layers, orthogonalized on the rank that owns the layer, and the updates are all-gathered; the
-# next bank and then Adam compute meanwhile. All state is in `state_dict`.
+# Muon trains the banks, Adam the rest. With several ranks each owns some layers: it receives their
+# gradients' mean, orthogonalizes them, and sends the updates to all.
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of Muon (K. Jordan)
 POLAR_EXPRESS = (  # per-iteration coefficients of Polar Express (arXiv 2505.16932), as in PR #1344
@@ -3360,9 +3359,9 @@ class ParallelMuon:
         self.specs = sorted(model.specs, key=lambda s: s.rows * s.cols, reverse=True)
         self.banks = dict(model.banks.items())
         self.coefficients, self.dtype = newton_schulz_coefficients(cfg), model.dtype
-        self.owned = -(-cfg.num_layers // ranks.world)  # layers per rank; the last ranks may hold padding
+        owned = -(-cfg.num_layers // ranks.world)  # layers per rank; the last ranks may hold padding
         zeros = partial(torch.zeros, device=ranks.device)  # the rails of the owned layers' momentum
-        self.state = {s.name: [zeros(self.owned, s.rows, s.cols) for _ in range(1 + (cfg.muon_rails_at < 1))]
+        self.state = {s.name: [zeros(owned, s.rows, s.cols) for _ in range(1 + (cfg.muon_rails_at < 1))]
                       for s in self.specs}  # fmt: skip
         self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
         self.as_tensor = partial(torch.full, (), dtype=torch.float32, device=ranks.device)  # numbers would recompile
@@ -3458,6 +3457,7 @@ class Optimizers:
     """Muon and AdamW behind one `step`; every parameter is in exactly one of them."""
 
     def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
+        """Asserts that the tables of banks and of Adam's groups cover the parameters."""
         self.cfg, self.ranks = cfg, ranks
         self.muon = ParallelMuon(cfg, ranks, model)
         rates = {  # Adam group -> (learning rate, weight decay)
@@ -3674,7 +3674,7 @@ class Averager:
     """Running averages of the parameters, updated after every step."""
 
     def __init__(self, cfg: Config, model: GPT) -> None:
-        self.cfg, self.model = cfg, model
+        self.cfg = cfg
         self.names, parameters = zip(*model.named_parameters(), strict=True)
         self.live = [p.detach() for p in parameters]
         self.ema = [p.clone() for p in self.live] if cfg.ema_enabled else None
@@ -4530,9 +4530,11 @@ def encode_stream(cfg: Config, raw: bytes) -> tuple[str, bytes]:
     return min(options, key=lambda option: len(option[1]))
 
 
-def decode_stream(coder: str, data: bytes, size: int) -> bytes:
-    """The `size` bytes of a stream; ValueError where it is damaged or has others, before it can fill the memory."""
-    module = codec(coder)
+def decode_stream(coder: str, data: bytes, *segments: int) -> bytes:
+    """A stream's bytes, as many as its segments have; ValueError where it has others, before it can fill the memory."""
+    if coder == "ans":
+        return ans_decode(data, segments).tobytes()
+    module, size = codec(coder), sum(segments)
     try:
         raw = CODECS[coder].read(module, data, size + 1)
     except getattr(module, CODECS[coder].error) as problem:
@@ -4552,7 +4554,7 @@ def ans_frequencies(counts: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def ans_steps(sizes: list[int]) -> Iterator[tuple[int, slice]]:
+def ans_steps(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """(segment, slice of the symbols) of each coder step: up to ANS_LANES symbols of one segment."""
     begin = 0
     for segment, size in enumerate(sizes):
@@ -4585,7 +4587,7 @@ def ans_encode(symbols: np.ndarray, sizes: list[int]) -> bytes:
     return struct.pack("<I", len(packed)) + packed + state.astype("<u4").tobytes() + body.tobytes()
 
 
-def ans_decode(blob: bytes, sizes: list[int]) -> np.ndarray:
+def ans_decode(blob: bytes, sizes: Sequence[int]) -> np.ndarray:
     """Inverse of `ans_encode`: int8 symbols. ValueError where the stream does not end as it must."""
     length = struct.unpack_from("<I", blob)[0]
     raw = decode_stream("zlib", blob[4 : 4 + length], 512 * len(sizes))
@@ -4704,17 +4706,15 @@ def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
     coded, kept = tensor_table(cfg)
     file = io.BytesIO(blob[offset:])
     streams = [(coder, file.read(size)) for _, coder, size in header["streams"]]
-    segments = [rows * cols for layers, rows, cols in coded.values() for _ in range(layers)]
+    layers = [rows * cols for count, rows, cols in coded.values() for _ in range(count)]
 
     def halves(stream: int, shapes: list[list[int]]) -> list[Tensor]:
         """A stream's tensors of half-precision values."""
-        raw = decode_stream(*streams[stream], 2 * sum(map(math.prod, shapes)))
-        return cut(join_bytes(raw), shapes)
+        return cut(join_bytes(decode_stream(*streams[stream], 2 * sum(map(math.prod, shapes)))), shapes)
 
     try:
-        is_ans = streams[0][0] == "ans"
-        raw = ans_decode(streams[0][1], segments) if is_ans else decode_stream(*streams[0], sum(segments))
-        codes = cut(torch.from_numpy(np.frombuffer(raw, np.int8).copy()), [*coded.values()])
+        codes = np.frombuffer(decode_stream(*streams[0], *layers), np.int8).copy()
+        codes = cut(torch.from_numpy(codes), [*coded.values()])
         scales, values = halves(1, [shape[:2] for shape in coded.values()]), halves(2, [*kept.values()])
     except DAMAGE as problem:
         raise UserError(f"{path}: its streams are damaged ({str(problem)[:200]})") from None
@@ -4975,7 +4975,7 @@ class NgramMixer:
 def score_windows(
     run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray, mixer: NgramMixer | None = None
 ) -> Tensor:
-    """[nats, targets, bytes] over the scored targets of `windows`, shared over the ranks, float64; a mixer adds its nats.
+    """[nats, targets, bytes] over the scored targets of `windows`, by all ranks, float64; a mixer adds its nats.
 
     The only place that runs the model for a score. All batches have one shape: the last is filled with windows that
     score nothing.
