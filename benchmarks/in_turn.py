@@ -24,7 +24,7 @@ import train_gpt as t
 
 def trains_in_turn(lock: TextIO) -> None:
     """Let train_gpt.py take `lock` after warm-up and give it back after the export, or before it if no clock runs."""
-    measure, load, export = t.measure_reserve, t.load_weights, t.export_model
+    measure, read, export = t.measure_reserve, t.read_weights, t.export_model
 
     def take(run: t.Runtime) -> None:
         t.synchronize(run.ranks.device)
@@ -37,9 +37,9 @@ def trains_in_turn(lock: TextIO) -> None:
         take(run)
         return measure(run, trainer)
 
-    def load_in_turn(run: t.Runtime, model: t.GPT) -> t.Trained:
+    def read_in_turn(run: t.Runtime, *arguments: Any) -> dict[str, Any]:
         take(run)
-        return load(run, model)
+        return read(run, *arguments)
 
     def export_in_turn(run: t.Runtime, *arguments: Any) -> Any:
         if not run.cfg.max_wallclock_seconds:
@@ -49,7 +49,7 @@ def trains_in_turn(lock: TextIO) -> None:
             fcntl.flock(lock, fcntl.LOCK_UN)
         return exported
 
-    t.measure_reserve, t.load_weights, t.export_model = measure_in_turn, load_in_turn, export_in_turn
+    t.measure_reserve, t.read_weights, t.export_model = measure_in_turn, read_in_turn, export_in_turn
 
 
 def main(run: Callable[[], None] = t.main) -> None:

@@ -440,7 +440,7 @@ def test_runs_ahead_wait_for_their_turn(toy: Path, monkeypatch: pytest.MonkeyPat
 def test_a_turn_ends_with_training_the_artifact_or_the_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody else has the lock between warm-up and the end of the export; with a sliding window to score, of the run;
     with no clock, of training."""
-    names = ("measure_reserve", "load_weights", "export_model")
+    names = ("measure_reserve", "read_weights", "export_model")
     for name in names:
         monkeypatch.setattr(t, name, lambda run, other: free())
     monkeypatch.setenv("MINITRACK_TURN", "turn")
