@@ -4260,8 +4260,7 @@ def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -
     with torch.no_grad():
         weights = model.fast_weights(False)
         for number in range(first, first + batches):
-            inputs, _ = trainer.loader.fetch(number)
-            for name, moment in moments(inputs, weights, order).items():
+            for name, moment in moments(trainer.loader.fetch(number)[0], weights, order).items():
                 totals[name] = totals[name] + moment if name in totals else moment
     return {name: run.ranks.sum_(total).to(exact_device(total.device)) for name, total in totals.items()}
 
@@ -4923,7 +4922,7 @@ class NgramMixer:
     p(v) = (1 - a) p_model(v) + a count(context, v) / count(context). The context is the longest one of up to
     NGRAM_MAX_ORDER - 1 tokens, all of the same document, that has been counted; without one a is 0. Otherwise
     a = low + (high - low) sigmoid(2 (H - NGRAM_ENTROPY)) with H the model's entropy: it cannot depend on the target, so
-    p sums to 1. The published mixer hashed the target into its key; its "probabilities" summed to several hundred.
+    p sums to 1.
 
     Contexts are exact: every distinct run of n tokens has a number. Numbering reads the whole text, but numbers are
     only names; what is predicted comes from `learn`, which is called with targets that have been scored.
@@ -4960,10 +4959,10 @@ class NgramMixer:
         """Negative log-likelihood (n,) of the tokens at `positions` in the mixture; nll and entropy are the model's."""
         cfg, share = self.cfg, torch.zeros(len(positions), dtype=torch.float64, device=positions.device)
         found = torch.zeros_like(share, dtype=torch.bool)
-        for n in reversed(self.orders):
+        for n in self.orders:  # so that the longest known context decides
             within, context = self.known(n, positions)
             times = self.contexts[n][context]
-            decides = within & (times > 0) & ~found
+            decides = within & (times > 0)
             share = torch.where(decides, self.follows[n][self.labels[n][positions]].double() / times, share)
             found |= decides
         rise = torch.sigmoid(2 * (entropy.double() - cfg.ngram_entropy))
