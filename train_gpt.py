@@ -3348,11 +3348,7 @@ def leading_directions(matrices: Tensor, share: float, coefficients: list[tuple[
 
 
 class ParallelMuon:
-    """Muon over banks of (layers, rows, cols), sharded by layers (PR #399).
-
-    Phases: `launch` starts the reduction of every gradient, largest first; `gather` updates this rank's layers and
-    starts gathering all; the caller does other work; `finish` applies them. Not for embeddings, heads or vectors.
-    """
+    """Muon over banks of (layers, rows, cols), sharded by layers (PR #399); not for embeddings, heads or vectors."""
 
     def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
         self.cfg, self.ranks = cfg, ranks
@@ -3394,7 +3390,7 @@ class ParallelMuon:
         bank.mul_(1 - lr * self.cfg.muon_wd).sub_(lr * update[: bank.shape[0]].float())
 
     def launch(self) -> dict[str, tuple[Tensor, Any]]:
-        """Start averaging every bank's gradient; bank -> (owned layers' gradient, handle to wait for)."""
+        """Start averaging all gradients, largest first; bank -> (owned layers' gradient, handle to wait for)."""
         return {spec.name: reduce_scatter(self.ranks, self.banks[spec.name].grad, self.dtype) for spec in self.specs}
 
     def gather(self, gradients: dict[str, Tensor], plan: "StepPlan", clip: Tensor) -> dict[str, tuple[Tensor, Any]]:
@@ -3492,12 +3488,11 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, plan: "StepPlan") -> None:
-        """One step of everything. The host waits for nothing; on the device, communication runs beside this:
+        """One step of everything. The host waits for nothing; on the device, communication runs beside other work.
 
-        the reduction of a bank beside the casts of the next ones and the packing of the small gradients (no earlier:
-        the banks' gradients are the last that the backward pass makes); nothing beside the norm, which needs all
-        gradients and which all updates need; the gathering of a bank beside the orthogonalization of the next, and of
-        the last, smallest one beside Adam.
+        A bank is reduced beside the casts of the next ones (no earlier: the backward pass makes the banks' gradients
+        last) and gathered beside the orthogonalization of the next one; the last, smallest one is gathered beside
+        Adam. Nothing runs beside the norm, which needs all gradients and which all updates need.
         """
         launched, small = self.muon.launch(), self.launch_small()
         gradients, bucket = {name: arrived(pair) for name, pair in launched.items()}, arrived(small)
@@ -5142,7 +5137,6 @@ def score_batch(additions: DocumentAdditions, validation: ValidationSet, spans: 
     """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored.
 
     `table` (2, targets) takes the nats of a target and the times that it was scored.
-
     Windows hold the latest tokens of a document up to the chunk's end, in one of two widths, since each is a graph to
     compile (some 40 s); nothing of another document is in them, and what comes after the chunk is blank.
     """
