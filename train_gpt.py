@@ -51,7 +51,7 @@ import traceback
 import types
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
@@ -190,7 +190,6 @@ class Config:
     muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
     muon_rails_at: float = opt(1.0, "part of the run after which momentum has two rails (1: never)", low=0, high=1)
-    muon_slow_share: tuple[float, ...] = opt((0.5615,), "share of the slow rail (or at first and at the end: 0.7,0.45)")
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
     muon_head_group: int = opt(0, "heads whose rows of Q, or of K, Muon orthogonalizes together (0: all)", low=0)
     muon_row_normalize: bool = opt(True, "normalize update rows before orthogonalizing (MuonEq-R)")
@@ -212,7 +211,6 @@ class Config:
     lawa_enabled: bool = opt(False, "export the mean of the latest LAWA_K snapshots")
     lawa_k: int = opt(10, "snapshots in the LAWA window", low=1)
     lawa_freq: int = opt(100, "steps between LAWA snapshots", low=1)
-    average_blend: float = opt(1.0, "part of the average in the export; the rest: the last weights", low=0, high=1)
     qat_enabled: bool = opt(False, "train on the export grid (straight-through) during the whole run")
     late_qat_threshold: float = opt(0.15, "the same once the rate's scale is below this (0: never)", low=0, high=1)
 
@@ -468,7 +466,7 @@ def parse_value(name: str, text: str, spec: Field) -> Any:
         if choices and value not in choices:
             raise UserError(f"{name}={text!r}: expected one of {', '.join(choices)}")
         return value
-    if not math.isfinite(value) or not low <= value <= high:
+    if not abs(value) < 1e38 or not low <= value <= high:  # neither NaN nor beyond float32
         limits = [f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
         raise UserError(f"{name}={text}: expected a finite number{' of ' * bool(limits)}{' and '.join(limits)}")
     return value
@@ -503,7 +501,7 @@ def model_rules(cfg: Config) -> list[tuple[Any, str]]:
 def run_rules(cfg: Config) -> list[tuple[Any, str]]:
     """The same for training, export, evaluation and re-entry."""
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
-    short, ends, slow = cfg.short_seq_len, cfg.short_seq_frac, cfg.muon_slow_share
+    short, ends = cfg.short_seq_len, cfg.short_seq_frac
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
     is_plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
     window = f"the window of {cfg.eval_len} tokens"
@@ -516,8 +514,6 @@ def run_rules(cfg: Config) -> list[tuple[Any, str]]:
         (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
         (not cfg.muon_head_group or cfg.num_kv_heads % cfg.muon_head_group == 0,
          "$MUON_HEAD_GROUP does not divide $NUM_KV_HEADS; 0 for all heads"),
-        (0 < len(slow) < 3 and all(0 <= share <= 1 for share in slow),
-         "$MUON_SLOW_SHARE: one or two numbers from 0 to 1"),
         (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, "$MUON_RAILS_AT: MUON_MOMENTUM below 1"),
         (len(short) == len(ends) and [*short] == sorted({*short}) and [*ends] == sorted(ends) and min(short) >= 0
          and not any(cfg.train_seq_len % n for n in short if 0 < n < cfg.train_seq_len),
@@ -3222,9 +3218,8 @@ class TritonLayer(PlainLayer):
 # ----------------------------------------------------------------------------------------------
 # 6. Optimizers
 # ----------------------------------------------------------------------------------------------
-# Muon trains the banks, Adam the rest. With several ranks each bank's gradient is reduce-scattered
-# by layers, orthogonalized on the rank that owns the layer, and the updates are all-gathered; the
-# next bank and then Adam compute meanwhile. All state is in `state_dict`.
+# Muon trains the banks, Adam the rest. With several ranks each owns some layers: it receives their
+# gradients' mean, orthogonalizes them, and sends the updates to all.
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of Muon (K. Jordan)
 POLAR_EXPRESS = (  # per-iteration coefficients of Polar Express (arXiv 2505.16932), as in PR #1344
@@ -3238,9 +3233,8 @@ POLAR_EXPRESS = (  # per-iteration coefficients of Polar Express (arXiv 2505.169
 
 def newton_schulz_coefficients(cfg: Config) -> list[tuple[float, float, float]]:
     """(a, b, c) of each iteration X <- aX + (bA + cA^2)X with A = XX^T."""
-    if not cfg.polar_express:
-        return [QUINTIC] * cfg.muon_backend_steps
-    return [POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)] for i in range(cfg.muon_backend_steps)]
+    rows = POLAR_EXPRESS if cfg.polar_express else (QUINTIC,)
+    return [rows[min(i, len(rows) - 1)] for i in range(cfg.muon_backend_steps)]
 
 
 def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
@@ -3270,20 +3264,16 @@ def leading_directions(matrices: Tensor, share: float, coefficients: list[tuple[
 
 
 class ParallelMuon:
-    """Muon over banks of (layers, rows, cols), sharded by layers (PR #399).
-
-    Phases: `launch` starts the reduction of every gradient, largest first; `gather` updates this rank's layers and
-    starts gathering all; the caller does other work; `finish` applies them. Not for embeddings, heads or vectors.
-    """
+    """Muon over banks of (layers, rows, cols), sharded by layers (PR #399); not for embeddings, heads or vectors."""
 
     def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
         self.cfg, self.ranks = cfg, ranks
         self.specs = sorted(model.specs, key=lambda s: s.rows * s.cols, reverse=True)
         self.banks = dict(model.banks.items())
         self.coefficients, self.dtype = newton_schulz_coefficients(cfg), model.dtype
-        self.owned = -(-cfg.num_layers // ranks.world)  # layers per rank; the last ranks may hold padding
+        owned = -(-cfg.num_layers // ranks.world)  # layers per rank; the last ranks may hold padding
         zeros = partial(torch.zeros, device=ranks.device)  # the rails of the owned layers' momentum
-        self.state = {s.name: [zeros(self.owned, s.rows, s.cols) for _ in RAILS[: 1 + (cfg.muon_rails_at < 1)]]
+        self.state = {s.name: [zeros(owned, s.rows, s.cols) for _ in range(1 + (cfg.muon_rails_at < 1))]
                       for s in self.specs}  # fmt: skip
         self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
         self.as_tensor = partial(torch.full, (), dtype=torch.float32, device=ranks.device)  # numbers would recompile
@@ -3316,17 +3306,8 @@ class ParallelMuon:
         bank.mul_(1 - lr * self.cfg.muon_wd).sub_(lr * update[: bank.shape[0]].float())
 
     def launch(self) -> dict[str, tuple[Tensor, Any]]:
-        """Start averaging every bank's gradient; bank -> (owned layers' gradient, handle to wait for)."""
-        launched = {}
-        for spec in self.specs:
-            grad = self.banks[spec.name].grad
-            if self.ranks.world == 1:
-                launched[spec.name] = (grad, None)
-                continue
-            padded = grad.new_zeros((self.owned * self.ranks.world, *grad.shape[1:]), dtype=self.dtype)
-            padded[: len(grad)] = grad / self.ranks.world
-            launched[spec.name] = reduce_scatter(self.ranks, padded)
-        return launched
+        """Start averaging all gradients, largest first; bank -> (owned layers' gradient, handle to wait for)."""
+        return {spec.name: reduce_scatter(self.ranks, self.banks[spec.name].grad, self.dtype) for spec in self.specs}
 
     def gather(self, gradients: dict[str, Tensor], plan: "StepPlan", clip: Tensor) -> dict[str, tuple[Tensor, Any]]:
         """Updates of the owned layers from their gradients; bank -> (all ranks' updates, handle to wait for).
@@ -3354,46 +3335,54 @@ def arrived(pair: tuple[Tensor, Any]) -> Tensor:
     return pair[0]
 
 
-def reduce_scatter(ranks: Ranks, full: Tensor) -> tuple[Tensor, Any]:
-    """This rank's slice of the sum over ranks along dimension 0, and a handle to wait for."""
-    owned = len(full) // ranks.world
+def padded(layers: Tensor, world: int) -> Tensor:
+    """(layers, rows, cols) with layers of zeros at the end, so that every rank owns as many."""
+    return F.pad(layers, (0, 0, 0, 0, 0, -len(layers) % world))
+
+
+def reduce_scatter(ranks: Ranks, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """The mean over ranks of the layers that this rank owns, summed as `dtype`, and a handle to wait for."""
+    if ranks.world == 1:
+        return grad, None
+    full = padded((grad / ranks.world).to(dtype), ranks.world)
+    shard = full.chunk(ranks.world)[ranks.rank]
     if ranks.device.type != "cuda":  # gloo has no reduce-scatter on every supported version
-        handle = dist.all_reduce(full, async_op=True)
-        return full[ranks.rank * owned : (ranks.rank + 1) * owned], handle
-    shard = full.new_empty((owned, *full.shape[1:]))
+        return shard, dist.all_reduce(full, async_op=True)
+    shard = torch.empty_like(shard)
     return shard, dist.reduce_scatter_tensor(shard, full, async_op=True)
 
 
 def all_gather(ranks: Ranks, shard: Tensor) -> tuple[Tensor, Any]:
-    """All ranks' shards along dimension 0, and a handle to wait for (None for a world of one)."""
+    """All ranks' shards along dimension 0, and a handle to wait for."""
     if ranks.world == 1:
         return shard, None
     full = shard.new_empty((len(shard) * ranks.world, *shard.shape[1:]))
     return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
 
 
-def adam_groups(cfg: Config) -> dict[str, tuple[float, float]]:
-    """Adam group -> (learning rate, weight decay)."""
-    embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
-    return {
-        "embed": (embed_lr, cfg.embed_wd),
-        "head": (cfg.head_lr, cfg.adam_wd),
-        "scalar": (cfg.scalar_lr, cfg.adam_wd),
-        "asqu": (cfg.asqu_lr, 0.0),
-        "lora": (cfg.lora_lr, 0.0),
-    }
+def cut(flat: Tensor, shapes: list[Sequence[int]]) -> list[Tensor]:
+    """Tensors of these shapes from all their entries in one row."""
+    return [piece.view(shape) for piece, shape in zip(flat.split([*map(math.prod, shapes)]), shapes, strict=True)]
 
 
 class Optimizers:
     """Muon and AdamW behind one `step`; every parameter is in exactly one of them."""
 
     def __init__(self, cfg: Config, ranks: Ranks, model: GPT) -> None:
+        """Asserts that the tables of banks and of Adam's groups cover the parameters."""
         self.cfg, self.ranks = cfg, ranks
         self.muon = ParallelMuon(cfg, ranks, model)
+        rates = {  # Adam group -> (learning rate, weight decay)
+            "embed": (cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr, cfg.embed_wd),
+            "head": (cfg.head_lr, cfg.adam_wd),
+            "scalar": (cfg.scalar_lr, cfg.adam_wd),
+            "asqu": (cfg.asqu_lr, 0.0),
+            "lora": (cfg.lora_lr, 0.0),
+        }
         groups = []
-        for name, (lr, decay) in adam_groups(cfg).items():
-            members = [model.rest[s.name] for s in model.rest_specs if s.group == name]
-            groups += [{"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay}] if members else []
+        for name, (lr, decay) in rates.items():
+            if members := [model.rest[s.name] for s in model.rest_specs if s.group == name]:
+                groups.append({"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay})
         fused = ranks.device.type == "cuda"
         self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
         self.small = [p for group in groups for p in group["params"]]
@@ -3415,46 +3404,33 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, plan: "StepPlan") -> None:
-        """One step of everything. The host waits for nothing; on the device, communication runs beside this:
+        """One step of everything. The host waits for nothing; on the device, communication runs beside other work.
 
-        the reduction of a bank beside the casts of the next ones and the packing of the small gradients (no earlier:
-        the banks' gradients are the last that the backward pass makes); nothing beside the norm, which needs all
-        gradients and which all updates need; the gathering of a bank beside the orthogonalization of the next, and of
-        the last, smallest one beside Adam.
+        A bank is reduced beside the casts of the next ones (no earlier: the backward pass makes the banks' gradients
+        last) and gathered beside the orthogonalization of the next one; the last, smallest one is gathered beside
+        Adam. Nothing runs beside the norm, which needs all gradients and which all updates need.
         """
         launched, small = self.muon.launch(), self.launch_small()
         gradients, bucket = {name: arrived(pair) for name, pair in launched.items()}, arrived(small)
         clip = self.clip_factor(bucket, list(gradients.values()))
         gathered = self.muon.gather(gradients, plan, clip)
-        pieces = (bucket * clip).split([p.numel() for p in self.small])
-        for parameter, piece in zip(self.small, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
+        for parameter, grad in zip(self.small, cut(bucket * clip, [p.shape for p in self.small]), strict=True):
+            parameter.grad = grad
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * plan.lr_scale
         self.adam.step()
         self.muon.finish(gathered, self.muon.as_tensor(self.cfg.matrix_lr * plan.lr_scale))
 
     def state_dict(self) -> dict[str, Any]:
-        """All optimizer state of this rank; a restore from it is bitwise."""
-        return {"muon": self.muon.state, "adam": self.adam.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for mine, saved in zip(tensor_leaves(self.muon.state), tensor_leaves(state["muon"]), strict=True):
-            mine.copy_(saved)
-        self.adam.load_state_dict(state["adam"])
-
-    def gathered_state(self) -> dict[str, Any]:
-        """`state_dict` with the momentum of all ranks' layers, for a checkpoint; every rank calls it."""
-        whole = [arrived(all_gather(self.ranks, shard)) for shard in tensor_leaves(self.muon.state)]
+        """All optimizer state, with the momentum of all ranks' layers; every rank calls it."""
+        whole = [arrived(all_gather(self.ranks, rail)) for rail in tensor_leaves(self.muon.state)]
         return {"muon": [full[: self.cfg.num_layers] for full in whole], "adam": self.adam.state_dict()}
 
-    def load_gathered_state(self, state: dict[str, Any]) -> None:
-        """Take this rank's part of a `gathered_state`."""
-        first = self.ranks.rank * self.muon.owned
-        own = [whole[first : first + self.muon.owned] for whole in state["muon"]]
-        padding = [self.muon.owned - len(part) for part in own]
-        own = [F.pad(part, (0, 0, 0, 0, 0, count)) for part, count in zip(own, padding, strict=True)]
-        self.load_state_dict({"muon": own, "adam": state["adam"]})
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take this rank's part of a `state_dict`, bitwise."""
+        for rail, full in zip(tensor_leaves(self.muon.state), state["muon"], strict=True):
+            rail.copy_(padded(full, self.ranks.world).chunk(self.ranks.world)[self.ranks.rank])
+        self.adam.load_state_dict(state["adam"])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3479,9 +3455,8 @@ def final_order(cfg: Config) -> tuple[int, ...]:
     A stack of shared blocks (PR #38) is LOOP_START=0 LOOP_END=NUM_LAYERS-1 ENABLE_LOOPING_AT=0; its "number of loops"
     counts all passes and so is 1 + NUM_LOOPS.
     """
-    looped = tuple(range(cfg.loop_start, cfg.loop_end + 1)) * (1 + cfg.num_loops)
-    plain = tuple(range(cfg.num_layers))
-    return plain[: cfg.loop_start] + looped + plain[cfg.loop_end + 1 :] if cfg.num_loops else plain
+    plain, first, end = tuple(range(cfg.num_layers)), cfg.loop_start, cfg.loop_end + 1
+    return plain[:first] + plain[first:end] * (1 + cfg.num_loops) + plain[end:] if cfg.num_loops else plain
 
 
 def phase_at(cfg: Config, progress: float) -> tuple[str, Phase]:
@@ -3499,13 +3474,13 @@ def phase_at(cfg: Config, progress: float) -> tuple[str, Phase]:
 def phases(cfg: Config) -> dict[str, Phase]:
     """Name -> phase, in the order in which the schedule will use them; late QAT has all loops and the whole length."""
     begins = {0.0, *cfg.seq_lengths.values(), cfg.enable_looping_at if cfg.num_loops else 0.0} - {math.inf}
+    found = dict(phase_at(cfg, begin) for begin in sorted(begins))
     late = Phase(final_order(cfg), True, cfg.train_seq_len)
-    rows = [
-        *((True, *phase_at(cfg, begin)) for begin in sorted(begins)),
-        (cfg.late_qat_threshold > 0 and not cfg.qat_enabled, "late_qat", late),
-        (cfg.post_qat_seconds, "post_qat", late),
-    ]
-    return {name: phase for present, name, phase in rows if present}
+    if cfg.late_qat_threshold > 0 and not cfg.qat_enabled:
+        found["late_qat"] = late
+    if cfg.post_qat_seconds:
+        found["post_qat"] = late
+    return found
 
 
 def progress_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
@@ -3533,22 +3508,17 @@ def momentum_at(cfg: Config, step: int) -> float:
     return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
 
 
-def muon_share_at(cfg: Config, progress: float) -> float:
-    """Part of the singular directions in Muon's update: all at the start, MUON_RANK_FRAC at the end, by cosine."""
-    return cfg.muon_rank_frac + (1 - cfg.muon_rank_frac) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
 class StepPlan(NamedTuple):
-    """Learning-rate scale, Muon momentum, phase, part of Muon's directions, share of the slow rail (None: one rail)."""
+    """Learning-rate scale, Muon momentum, phase, part of Muon's directions, whether its momentum has two rails."""
 
     lr_scale: float
     momentum: float
     phase: str
     muon_share: float = 1.0
-    slow_share: float | None = None
+    two_rails: bool = False
 
 
-RAILS = (0.85, 0.98)  # decay of the fast and the slow one; with shares .4385 and .5615 the mean age is 30 steps
+RAILS = {0.85: 0.4385, 0.98: 0.5615}  # decay and share of the fast and the slow one: their mean age is 30 steps
 
 
 def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, float]]:
@@ -3556,32 +3526,25 @@ def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, floa
     update is the gradient + the sum of weight x rail.
 
     Two rails (modded-nanogpt PR #340) f, s are averages of decays .85 and .98, and the update is
-    (1 - mu) gradient + mu ((1 - share) f + share s), all over 1 - mu here, since what follows makes its own length.
+    (1 - mu) gradient + mu (.4385 f + .5615 s), all over 1 - mu here, since what follows makes its own length.
     Until MUON_RAILS_AT both are the plain momentum sum of decay mu, in the same units: so both start from it.
     """
-    mu = plan.momentum
-    if plan.slow_share is None:
-        count = 1 + (cfg.muon_rails_at < 1)
+    mu, count = plan.momentum, 1 + (cfg.muon_rails_at < 1)
+    if not plan.two_rails:
         return [(mu, 1.0, mu / count)] * count
-    shares = zip(RAILS, (1 - plan.slow_share, plan.slow_share), strict=True)
-    return [(decay, (1 - decay) / (1 - mu), mu * share) for decay, share in shares]
-
-
-def slow_share_at(cfg: Config, progress: float) -> float | None:
-    """Share of the slow rail from MUON_RAILS_AT on, linear to the end of the run (modded-nanogpt PR #357)."""
-    if not progress >= cfg.muon_rails_at < 1:
-        return None
-    first, last = cfg.muon_slow_share[0], cfg.muon_slow_share[-1]
-    return first + (last - first) * (min(progress, 1.0) - cfg.muon_rails_at) / (1 - cfg.muon_rails_at)
+    return [(decay, (1 - decay) / (1 - mu), mu * share) for decay, share in RAILS.items()]
 
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
-    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
+    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold.
+
+    Muon's updates have all singular directions at the start and MUON_RANK_FRAC of them at the end, by a cosine.
+    """
     scale, progress = lr_scale_at(cfg, step, seconds, budget), progress_at(cfg, step, seconds, budget)
     is_late = scale < cfg.late_qat_threshold and not cfg.qat_enabled
     phase = "late_qat" if is_late else phase_at(cfg, progress)[0]
-    shares = muon_share_at(cfg, progress), slow_share_at(cfg, progress)
-    return StepPlan(scale, momentum_at(cfg, step), phase, *shares)
+    share = cfg.muon_rank_frac + (1 - cfg.muon_rank_frac) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return StepPlan(scale, momentum_at(cfg, step), phase, share, two_rails=progress >= cfg.muon_rails_at < 1)
 
 
 class Grid(NamedTuple):
@@ -3622,7 +3585,7 @@ class Averager:
     """Running averages of the parameters, updated after every step."""
 
     def __init__(self, cfg: Config, model: GPT) -> None:
-        self.cfg, self.model = cfg, model
+        self.cfg = cfg
         self.names, parameters = zip(*model.named_parameters(), strict=True)
         self.live = [p.detach() for p in parameters]
         self.ema = [p.clone() for p in self.live] if cfg.ema_enabled else None
@@ -3667,11 +3630,6 @@ class Averager:
         """Which of the configured averages have taken anything in."""
         snapshots = "swa" if self.cfg.swa_enabled else "lawa"
         return {name for name, taken in {"ema": self.ema, snapshots: self.count}.items() if taken}
-
-
-def blend(cfg: Config, last: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """AVERAGE_BLEND x the average + the rest x the last weights (modded-nanogpt PR #325), by parameter name."""
-    return {name: last[name].lerp(tensor, cfg.average_blend) for name, tensor in average.items()}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3835,10 +3793,10 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
         calibration.start()
         hessians = collect_hessians(run, trainer, 0, 3)
         calibration.stop()
-    exporter = Exporter(run, model, hessians, {})
-    exporter.fit()  # loads libraries
+    exporter = Exporter(replace(run, ledger=[]), model, hessians, {})
+    exporter.quantize()  # loads libraries
     rounding.start()
-    exporter.fit()
+    exporter.quantize()
     rounding.stop()
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
     seconds = batches * calibration.total / 3 + passes * rounding.total
@@ -3930,7 +3888,7 @@ class Training:
         Weights that are not finite never replace good ones.
         """
         run, is_saved = self.run, False
-        optimizers = self.trainer.optimizers.gathered_state()
+        optimizers = self.trainer.optimizers.state_dict()
         if run.ranks.is_main:
             raw = self.model.state_dict()
             if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
@@ -3955,7 +3913,7 @@ class Training:
         """Go on from a checkpoint. What a killed run spent after it is counted, and at once noted in the file."""
         run, standing = self.run, saved["standing"]
         self.model.load(saved["raw"])
-        self.trainer.optimizers.load_gathered_state(saved["optimizers"])
+        self.trainer.optimizers.load_state_dict(saved["optimizers"])
         self.averager.load(saved["averager"])
         self.step, self.phase, self.graphs = saved["steps"], standing["phase"], standing["graphs"]
         self.active, self.model.order = set(standing["active"]), tuple(saved["order"])
@@ -4005,7 +3963,7 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapp
     if not is_due(cfg.val_loss_every, training.step):
         validate_step(run, model, validation, training.step, training.clock.total)
     training.active |= training.averager.active()
-    average = blend(cfg, model.state_dict(), training.averager.weights())
+    average = training.averager.weights()
     if cfg.post_qat_seconds:
         model.load(average)
         training.step += post_qat(run, trainer, validation, training.step)
@@ -4037,8 +3995,8 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
     What it is good for is logged: the score of the weights rounded to that grid, before and after.
     """
     cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
-    scale, slow = cfg.post_qat_lr / cfg.matrix_lr, slow_share_at(cfg, 1.0)
-    plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, slow)
+    scale, two_rails = cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_rails_at < 1
+    plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, two_rails)
     enter_phase(run, trainer.model, plan, first, run.spent("train"))
     score_rounded(run, trainer.model, validation, "before_post_qat")
     clock.start()
@@ -4188,8 +4146,7 @@ def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -
     with torch.no_grad():
         weights = model.fast_weights(False)
         for number in range(first, first + batches):
-            inputs, _ = trainer.loader.fetch(number)
-            for name, moment in moments(inputs, weights, order).items():
+            for name, moment in moments(trainer.loader.fetch(number)[0], weights, order).items():
                 totals[name] = totals[name] + moment if name in totals else moment
     return {name: run.ranks.sum_(total).to(exact_device(total.device)) for name, total in totals.items()}
 
@@ -4273,11 +4230,9 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     """Upper U with U^T U = (H + damp x mean diagonal)^-1 (n, cols, cols); damp grows tenfold where that fails."""
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian + damp * mean * eye)
-        if not failed.any():
-            break
-        damp = max(10 * damp, 1e-6)
+    lower, failed = torch.linalg.cholesky_ex(hessian + damp * mean * eye)
+    if failed.any():
+        return inverse_factor(hessian, max(10 * damp, 1e-6))
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
@@ -4294,8 +4249,8 @@ def gptq_quantize(job: QuantJob, hessian: Tensor, scale: Tensor, cfg: Config) ->
     w = w.masked_fill(dead[:, None, :], 0.0)
     columns = torch.arange(w.shape[2], device=w.device).expand_as(diagonal)
     order = diagonal.argsort(dim=-1, descending=True, stable=True) if cfg.gptq_act_order else columns
-    w = w.gather(2, order[:, None, :].expand_as(w))
-    hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
+    w = w.take_along_dim(order[:, None, :], 2)
+    hessian = hessian.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
     factor = inverse_factor(hessian, cfg.gptq_damp)
     codes = torch.empty_like(w)
     for begin in range(0, w.shape[2], cfg.gptq_block_size):
@@ -4308,26 +4263,23 @@ def gptq_quantize(job: QuantJob, hessian: Tensor, scale: Tensor, cfg: Config) ->
             block[:, :, j:] -= error * row[:, None, j:]
             codes[:, :, begin + j], errors[:, :, j] = code[..., 0], error[..., 0]
         w[:, :, end:] -= errors @ factor[:, begin:end, end:]
-    return torch.empty_like(codes).scatter_(2, order[:, None, :].expand_as(codes), codes)
+    return codes.take_along_dim(order.argsort()[:, None, :], 2)
 
 
-def quantize_jobs(cfg: Config, jobs: list[QuantJob], hessians: Mapping[str, Tensor], sigmas: float) -> dict[str, Coded]:
-    """Quantize every job: GPTQ where its inputs were observed, round to nearest elsewhere (embedding tables)."""
-    coded = {}
-    for job in jobs:
-        scale = job_scale(cfg, job, hessians, sigmas)
-        if broken := [name for name in job.hessians if name in hessians and not hessians[name].isfinite().all()]:
-            raise UserError(f"Hessians of {broken} are not finite: activations overflowed on the calibration data")
-        if cfg.gptq_enabled and all(name in hessians for name in job.hessians):
-            codes = gptq_quantize(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
-        else:
-            codes = round_to_grid(job.tensor, scale, job.bits)
-        coded[job.name] = Coded(codes.to(torch.int8), scale.half())
-    return coded
+def quantize(cfg: Config, job: QuantJob, hessians: Mapping[str, Tensor], sigmas: float) -> Coded:
+    """Codes of a job by GPTQ where its inputs were observed, by rounding to nearest elsewhere (embedding tables)."""
+    scale = job_scale(cfg, job, hessians, sigmas)
+    if broken := [name for name in job.hessians if name in hessians and not hessians[name].isfinite().all()]:
+        raise UserError(f"Hessians of {broken} are not finite: activations overflowed on the calibration data")
+    if cfg.gptq_enabled and all(name in hessians for name in job.hessians):
+        codes = gptq_quantize(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
+    else:
+        codes = round_to_grid(job.tensor, scale, job.bits)
+    return Coded(codes.to(torch.int8), scale.half())
 
 
-def quantize_shared(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tensor], sigmas: float) -> dict[str, Coded]:
-    """`quantize_jobs` with the layers of all jobs shared over the ranks; every rank gets all codes.
+def quantize_jobs(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tensor], sigmas: float) -> dict[str, Coded]:
+    """Codes of all jobs by name, their layers shared over the ranks; every rank gets all.
 
     GPTQ is a loop over columns, so each rank takes layers that have the same number of columns in all. Sums over
     ranks join the parts: what a rank does not own is zero there.
@@ -4342,7 +4294,7 @@ def quantize_shared(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tens
         if own := (owner == ranks.rank).nonzero()[:, 0].tolist():
             names = [job.hessians[layer] for layer in own]
             part = job._replace(tensor=job.tensor[own], bits=job.bits[own], hessians=names)
-            codes[own], scale[own] = quantize_jobs(run.cfg, [part], hessians, sigmas)[job.name]
+            codes[own], scale[own] = quantize(run.cfg, part, hessians, sigmas)
         coded[job.name] = Coded(codes, scale)
     return {name: Coded(*map(ranks.sum_, parts)) for name, parts in coded.items()}
 
@@ -4413,9 +4365,10 @@ def join_bytes(raw: bytes) -> Tensor:
 
 
 class Codec(NamedTuple):
-    """A coder: module, name of its level argument, strongest level, and how at most `size` bytes are read."""
+    """A coder: module, its error, name of its level argument, strongest level, how at most `size` bytes are read."""
 
     module: str
+    error: str
     argument: str
     strongest: int
     read: Callable[[Any, bytes, int], bytes]  # module, data, size
@@ -4423,12 +4376,13 @@ class Codec(NamedTuple):
 
 MOST_WINDOW = 2**27  # bytes of memory that a stream may ask its decoder for
 CODECS = {
-    "zlib": Codec("zlib", "level", 9, lambda m, data, size: m.decompressobj().decompress(data, size)),
-    "lzma": Codec("lzma", "preset", 9,
+    "zlib": Codec("zlib", "error", "level", 9, lambda m, data, size: m.decompressobj().decompress(data, size)),
+    "lzma": Codec("lzma", "LZMAError", "preset", 9,
                   lambda m, data, size: m.LZMADecompressor(memlimit=MOST_WINDOW).decompress(data, size)),
-    "zstd": Codec("zstandard", "level", 22,
+    "zstd": Codec("zstandard", "ZstdError", "level", 22,
                   lambda m, data, size: m.ZstdDecompressor(max_window_size=MOST_WINDOW).stream_reader(data).read(size)),
-    "brotli": Codec("brotli", "quality", 11, lambda m, data, size: read_brotli(m.Decompressor(), data, size)),
+    "brotli": Codec("brotli", "error", "quality", 11,
+                    lambda m, data, size: read_brotli(m.Decompressor(), data, size)),
 }  # fmt: skip
 
 
@@ -4461,16 +4415,15 @@ def encode_stream(cfg: Config, raw: bytes) -> tuple[str, bytes]:
     return min(options, key=lambda option: len(option[1]))
 
 
-def codec_errors() -> tuple[type[Exception], ...]:
-    """What the installed coders raise on a damaged stream."""
-    found = {"lzma": "LZMAError", "zstandard": "ZstdError", "brotli": "error"}
-    return tuple(getattr(importlib.import_module(module), name) for module, name in found.items()
-                 if importlib.util.find_spec(module))  # fmt: skip
-
-
-def decode_stream(coder: str, data: bytes, size: int) -> bytes:
-    """The `size` bytes of a stream; ValueError where it has others, before it can fill the memory."""
-    raw = CODECS[coder].read(codec(coder), data, size + 1)
+def decode_stream(coder: str, data: bytes, *segments: int) -> bytes:
+    """A stream's bytes, as many as its segments have; ValueError where it has others, before it can fill the memory."""
+    if coder == "ans":
+        return ans_decode(data, segments).tobytes()
+    module, size = codec(coder), sum(segments)
+    try:
+        raw = CODECS[coder].read(module, data, size + 1)
+    except getattr(module, CODECS[coder].error) as problem:
+        raise ValueError(str(problem)) from None
     if len(raw) != size:
         raise ValueError(f"a stream holds {len(raw)} bytes or more, not {size}")
     return raw
@@ -4486,7 +4439,7 @@ def ans_frequencies(counts: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def ans_steps(sizes: list[int]) -> Iterator[tuple[int, slice]]:
+def ans_steps(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """(segment, slice of the symbols) of each coder step: up to ANS_LANES symbols of one segment."""
     begin = 0
     for segment, size in enumerate(sizes):
@@ -4519,7 +4472,7 @@ def ans_encode(symbols: np.ndarray, sizes: list[int]) -> bytes:
     return struct.pack("<I", len(packed)) + packed + state.astype("<u4").tobytes() + body.tobytes()
 
 
-def ans_decode(blob: bytes, sizes: list[int]) -> np.ndarray:
+def ans_decode(blob: bytes, sizes: Sequence[int]) -> np.ndarray:
     """Inverse of `ans_encode`: int8 symbols. ValueError where the stream does not end as it must."""
     length = struct.unpack_from("<I", blob)[0]
     raw = decode_stream("zlib", blob[4 : 4 + length], 512 * len(sizes))
@@ -4577,12 +4530,11 @@ DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, E
 MOST_HEADER_BYTES = 2**20
 
 
-def tensor_table(cfg: Config) -> tuple[list[list], list[list]]:
-    """[name, shape] of the coded tensors and of the kept ones that an architecture has, as an artifact lists them."""
-    banks = [[spec.name, [cfg.num_layers, spec.rows, spec.cols]] for spec in bank_specs(cfg)]
-    rest = rest_specs(cfg)
-    kept = [[spec.name, list(spec.shape)] for spec in rest if not spec.coded]
-    return [*banks, *([spec.name, [1, *spec.shape]] for spec in rest if spec.coded)], kept
+def tensor_table(cfg: Config) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Shapes by name of the coded tensors and of the kept ones that an architecture has, in an artifact's order."""
+    banks = {spec.name: [cfg.num_layers, spec.rows, spec.cols] for spec in bank_specs(cfg)}
+    coded = {spec.name: [1, *spec.shape] for spec in rest_specs(cfg) if spec.coded}
+    return banks | coded, {spec.name: [*spec.shape] for spec in rest_specs(cfg) if not spec.coded}
 
 
 def saved_config(saved: Any, where: str) -> Config:
@@ -4615,13 +4567,16 @@ def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
         cfg = saved_config(header["architecture"], str(path))
         coded, kept = tensor_table(cfg)
         names, coders, sizes = zip(*header["streams"], strict=True)
+        orders = [[*range(cfg.num_layers)], [*final_order(cfg)]]
         sound = [
-            header["coded"] == coded and header["kept"] == kept and names == ("codes", "scales", "kept"),
-            sum(math.prod(shape) for _, shape in [*coded, *kept]) <= 16 * len(blob),
+            # As text, since Python takes true and 1.0 for 1.
+            json.dumps([header["coded"], header["kept"]]) == json.dumps([[*coded.items()], [*kept.items()]]),
+            names == ("codes", "scales", "kept") and json.dumps(header["order"]) in map(json.dumps, orders),
+            sum(map(math.prod, [*coded.values(), *kept.values()])) <= 16 * len(blob),
             {*coders[1:]} <= CODECS.keys() and coders[0] in ("ans", *CODECS),
             all(type(size) is int and size >= 0 for size in sizes) and end + sum(sizes) + 8 == len(blob),
-            header["order"] in ([*range(cfg.num_layers)], [*final_order(cfg)]),
-            header["matrix_bits"] in range(2, 9) and {*map(type, header["identity"].values())} <= {str},
+            type(header["matrix_bits"]) is int and 2 <= header["matrix_bits"] <= 8,
+            {*map(type, header["identity"].values())} <= {str},
         ]
     except DAMAGE as problem:
         raise UserError(f"{path}: its header is none of this script ({str(problem)[:200]})") from None
@@ -4633,30 +4588,28 @@ def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
 def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header, and the parameters by name in fp32 as the model has them; UserError where the streams are damaged."""
     header, cfg, offset = read_header(blob, path)
-    ends = list(itertools.accumulate((size for _, _, size in header["streams"]), initial=offset))
-    coders = [coder for _, coder, _ in header["streams"]]
-    code_data, scale_data, kept_data = (blob[a:b] for a, b in itertools.pairwise(ends))
-    sizes = [rows * cols for _, (n, rows, cols) in header["coded"] for _ in range(n)]
+    coded, kept = tensor_table(cfg)
+    file = io.BytesIO(blob[offset:])
+    streams = [(coder, file.read(size)) for _, coder, size in header["streams"]]
+    layers = [rows * cols for count, rows, cols in coded.values() for _ in range(count)]
+
+    def halves(stream: int, shapes: list[list[int]]) -> list[Tensor]:
+        """A stream's tensors of half-precision values."""
+        return cut(join_bytes(decode_stream(*streams[stream], 2 * sum(map(math.prod, shapes)))), shapes)
+
     try:
-        codes = ans_decode(code_data, sizes) if coders[0] == "ans" else decode_stream(coders[0], code_data, sum(sizes))
-        codes = torch.from_numpy(np.frombuffer(codes, np.int8).copy())
-        rows, count = (sum(math.prod(shape[:2]) for _, shape in header["coded"]),
-                       sum(math.prod(shape) for _, shape in header["kept"]))  # fmt: skip
-        scales, kept = (join_bytes(decode_stream(coder, data, 2 * length)) for coder, data, length in
-                        ((coders[1], scale_data, rows), (coders[2], kept_data, count)))  # fmt: skip
-    except (*DAMAGE, *codec_errors()) as problem:
+        codes = np.frombuffer(decode_stream(*streams[0], *layers), np.int8).copy()
+        codes = cut(torch.from_numpy(codes), [*coded.values()])
+        scales, values = halves(1, [shape[:2] for shape in coded.values()]), halves(2, [*kept.values()])
+    except DAMAGE as problem:
         raise UserError(f"{path}: its streams are damaged ({str(problem)[:200]})") from None
-    if not (scales.isfinite().all() and kept.isfinite().all()):
+    if not all(tensor.isfinite().all() for tensor in [*scales, *values]):
         raise UserError(f"{path}: it holds scales that are not finite; export it again with EXPORT_ONLY=1")
     parameters, banks = {}, {spec.name for spec in bank_specs(cfg)}
-    shapes = [shape for _, shape in header["coded"]]
-    pieces = zip(codes.split([math.prod(s) for s in shapes]), scales.split([s[0] * s[1] for s in shapes]), strict=True)
-    for (name, shape), (code, scale) in zip(header["coded"], pieces, strict=True):
-        tensor = Coded(code.view(shape), scale.view(shape[:2])).dequantize()
+    for name, *pair in zip(coded, codes, scales, strict=True):
+        tensor = Coded(*pair).dequantize()
         parameters[f"banks.{name}" if name in banks else f"rest.{name}"] = tensor if name in banks else tensor[0]
-    pieces = kept.split([math.prod(shape) for _, shape in header["kept"]])
-    parameters |= {f"rest.{n}": piece.view(s).float() for (n, s), piece in zip(header["kept"], pieces, strict=True)}
-    return header, parameters
+    return header, parameters | {f"rest.{name}": value.float() for name, value in zip(kept, values, strict=True)}
 
 
 class Exporter:
@@ -4670,17 +4623,13 @@ class Exporter:
         self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
         self.ratio = 1.0  # of the size over the entropy, when last encoded
 
-    def fit(self, ratio: float = 1.0) -> None:
-        """Quantize; a clip that is ours to choose is first chosen by the expected size, `ratio` times its estimate."""
-        jobs = quant_jobs(self.model, self.layer_bits)
-        if self.cfg.fits_clip and not self.layer_bits:
-            (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
-        self.coded = quantize_shared(self.run, jobs, self.hessians, self.sigmas)
-
     def quantize(self, ratio: float = 1.0) -> None:
-        """`fit` on the clock."""
+        """Quantize; a clip that is ours to choose is first chosen by the expected size, `ratio` times its estimate."""
         with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
-            self.fit(ratio)
+            jobs = quant_jobs(self.model, self.layer_bits)
+            if self.cfg.fits_clip and not self.layer_bits:
+                (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
+            self.coded = quantize_jobs(self.run, jobs, self.hessians, self.sigmas)
 
     def encode(self) -> int:
         """Encode the current codes, on rank 0; returns the artifact's size, on every rank."""
@@ -4691,8 +4640,8 @@ class Exporter:
                 "order": list(self.model.order),
                 "identity": dict(self.identity),
             }
-            is_main = self.run.ranks.is_main
-            self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes) if is_main else b""
+            if self.run.ranks.is_main:
+                self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes)
             self.size = int(self.run.ranks.agree(len(self.blob))[0])
             self.ratio *= self.size / self.expected()
         return self.size
@@ -4717,19 +4666,15 @@ class Exporter:
 
     def prune(self) -> None:
         """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
-        if not self.cfg.selective_prune_enabled:
-            return
-        names = [spec.name for spec in self.model.specs]
-        costs = {n: self.coded[n].scale.float().square().unsqueeze(-1).expand_as(self.coded[n].codes) for n in names}
-        ones = {n: self.coded[n].codes.abs() == 1 for n in names}
-        ranked = torch.cat([costs[n][ones[n]] for n in names]).sort().values
-        full = dict(self.coded)
+        full = {spec.name: self.coded[spec.name] for spec in self.model.specs}
+        costs = {n: bank.scale.float().square().unsqueeze(-1).expand_as(bank.codes) for n, bank in full.items()}
+        ones = {n: bank.codes.abs() == 1 for n, bank in full.items()}
+        ranked = torch.cat([costs[n][ones[n]] for n in full]).sort().values
 
         def zeroed_size(share: float) -> float:
             threshold = ranked[min(int(share * len(ranked)), len(ranked) - 1)]
-            for n in names:
-                codes = full[n].codes.masked_fill(ones[n] & (costs[n] <= threshold), 0)
-                self.coded[n] = full[n]._replace(codes=codes)
+            for n, bank in full.items():
+                self.coded[n] = bank._replace(codes=bank.codes.masked_fill(ones[n] & (costs[n] <= threshold), 0))
             return self.expected()
 
         for _ in range(4):  # by entropy, and then by the coder, which corrects what is expected of it
@@ -4741,25 +4686,24 @@ class Exporter:
 
     def lower_layers(self) -> None:
         """Give one layer after another five bits, from the centre outwards, until the artifact fits (PR #638)."""
-        if not self.cfg.int5_fallback or self.cfg.matrix_bits <= 5:
-            return
-        middle, last = (self.cfg.num_layers - 1) / 2, self.cfg.num_layers - 1
-        for count, layer in enumerate(sorted(range(self.cfg.num_layers), key=lambda i: abs(i - middle))):
+        layers = sorted(range(self.cfg.num_layers), key=lambda i: abs(i - (self.cfg.num_layers - 1) / 2))
+        for layer in layers:
             if self.size <= self.limit:
                 return
             self.layer_bits[layer] = 5
             self.quantize()
             size = self.expected()
-            if size < 1.02 * self.limit or count == last:  # near enough that only the coder can tell
+            if size < 1.02 * self.limit or layer == layers[-1]:  # near enough that only the coder can tell
                 size = self.encode()
             self.run.log(f"int5_fallback: layer {layer} at 5 bits, artifact:{size:.0f}")
 
     def export(self) -> bytes:
         """The artifact (on rank 0); UserError, with the excess, when nothing that is allowed makes it fit."""
         self.fill()
-        for strategy in (self.prune, self.lower_layers):
-            if self.size > self.limit:
-                strategy()
+        if self.size > self.limit and self.cfg.selective_prune_enabled:
+            self.prune()
+        if self.size > self.limit and self.cfg.int5_fallback and self.cfg.matrix_bits > 5:
+            self.lower_layers()
         if self.size > self.limit:
             raise UserError(
                 f"artifact {self.size} + code {code_bytes()} bytes are {self.size - self.limit} bytes over "
@@ -4792,7 +4736,7 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
     with run.timed("averaged weights", "untimed"):
         score = evaluate(run, model, validation, cfg.eval_len)
     last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
-    log_score(run, f"DIAGNOSTIC {last}", score, f" blend:{cfg.average_blend:g}" if cfg.average_blend < 1 else "")
+    log_score(run, f"DIAGNOSTIC {last}", score)
     if cfg.qat_enabled or "late_qat" in trained.active:
         score_rounded(run, model, validation, last)
     return Produced(model, score, trained.active, path, blob[-8:])
@@ -4841,12 +4785,11 @@ def plan_document_windows(spans: np.ndarray, length: int, stride: int) -> np.nda
 
 
 class Score(NamedTuple):
-    """Sums over scored targets, and the seconds it took."""
+    """Sums over scored targets."""
 
     nats: float
     targets: int
     bytes: int
-    seconds: float
 
     @property
     def loss(self) -> float:
@@ -4865,7 +4808,7 @@ class NgramMixer:
     p(v) = (1 - a) p_model(v) + a count(context, v) / count(context). The context is the longest one of up to
     NGRAM_MAX_ORDER - 1 tokens, all of the same document, that has been counted; without one a is 0. Otherwise
     a = low + (high - low) sigmoid(2 (H - NGRAM_ENTROPY)) with H the model's entropy: it cannot depend on the target, so
-    p sums to 1. The published mixer hashed the target into its key; its "probabilities" summed to several hundred.
+    p sums to 1.
 
     Contexts are exact: every distinct run of n tokens has a number. Numbering reads the whole text, but numbers are
     only names; what is predicted comes from `learn`, which is called with targets that have been scored.
@@ -4902,10 +4845,10 @@ class NgramMixer:
         """Negative log-likelihood (n,) of the tokens at `positions` in the mixture; nll and entropy are the model's."""
         cfg, share = self.cfg, torch.zeros(len(positions), dtype=torch.float64, device=positions.device)
         found = torch.zeros_like(share, dtype=torch.bool)
-        for n in reversed(self.orders):
+        for n in self.orders:  # so that the longest known context decides
             within, context = self.known(n, positions)
             times = self.contexts[n][context]
-            decides = within & (times > 0) & ~found
+            decides = within & (times > 0)
             share = torch.where(decides, self.follows[n][self.labels[n][positions]].double() / times, share)
             found |= decides
         rise = torch.sigmoid(2 * (entropy.double() - cfg.ngram_entropy))
@@ -4917,14 +4860,14 @@ class NgramMixer:
 def score_windows(
     run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray, mixer: NgramMixer | None = None
 ) -> Tensor:
-    """[nats, targets, bytes] over the scored targets of `windows`, this rank's part, float64; a mixer adds its nats.
+    """[nats, targets, bytes] over the scored targets of `windows`, by all ranks, float64; a mixer adds its nats.
 
     The only place that runs the model for a score. All batches have one shape: the last is filled with windows that
     score nothing.
     """
-    length, device = run.cfg.eval_len, run.ranks.device
+    length, device, share = run.cfg.eval_len, run.ranks.device, run.ranks.share(len(windows))
     batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, model.micro_batch) // length)
-    plan = torch.from_numpy(np.pad(windows, ((0, -len(windows) % batch), (0, 0)))).to(device)
+    plan = torch.from_numpy(np.pad(windows[share.start : share.stop], ((0, -len(share) % batch), (0, 0)))).to(device)
     weights, order = model.fast_weights(False), model.order
     exact = exact_device(device)
     sums = torch.zeros(3 if mixer is None else 4, dtype=torch.float64, device=exact)
@@ -4939,27 +4882,23 @@ def score_windows(
             nll, entropy = model.fast_nll_and_entropy(tokens, targets, weights, order)
             mixed = [mixer.mix(*(t[scored].to(exact) for t in (positions + 1, nll, entropy))).sum()]
         sums += torch.stack([*(t.to(exact).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)), *mixed])
-    return sums
+    return run.ranks.sum_(sums)
 
 
-def scores(validation: ValidationSet, sums: Tensor, seconds: float) -> list[Score]:
+def scores(validation: ValidationSet, sums: Tensor) -> list[Score]:
     """The Score of each column of nats in `sums` over the whole validation set; asserts that it was covered exactly."""
     nats, targets, counted, *mixed = sums.tolist()
     expected = validation.targets, int(validation.token_bytes[1:].sum())
     assert (int(targets), int(counted)) == expected, f"scored {targets, counted} targets and bytes of {expected}"
-    return [Score(total, int(targets), int(counted), seconds) for total in (nats, *mixed)]
+    return [Score(total, int(targets), int(counted)) for total in (nats, *mixed)]
 
 
 def evaluate(run: Runtime, model: GPT, validation: ValidationSet, stride: int, by_document: bool = False) -> Score:
     """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`, or begin at documents."""
-    clock = Clock(run.ranks.device)
-    clock.start()
     windows = plan_windows(validation.targets, run.cfg.eval_len, stride)
     if by_document:
         windows = plan_document_windows(document_spans(validation), run.cfg.eval_len, stride)
-    share = run.ranks.share(len(windows))
-    sums = run.ranks.sum_(score_windows(run, model, validation, windows[share.start : share.stop]))
-    return scores(validation, sums, clock.stop())[0]
+    return scores(validation, score_windows(run, model, validation, windows))[0]
 
 
 class TestTimeTrainer:
@@ -5001,7 +4940,7 @@ class TestTimeTrainer:
         (nll.mean(1) * weight[share.start : share.stop]).sum().backward()
         grads = [parameter.grad for parameter in self.parameters]
         bucket = ranks.sum_(torch.cat([grad.flatten() for grad in grads]))
-        torch._foreach_copy_(grads, [b.view_as(g) for g, b in zip(grads, bucket.split([g.numel() for g in grads]))])
+        torch._foreach_copy_(grads, cut(bucket, [grad.shape for grad in grads]))
         for parameter in self.layered:
             parameter.grad[: cfg.ttt_freeze_blocks] = 0
         if cfg.ttt_grad_clip:
@@ -5016,21 +4955,18 @@ def evaluate_online(
 
     Returns the score, and with a mixer a second one with its predictions mixed in. The weights are restored.
     """
-    ranks, clock, total = run.ranks, Clock(run.ranks.device), 0.0
-    clock.start()
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    total, kept = 0.0, {name: value.clone() for name, value in model.state_dict().items()}
     windows = plan_windows(validation.targets, run.cfg.eval_len, run.cfg.eval_stride)
     chunk_of = (windows[:, 2] - 1) // run.cfg.ttt_chunk_tokens  # where its last target lies
     chunks = np.split(windows, np.flatnonzero(np.diff(chunk_of)) + 1)
     for number, chunk in enumerate(chunks, 1):
-        share = ranks.share(len(chunk))
-        total += ranks.sum_(score_windows(run, model, validation, chunk[share.start : share.stop], mixer))
+        total += score_windows(run, model, validation, chunk, mixer)
         if trainer and number < len(chunks):
             trainer.learn(int(chunk[-1, 2]), (number - 1) / (len(chunks) - 1))
         if mixer and number < len(chunks):
             mixer.learn(chunk)
     model.load(kept)
-    return scores(validation, total, clock.stop())
+    return scores(validation, total)
 
 
 class DocumentAdditions:
@@ -5045,11 +4981,11 @@ class DocumentAdditions:
         with torch.no_grad():
             weights = model.fast_weights(False)
         self.base = {**{spec.name: weights[spec.name].unbind() for spec in model.specs}, "head": (weights["head"],)}
-        shapes = {name: (len(matrices), *matrices[0].shape) for name, matrices in self.base.items()}
         generator = torch.Generator().manual_seed(cfg.seed)
         self.first, self.inner, self.outer = {}, {}, {}
         fresh = partial(torch.empty, device=run.ranks.device, requires_grad=True)
-        for name, (count, rows, cols) in shapes.items():
+        for name, matrices in self.base.items():
+            count, (rows, cols) = len(matrices), matrices[0].shape
             first = (2 * torch.rand(count, cfg.ttt_lora_rank, cols, generator=generator) - 1) * cols**-0.5
             self.first[name] = first.to(run.ranks.device)
             self.inner[name] = fresh(cfg.ttt_batch_size, *first.shape)
@@ -5092,7 +5028,6 @@ def score_batch(additions: DocumentAdditions, validation: ValidationSet, spans: 
     """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored.
 
     `table` (2, targets) takes the nats of a target and the times that it was scored.
-
     Windows hold the latest tokens of a document up to the chunk's end, in one of two widths, since each is a graph to
     compile (some 40 s); nothing of another document is in them, and what comes after the chunk is blank.
     """
@@ -5131,19 +5066,18 @@ def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tens
 
 def evaluate_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Score:
     """Score the whole validation set document by document; asserts that every target was scored once."""
-    clock = Clock(run.ranks.device)
-    clock.start()
     nats, times = score_documents(run, model, validation)
     assert (times == 1).all(), f"{int((times != 1).sum())} targets were not scored exactly once"
     counted = (times * validation.token_bytes[1:].to(times)).sum()
-    return scores(validation, torch.stack([nats.sum(), times.sum(), counted]), clock.stop())[0]
+    return scores(validation, torch.stack([nats.sum(), times.sum(), counted]))[0]
 
 
 def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
-    """A score under its canonical name, rounded and exact."""
-    run.log(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}{extra} eval_time:{1000 * score.seconds:.0f}ms")
+    """A score under its canonical name, rounded and exact, with the time that was booked last."""
+    milliseconds = round(1000 * run.ledger[-1][2])
+    run.log(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}{extra} eval_time:{milliseconds}ms")
     run.log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}{extra}")
-    run.log.event("score", name=name, val_loss=score.loss, val_bpb=score.bpb, eval_time_ms=round(1000 * score.seconds))
+    run.log.event("score", name=name, val_loss=score.loss, val_bpb=score.bpb, eval_time_ms=milliseconds)
 
 
 class Produced(NamedTuple):
@@ -5248,8 +5182,7 @@ def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
     if saved and (cfg.export_only or saved["state"] == "ended"):
         run.ledger.extend(tuple(row) for row in saved["standing"]["ledger"] if cfg.resume)
         model.order = tuple(saved["order"])
-        average = blend(cfg, saved["raw"], saved["average"])
-        trained = Trained(saved["steps"], average, set(saved["standing"]["active"]))
+        trained = Trained(saved["steps"], saved["average"], set(saved["standing"]["active"]))
     else:
         trained = train(run, trainer, validation, saved)
     return export_model(run, trainer, trained, validation)

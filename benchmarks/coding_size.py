@@ -45,8 +45,10 @@ def rows_of(codes: np.ndarray, sizes: list[int], entropy: float) -> list[list[st
     """One row of the table per coder: bytes, overhead, and seconds both ways. Decoding must give the codes back."""
     raw, rows = codes.tobytes(), [["entropy", f"{entropy:,.0f}", "", "", ""]]
     coders = {
-        f"{name}-{level}": (partial(t.codec(name).compress, raw, **{argument: level}), t.codec(name).decompress)
-        for name, (_, argument, level, _) in t.CODECS.items()
+        f"{name}-{row.strongest}": (
+            partial(t.codec(name).compress, raw, **{row.argument: row.strongest}), t.codec(name).decompress
+        )
+        for name, row in t.CODECS.items()
     }
     coders["ans"] = partial(t.ans_encode, codes, sizes), lambda blob: t.ans_decode(blob, sizes).tobytes()
     for name, (encode, decode) in coders.items():

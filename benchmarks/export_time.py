@@ -204,7 +204,7 @@ def time_quantization(timings: Timings, trainer: t.Trainer) -> tuple[dict[str, t
     )
     coded = timings.phase(
         "GPTQ of all matrices",
-        partial(t.quantize_jobs, cfg, jobs, hessians, cfg.matrix_clip_sigmas or fitted),
+        partial(t.quantize_jobs, run, jobs, hessians, cfg.matrix_clip_sigmas or fitted),
         partial(timings.second_call, partial(gptq_algebra, cfg, jobs, hessians)),
         "its factors and products of blocks, no loop over columns",
     )

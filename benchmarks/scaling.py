@@ -152,7 +152,7 @@ def time_parts(run: t.Runtime, trainer: t.Trainer, validation: t.ValidationSet, 
     cfg, ranks, model = run.cfg, run.ranks, trainer.model
     batches, hessians = t.calibration_batches(run, trainer.loader.shape), {}
     seconds = second_call(run, lambda: hessians.update(t.collect_hessians(run, trainer, 0, batches)))
-    quantize = partial(t.quantize_shared, run, t.quant_jobs(model), hessians, cfg.matrix_clip_sigmas or 8.0)
+    quantize = partial(t.quantize_jobs, run, t.quant_jobs(model), hessians, cfg.matrix_clip_sigmas or 8.0)
     windows = t.plan_windows(validation.targets, cfg.eval_len, cfg.eval_stride)[:limit]
     share = ranks.share(len(windows))
     score = partial(t.score_windows, run, model, validation, windows[share.start : share.stop])

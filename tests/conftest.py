@@ -53,6 +53,13 @@ def unscaled(model: t.GPT, weights: dict[str, torch.Tensor]) -> dict[str, torch.
     return {n: w / scales[n].unsqueeze(-1) if n in scales else w for n, w in weights.items()}
 
 
+def codes_of(
+    cfg: t.Config, jobs: list[t.QuantJob], hessians: dict[str, torch.Tensor], sigmas: float
+) -> dict[str, t.Coded]:
+    """The codes of all jobs, made one after another."""
+    return {job.name: t.quantize(cfg, job, hessians, sigmas) for job in jobs}
+
+
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """A shard as the challenge defines it."""
     header = np.zeros(256, dtype="<i4")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import codes_of, tiny_config, tiny_model
 
 import train_gpt as t
 
@@ -91,7 +91,7 @@ def test_segments_have_their_own_distribution() -> None:
 def quantized(**changes: Any) -> tuple[t.Config, dict[str, t.Coded], dict[str, torch.Tensor]]:
     """A tiny model's codes and kept tensors, rounded to nearest."""
     model = tiny_model(GPTQ_ENABLED=0, **changes)
-    return model.cfg, t.quantize_jobs(model.cfg, t.quant_jobs(model), {}, 6.0), t.kept_tensors(model)
+    return model.cfg, codes_of(model.cfg, t.quant_jobs(model), {}, 6.0), t.kept_tensors(model)
 
 
 CODERS = [("auto", -1), ("ans", -1)] + [

@@ -233,9 +233,9 @@ def test_collectives_beside_other_kernels_are_told_from_those_alone() -> None:
 def test_pretended_ranks_do_all_the_work_between_them(run: t.Runtime) -> None:
     """Codes of GPTQ by three ranks that are not there add up to those of one."""
     jobs = t.quant_jobs(tiny_model())
-    whole = t.quantize_shared(run, jobs, {}, 4.0)
+    whole = t.quantize_jobs(run, jobs, {}, 4.0)
     others = [t.replace(run, ranks=scaling.Pretended(rank, 3, run.ranks.device)) for rank in range(3)]
-    parts = [t.quantize_shared(other, jobs, {}, 4.0) for other in others]
+    parts = [t.quantize_jobs(other, jobs, {}, 4.0) for other in others]
     for name, coded in whole.items():
         assert torch.equal(sum(part[name].codes for part in parts), coded.codes)
     assert all(sum(part[name].scale.any() for name in whole) < len(whole) for part in parts)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import plain_attention, tiny_config, tiny_env
+from conftest import codes_of, plain_attention, tiny_config, tiny_env
 
 import train_gpt as t
 from benchmarks import attention_time, coding_size, step_time
@@ -218,7 +218,7 @@ def test_coders_are_compared_on_an_artifact(run: t.Runtime, capsys: pytest.Captu
     """Every coder's bytes against the entropy; other coders' artifacts are refused with what to do."""
     model = t.build_model(run, run.cfg, bos_id=1)
     jobs, kept = t.quant_jobs(model), t.kept_tensors(model)
-    coded = t.quantize_jobs(run.cfg, jobs, {}, 6.0)
+    coded = codes_of(run.cfg, jobs, {}, 6.0)
     Path("a.pgolf").write_bytes(t.encode_artifact(run.cfg, coded, kept, {"identity": {"tokenizer_sha256": "a"}}))
     other = t.replace(run.cfg, compressor="zlib")
     Path("b.pgolf").write_bytes(t.encode_artifact(other, coded, kept, {"identity": {"tokenizer_sha256": "a"}}))
@@ -226,7 +226,7 @@ def test_coders_are_compared_on_an_artifact(run: t.Runtime, capsys: pytest.Captu
     coding_size.main(["a.pgolf"])
     output = capsys.readouterr().out
     head, entropy, *rows = tables(output)[0]
-    assert [row[0] for row in rows] == [*(f"{name}-{level}" for name, (_, _, level, _) in t.CODECS.items()), "ans"]
+    assert [row[0] for row in rows] == [*(f"{name}-{row.strongest}" for name, row in t.CODECS.items()), "ans"]
     floor = float(entropy[1].replace(",", ""))
     assert floor == pytest.approx(sum(t.entropy_bytes(c.codes) for c in coded.values()), abs=1)
     for row in rows:

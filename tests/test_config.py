@@ -97,6 +97,7 @@ def test_values_are_parsed_by_type(name: str, text: str, value: Any) -> None:
 REFUSED = [
     ("SEED", "1e3"), ("ITERATIONS", "20000.0"), ("ITERATIONS", "many"), ("ITERATIONS", "0"), ("SEED", "-1"),
     ("EMA_ENABLED", "2"), ("EMA_ENABLED", "y"), ("EMA_ENABLED", "-1"), ("MATRIX_LR", "nan"), ("MATRIX_LR", "inf"),
+    ("MATRIX_LR", "1e39"), ("SEED", "9" * 400),
     ("MATRIX_LR", "-0.1"), ("MATRIX_LR", "0,02"), ("VE_LAYERS", "9;10"), ("VE_LAYERS", "a"), ("LOADER", "random"),
     ("MLP_ACTIVATION", "swiglu"), ("DEVICE", "tpu"), ("LOGIT_SOFTCAP", "0"), ("MATRIX_BITS", "1"),
     ("GPTQ_RESERVE_SECONDS", "auto"), ("COMPRESSOR", "gzip"), ("ROPE_BASE", "0.5"),

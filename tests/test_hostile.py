@@ -3,6 +3,7 @@
 MUTATIONS=10000 pytest tests/test_hostile.py tries more than the few hundred of every day.
 """
 
+import copy
 import hashlib
 import json
 import lzma
@@ -20,7 +21,7 @@ import brotli
 import pytest
 import torch
 import zstandard
-from conftest import tiny_model
+from conftest import codes_of, tiny_model
 
 import train_gpt as t
 
@@ -38,7 +39,7 @@ def artifacts() -> list[bytes]:
     blobs = []
     for coder in ("ans", "zlib", "lzma", "zstd", "brotli"):
         model = tiny_model(GPTQ_ENABLED=0, COMPRESSOR=coder)
-        coded = t.quantize_jobs(model.cfg, t.quant_jobs(model), {}, 6.0)
+        coded = codes_of(model.cfg, t.quant_jobs(model), {}, 6.0)
         blobs.append(t.encode_artifact(model.cfg, coded, t.kept_tensors(model), NOTES))
     return blobs
 
@@ -86,7 +87,7 @@ def mutated(blob: bytes, rng: random.Random) -> bytes:
         elif choice < 0.3 and type(parent[last]) in (int, float):
             parent[last] *= rng.choice([2, 10, 1000, -1])
         else:
-            parent[last] = rng.choice(ODD)
+            parent[last] = copy.deepcopy(rng.choice(ODD))  # or a later change goes into ODD, and it into itself
         if not header:
             break
     return pack(header, streams)
@@ -143,6 +144,11 @@ def test_a_stream_that_swells_is_cut_off(artifacts: list[bytes], coder: str, str
     assert "its streams are damaged" in attempt(pack(header, b"".join(parts)))
 
 
+def replaced_size(table: list[list], one: Any) -> list[list]:
+    """The table of coded tensors with each size of 1 as something that equals it."""
+    return [[name, [one if size == 1 else size for size in shape]] for name, shape in table]
+
+
 HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a bomb": lambda header: zlib.compress(b'{"a": "' + ZEROS.replace(b"\0", b" ") + b'"}'),
     "nested deeply": lambda header: zlib.compress(b"[" * 500_000),
@@ -158,6 +164,12 @@ HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a negative stream": lambda header: {**header, "streams": [[n, c, -s] for n, c, s in header["streams"]]},
     "streams twice": lambda header: {**header, "streams": header["streams"] * 2},
     "an unknown coder": lambda header: {**header, "streams": [[n, "pickle", s] for n, _, s in header["streams"]]},
+    "a gain beyond float32": lambda header: {**header, "architecture": {**header["architecture"], "qk_gain_init": 1e308}},
+    "an order of truths": lambda header: {**header, "order": [0, True, 2, 3]},
+    "an order of fractions": lambda header: {**header, "order": [0, 1.0, 2, 3]},
+    "a size that is a truth": lambda header: {**header, "coded": replaced_size(header["coded"], True)},
+    "a size that is a fraction": lambda header: {**header, "coded": replaced_size(header["coded"], 1.0)},
+    "bits that are a fraction": lambda header: {**header, "matrix_bits": 6.0},
     "an identity of numbers": lambda header: {**header, "identity": {"tokenizer_sha256": 1}},
 }
 
@@ -166,6 +178,24 @@ HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_header_that_no_run_wrote_is_refused(artifacts: list[bytes], name: str) -> None:
     header, streams = unpack(artifacts[0])
     assert "some.pgolf" in attempt(pack(HEADERS[name](header), streams))
+
+
+@pytest.mark.parametrize("depth", [10, 500, *range(900, 1000, 9), 100_000])
+@pytest.mark.parametrize("name", ["architecture", "order", "matrix_bits", "coded", "kept", "streams", "identity"])
+def test_a_value_nested_deeply_is_refused(artifacts: list[bytes], name: str, depth: int) -> None:
+    """Also where reading it just stays within Python's recursion limit, and comparing or printing it does not."""
+    header, streams = unpack(artifacts[0])
+    for inner in ("?", {"model_dim": "?"}):
+        text = json.dumps({**header, name: inner}).replace('"?"', "[" * depth + "]" * depth)
+        assert "some.pgolf" in attempt(pack(zlib.compress(text.encode()), streams))
+
+
+@pytest.mark.parametrize("name", ["loop_start", "loop_end", "xsa_last_n", "parallel_start_layer", "num_loops"])
+def test_a_layer_that_does_not_exist_takes_no_memory(artifacts: list[bytes], name: str) -> None:
+    """Without NUM_LOOPS the loop's ends mean nothing: any number is read, and no list of so many layers is made."""
+    header, streams = unpack(artifacts[0])
+    message = attempt(pack({**header, "architecture": {**header["architecture"], name: 2**31}}, streams))
+    assert ("some.pgolf" in message) == (not name.startswith("loop_"))
 
 
 def test_weights_that_are_no_numbers_are_refused(artifacts: list[bytes]) -> None:

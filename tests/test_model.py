@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as t
-from conftest import VOCAB, plain_attention, tiny_config, tiny_model, unscaled
+from conftest import VOCAB, codes_of, plain_attention, tiny_config, tiny_model, unscaled
 
 CPU = torch.device("cpu")
 BOS, LENGTH, FLIPPED = 1, 24, 13
@@ -661,7 +661,7 @@ def test_fake_quantize_is_straight_through_and_on_the_grid(grid: t.Grid) -> None
 def test_late_qat_trains_on_the_grid_of_the_export(policy: str, bits: int) -> None:
     """weights(fake_quant=True) are what the export without GPTQ stores, bank by bank."""
     model = tiny_model(MATRIX_BITS=bits, CLIP_POLICY=policy, MATRIX_CLIP_SIGMAS=3, GPTQ_ENABLED=0)
-    coded = t.quantize_jobs(model.cfg, t.quant_jobs(model), {}, model.cfg.matrix_clip_sigmas)
+    coded = codes_of(model.cfg, t.quant_jobs(model), {}, model.cfg.matrix_clip_sigmas)
     trained = unscaled(model, model.weights(True))
     for spec in model.specs:
         torch.testing.assert_close(trained[spec.name], coded[spec.name].dequantize(), rtol=1e-5, atol=1e-6)

@@ -158,7 +158,7 @@ def test_two_rails_are_two_averages_that_begin_as_one() -> None:
     fast = slow = torch.zeros_like(model.banks["up"][0], dtype=torch.float64)
     for seed in range(7):
         before, grad = model.banks["up"][0].detach().double().clone(), random_gradients(model, seed)["banks.up"][0]
-        optimizers.step(t.StepPlan(1.0, mu, "train", slow_share=0.5615 if seed > 2 else None))
+        optimizers.step(t.StepPlan(1.0, mu, "train", two_rails=seed > 2))
         grad, decays = grad.double(), (0.85, 0.98) if seed > 2 else (mu, mu)
         fast, slow = (decay * rail + (1 - decay) * grad for decay, rail in zip(decays, (fast, slow), strict=True))
         update = (1 - mu) * grad + mu * (0.4385 * fast + 0.5615 * slow)
@@ -287,7 +287,7 @@ def test_state_dict_restores_bitwise(rails_at: float) -> None:
 
     def step(seed: int) -> None:
         random_gradients(model, seed)
-        optimizers.step(t.StepPlan(0.7, 0.95, "train", slow_share=0.5615 if rails_at < 1 and seed > 0 else None))
+        optimizers.step(t.StepPlan(0.7, 0.95, "train", two_rails=rails_at < 1 and seed > 0))
 
     step(0)
     saved = state()
@@ -352,7 +352,7 @@ def train_and_score(run: t.Runtime) -> dict[str, Any]:
     losses = []
     for step in range(STEPS):
         phase = late if step >= STEPS - 2 else plain
-        plan = t.StepPlan(1 - step / (2 * STEPS), 0.9, phase, slow_share=0.5615 if step >= STEPS // 2 else None)
+        plan = t.StepPlan(1 - step / (2 * STEPS), 0.9, phase, two_rails=step >= STEPS // 2)
         loss = trainer.step(step, plan)
         losses.append((run.ranks.sum_(loss.clone()) / run.ranks.world).item())
     parameters = snapshot(model)
@@ -381,7 +381,7 @@ def shared_codes(run: t.Runtime) -> dict[str, t.Coded]:
         for name in job.hessians:
             inputs = torch.randn(99, job.tensor.shape[2], generator=generator)
             hessians[name] = inputs.T @ inputs
-    return {name: tuple(coded) for name, coded in t.quantize_shared(run, jobs, hessians, 4.0).items()}
+    return {name: tuple(coded) for name, coded in t.quantize_jobs(run, jobs, hessians, 4.0).items()}
 
 
 def export_hessians(run: t.Runtime) -> dict[str, Tensor]:

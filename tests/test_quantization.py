@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import plain_attention, tiny_config, tiny_model, unscaled
+from conftest import codes_of, plain_attention, tiny_config, tiny_model, unscaled
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -140,7 +140,7 @@ def test_a_hessian_that_is_not_finite_is_refused_by_name(bad: float) -> None:
     job, hessian = a_job(), correlated()
     hessian[1, 2, 2] = bad
     with pytest.raises(t.UserError, match=r"(?i)hessian") as caught:
-        t.quantize_jobs(tiny_config(), [job], dict(zip(job.hessians, hessian, strict=True)), 3.0)
+        t.quantize(tiny_config(), job, dict(zip(job.hessians, hessian, strict=True)), 3.0)
     assert "up" in str(caught.value).split() or "up.1" in str(caught.value), "the message does not say which one"
 
 
@@ -150,8 +150,8 @@ def test_only_observed_matrices_go_through_gptq() -> None:
     named = dict(zip(job.hessians, hessian, strict=True))
     nearest = t.round_to_grid(job.tensor, scales_of(job), job.bits).to(torch.int8)
     for cfg, hessians in [(tiny_config(), {}), (tiny_config(GPTQ_ENABLED=0), named)]:
-        assert torch.equal(t.quantize_jobs(cfg, [job], hessians, 3.0)["up"].codes, nearest)
-    assert not torch.equal(t.quantize_jobs(tiny_config(), [job], named, 3.0)["up"].codes, nearest)
+        assert torch.equal(t.quantize(cfg, job, hessians, 3.0).codes, nearest)
+    assert not torch.equal(t.quantize(tiny_config(), job, named, 3.0).codes, nearest)
 
 
 # The grid and its clip
@@ -178,7 +178,7 @@ def test_scale_of_policy_amax_is_the_largest_entry() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
 def test_unclipped_values_move_by_half_a_step_at_most(bits: int) -> None:
     job, cfg = a_job((bits,) * 3), tiny_config(CLIP_POLICY="amax", GPTQ_ENABLED=0)
-    coded = t.quantize_jobs(cfg, [job], {}, 0.0)["up"]
+    coded = t.quantize(cfg, job, {}, 0.0)
     step = coded.scale.float().unsqueeze(-1)
     assert ((coded.dequantize() - job.tensor).abs() <= 0.5005 * step + 1e-12).all()
     assert coded.codes.unique().numel() > 2 ** (bits - 1)  # and the grid is used, not only its middle
@@ -189,9 +189,8 @@ def test_codes_stay_in_the_range_of_their_layers_bits(policy: str) -> None:
     """Layers of one job with 6, 5 and 3 bits, a clip that cuts: nothing leaves [-2^(b-1), 2^(b-1) - 1]."""
     bits = (6, 5, 3)
     job, hessian = a_job(bits), correlated()
-    coded = t.quantize_jobs(
-        tiny_config(CLIP_POLICY=policy), [job], dict(zip(job.hessians, hessian, strict=True)), 1.5
-    )["up"]
+    named = dict(zip(job.hessians, hessian, strict=True))
+    coded = t.quantize(tiny_config(CLIP_POLICY=policy), job, named, 1.5)
     for codes, width in zip(coded.codes, bits, strict=True):
         assert codes.min() >= -(2 ** (width - 1)) and codes.max() <= 2 ** (width - 1) - 1
         assert codes.abs().max() >= 2 ** (width - 1) - 1
@@ -221,7 +220,7 @@ def test_rows_of_zeros_have_a_finite_scale() -> None:
     job = a_job()
     job.tensor[:, 2] = 0.0
     for policy in ("sigma", "amax", "search"):
-        coded = t.quantize_jobs(tiny_config(CLIP_POLICY=policy), [job], {}, 3.0)["up"]
+        coded = t.quantize(tiny_config(CLIP_POLICY=policy), job, {}, 3.0)
         assert torch.isfinite(coded.dequantize()).all() and (coded.codes[:, 2] == 0).all()
 
 
@@ -235,7 +234,7 @@ def test_late_qat_rounds_on_the_grid_of_the_export(policy: str, bits: int) -> No
     model = tiny_model(CLIP_POLICY=policy, MATRIX_BITS=bits, GPTQ_ENABLED=0)
     model.clip_sigmas.fill_(3.5)
     trained_on = unscaled(model, model.weights(fake_quant=True))
-    coded = t.quantize_jobs(model.cfg, t.quant_jobs(model), {}, 3.5)
+    coded = codes_of(model.cfg, t.quant_jobs(model), {}, 3.5)
     for name, bank in model.banks.items():
         torch.testing.assert_close(trained_on[name], coded[name].dequantize(), rtol=0, atol=1e-6)
         assert not torch.allclose(trained_on[name], bank, atol=1e-4)
@@ -294,7 +293,7 @@ def test_entropy_of_codes_equals_that_of_numpy(shape: tuple[int, ...]) -> None:
 
 def estimated_bytes(model: t.GPT, sigmas: float) -> float:
     """Code, entropy of the rounded codes, two bytes per scale and kept value."""
-    coded = t.quantize_jobs(replace(model.cfg, gptq_enabled=False), t.quant_jobs(model), {}, sigmas)
+    coded = codes_of(replace(model.cfg, gptq_enabled=False), t.quant_jobs(model), {}, sigmas)
     streams = sum(t.entropy_bytes(c.codes) + 2 * c.scale.numel() for c in coded.values())
     return t.code_bytes() + streams + 2 * sum(v.numel() for v in t.kept_tensors(model).values())
 

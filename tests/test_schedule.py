@@ -131,7 +131,7 @@ def test_momentum_has_two_rails_from_a_part_of_the_run_on(at: float, step: int, 
     cfg = schedule(MUON_RAILS_AT=at, MUON_MOMENTUM_WARMUP_STEPS=0)
     plan = t.plan_step(cfg, step, seconds, 100)
     rails = t.momentum_rails(cfg, plan)
-    assert (plan.slow_share is not None) == two and len(rails) == (1 if at == 1 else 2)
+    assert plan.two_rails == two and len(rails) == (1 if at == 1 else 2)
     mu = cfg.muon_momentum
     if not two:
         assert rails == [(mu, 1.0, pytest.approx(mu / len(rails)))] * len(rails)
@@ -140,20 +140,6 @@ def test_momentum_has_two_rails_from_a_part_of_the_run_on(at: float, step: int, 
     assert (fast[0], slow[0]) == (0.85, 0.98) and sum(share) == pytest.approx(1)
     assert [rail[1] / (1 - rail[0]) for rail in rails] == pytest.approx([1 / (1 - mu)] * 2)
     assert sum(s / (1 - d) for s, (d, *_) in zip(share, rails, strict=True)) == pytest.approx(31, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("shares", "step", "share"), [("0.7,0.45", 30, 0.7), ("0.7,0.45", 65, 0.575), ("0.7,0.45", 100, 0.45), ("0.6", 65, 0.6)]
-)
-def test_the_share_of_the_slow_rail_moves_to_its_end(shares: str, step: int, share: float) -> None:
-    plan = t.plan_step(schedule(MUON_RAILS_AT=0.3, MUON_SLOW_SHARE=shares), step, 0, 100)
-    assert plan.slow_share == pytest.approx(share)
-
-
-@pytest.mark.parametrize("shares", ["0.7,0.5,0.4", "1.1", "-0.1"])
-def test_a_share_of_the_slow_rail_is_one_or_two_parts(shares: str) -> None:
-    with pytest.raises(t.UserError, match=f"MUON_SLOW_SHARE={shares}"):
-        schedule(MUON_SLOW_SHARE=shares)
 
 
 def test_rails_need_momentum_below_one() -> None:
@@ -302,15 +288,10 @@ def test_steps_that_the_device_has_not_made_yet_count(run: t.Runtime, monkeypatc
     assert 2.7 < spent < 3.2, "not what four steps more would take (3.35 s); a busy machine sleeps longer"
 
 
-@pytest.mark.parametrize("part", [0.0, 0.25, 1.0])
-def test_what_is_exported_is_the_average_blended_with_the_last_weights(part: float, run: t.Runtime) -> None:
-    """After training and from the weights file, which holds both unblended; 1 is the average to the last bit."""
-    run = t.replace(run, cfg=t.replace(run.cfg, average_blend=part))
+def test_what_is_exported_is_the_average(run: t.Runtime) -> None:
+    """After training and from the weights file, which holds the last weights beside it; to the last bit."""
     trained = t.train(run, t.Trainer(run, t.build_model(run, run.cfg, 1)), t.load_validation(run))
     saved = torch.load(run.cfg.weights_file, weights_only=True)
-    for weights in (trained.average, t.blend(run.cfg, saved["raw"], saved["average"])):
-        for name, tensor in weights.items():
-            raw, average = saved["raw"][name], saved["average"][name]
-            torch.testing.assert_close(tensor, part * average + (1 - part) * raw, rtol=1e-5, atol=1e-7)
-            assert part < 1 or torch.equal(tensor, average)
+    assert trained.average.keys() == saved["average"].keys() == saved["raw"].keys()
+    assert all(torch.equal(tensor, saved["average"][name]) for name, tensor in trained.average.items())
     assert not torch.equal(saved["raw"]["banks.up"], saved["average"]["banks.up"])
