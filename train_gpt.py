@@ -505,8 +505,8 @@ def run_rules(cfg: Config) -> list[tuple[Any, str]]:
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
     is_plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
     window = f"the window of {cfg.eval_len} tokens"
-    logs = [f"logs/{cfg.log_name}.{kind}" for kind in ("txt", "jsonl", "py")] + ["train.log", f"train_seed{cfg.seed}.log"]
-    own = [cfg.artifact_file, cfg.weights_file, *logs]
+    logs = [f"logs/{cfg.log_name}.{kind}" for kind in ("txt", "jsonl", "py")]
+    own = [cfg.artifact_file, cfg.weights_file, *logs, "train.log", f"train_seed{cfg.seed}.log"]
     return [
         (cfg.lowbit_bits != 1, "$LOWBIT_BITS: 2 to 8, or 0 for MATRIX_BITS"),
         (not idle, f"LOWBIT_NAME_PATTERNS={','.join(idle)}: not in {' '.join(names[:: cfg.num_layers])}"),
@@ -529,7 +529,7 @@ def run_rules(cfg: Config) -> list[tuple[Any, str]]:
         (is_plain_name and len(cfg.run_id.encode(errors="replace")) <= 200,
          f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, at most 200 bytes"),
         (len({*map(os.path.realpath, own)}) == len(own),
-         f"ARTIFACT_PATH={cfg.artifact_file} WEIGHTS_PATH={cfg.weights_file}: one file for two, or one of the run's logs"),
+         f"ARTIFACT_PATH={cfg.artifact_file} WEIGHTS_PATH={cfg.weights_file}: one file for two, or a log of the run"),
         (cfg.eval_only + cfg.export_only + cfg.resume <= 1, "EVAL_ONLY, EXPORT_ONLY, RESUME: set one of them at most"),
         (not cfg.resume or cfg.run_id, "RESUME=1 needs the RUN_ID of the run that is to go on"),
         (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
@@ -1288,8 +1288,8 @@ class ByteTable:
         total = sum(place.stop - place.start for place in places)
         share = same / max(total, 1)
         if share < SAME_TOKENS:
-            raise UserError(f"{where}: of {total} validation tokens {share:.1%} come again when their text is encoded; set "
-                            "the one that they were made with")  # fmt: skip
+            raise UserError(f"{where}: of {total} validation tokens {share:.1%} come again when their text is encoded; "
+                            "set the one that they were made with")  # fmt: skip
         if sidecar is None and any(self.pieces.piece_to_id(mark) != self.pieces.unk_id() for mark in CASE_MARKS):
             raise UserError(f"TOKENIZER_PATH={self.path} has case marks, which count no bytes: shards of it need their "
                             "byte sidecar, fineweb_val_bytes_*.bin")  # fmt: skip
