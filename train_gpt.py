@@ -4928,16 +4928,20 @@ class TestTimeTrainer:
         self.trained += len(starts) * length
 
     def step(self, starts: np.ndarray) -> None:
-        """One step on the windows at `starts`; short batches are filled up with windows of weight 0."""
+        """One step on the windows at `starts`, as many at a time as the memory holds.
+
+        Short batches are filled up with windows of weight 0.
+        """
         cfg, ranks = self.cfg, self.run.ranks
         weight = (torch.arange(cfg.ttt_batch_seqs, device=ranks.device) < len(starts)) / len(starts)
-        share = ranks.share(cfg.ttt_batch_seqs)
-        filled = np.resize(starts, cfg.ttt_batch_seqs)[share.start : share.stop]
+        filled = torch.from_numpy(np.resize(starts, cfg.ttt_batch_seqs)).to(ranks.device)
         offsets = torch.arange(cfg.eval_len, device=ranks.device)
-        inputs, targets = self.validation.batch(torch.from_numpy(filled).to(ranks.device)[:, None] + offsets)
+        share, most = ranks.share(cfg.ttt_batch_seqs), max(self.model.micro_batch // cfg.eval_len, 1)
         self.optimizer.zero_grad()
-        nll = self.model.fast_nll(inputs, targets, self.model.fast_weights(False), self.model.order)
-        (nll.mean(1) * weight[share.start : share.stop]).sum().backward()
+        for part in (slice(i, min(i + most, share.stop)) for i in share[::most]):
+            inputs, targets = self.validation.batch(filled[part, None] + offsets)
+            nll = self.model.fast_nll(inputs, targets, self.model.fast_weights(False), self.model.order)
+            (nll.mean(1) * weight[part]).sum().backward()
         grads = [parameter.grad for parameter in self.parameters]
         bucket = ranks.sum_(torch.cat([grad.flatten() for grad in grads]))
         torch._foreach_copy_(grads, cut(bucket, [grad.shape for grad in grads]))
@@ -4976,8 +4980,9 @@ class DocumentAdditions:
     """
 
     def __init__(self, run: Runtime, model: GPT) -> None:
-        """Take the model's weights as they are now."""
+        """Take the model's weights as they are now, for as many documents as fit where a micro-batch is smaller."""
         cfg = self.cfg = run.cfg
+        self.documents = max(cfg.ttt_batch_size * model.micro_batch // MICRO_BATCH_TOKENS, 1)
         with torch.no_grad():
             weights = model.fast_weights(False)
         self.base = {**{spec.name: weights[spec.name].unbind() for spec in model.specs}, "head": (weights["head"],)}
@@ -4988,8 +4993,8 @@ class DocumentAdditions:
             count, (rows, cols) = len(matrices), matrices[0].shape
             first = (2 * torch.rand(count, cfg.ttt_lora_rank, cols, generator=generator) - 1) * cols**-0.5
             self.first[name] = first.to(run.ranks.device)
-            self.inner[name] = fresh(cfg.ttt_batch_size, *first.shape)
-            self.outer[name] = fresh(cfg.ttt_batch_size, count, rows, cfg.ttt_lora_rank)
+            self.inner[name] = fresh(self.documents, *first.shape)
+            self.outer[name] = fresh(self.documents, count, rows, cfg.ttt_lora_rank)
         self.model = copy.copy(model)  # the same parameters; the kernels know no additions
         self.model.parts = PLAIN_LAYER
         self.fast_nll = compiled(cfg, self.nll)
@@ -5032,7 +5037,7 @@ def score_batch(additions: DocumentAdditions, validation: ValidationSet, spans: 
     compile (some 40 s); nothing of another document is in them, and what comes after the chunk is blank.
     """
     cfg, device, last = additions.cfg, validation.tokens.device, validation.targets - 1
-    starts, ends = np.pad(spans, ((0, cfg.ttt_batch_size - len(spans)), (0, 0))).T  # the rest are empty documents
+    starts, ends = np.pad(spans, ((0, additions.documents - len(spans)), (0, 0))).T  # the rest are empty documents
     additions.reset()
     for first in range(0, int((ends - starts).max()), cfg.ttt_chunk_size):
         firsts, stops = starts + first, np.minimum(starts + first + cfg.ttt_chunk_size, ends)
@@ -5057,7 +5062,8 @@ def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tens
     """Nats of every target, and the times that it was scored, (2, targets) float64; the ranks share the documents."""
     table = torch.zeros(2, validation.targets, dtype=torch.float64, device=exact_device(run.ranks.device))
     model.requires_grad_(False)
-    additions, spans, size = DocumentAdditions(run, model), document_spans(validation), run.cfg.ttt_batch_size
+    additions, spans = DocumentAdditions(run, model), document_spans(validation)
+    size = additions.documents
     for begin in range(run.ranks.rank * size, len(spans), run.ranks.world * size):
         score_batch(additions, validation, spans[begin : begin + size], table)
     model.requires_grad_(True)

@@ -103,6 +103,18 @@ def test_settings_act(trainer: Callable[..., t.TestTimeTrainer]) -> None:
     assert len({default, *(trained_score(trainer(**change)).nats for change in changes)}) == len(changes) + 1
 
 
+def test_a_small_gpu_takes_a_step_in_parts(
+    trainer: Callable[..., t.TestTimeTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three windows at a time of the four of a step, and the same score."""
+    whole, tried, rows = trained_score(trainer()), trainer(), []
+    tried.model.micro_batch = 3 * tried.cfg.eval_len
+    nll = tried.model.fast_nll
+    monkeypatch.setattr(tried.model, "fast_nll", lambda ids, *rest: rows.append(len(ids)) or nll(ids, *rest))
+    assert trained_score(tried).nats == pytest.approx(whole.nats, rel=1e-6)
+    assert max(rows) == 3 and 1 in rows
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_frozen_blocks_stay(trainer: Callable[..., t.TestTimeTrainer], optimizer: str) -> None:
     """Matrices and vectors of the first blocks keep their bits; those behind them move."""

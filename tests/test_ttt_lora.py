@@ -110,6 +110,10 @@ def test_neighbours_do_not_matter(subject: Callable[..., Scored]) -> None:
     """One document at a time, or all at once: the same scores to rounding, for any number of ranks."""
     together = nats(subject(TTT_BATCH_SIZE=16))
     torch.testing.assert_close(nats(subject(TTT_BATCH_SIZE=1)), together, rtol=1e-4, atol=1e-4)
+    run, model, validation = subject(TTT_BATCH_SIZE=16)
+    model.micro_batch = t.MICRO_BATCH_TOKENS // 4  # of a GPU that holds a quarter
+    assert t.DocumentAdditions(run, model).documents == 4
+    torch.testing.assert_close(nats((run, model, validation)), together, rtol=1e-4, atol=1e-4)
     run, *rest = subject()
     parts = []
     for rank in range(3):
