@@ -171,7 +171,6 @@ class Config:
     smear_gate_enabled: bool = opt(True, "mix each token with the one before it, per channel; stops at BOS")
     bigram_vocab_size: int = opt(2048, "buckets of the hashed bigram embedding (0: none)", low=0, high=2**24)
     bigram_dim: int = opt(128, "width of the bigram embedding", low=1, high=65_536)
-    bigram_signs: bool = opt(False, "rows of the bigram embedding times fixed random signs, so that collisions cancel")
     ve_enabled: bool = opt(True, "shared value embedding added to the values of VE_LAYERS")
     ve_dim: int = opt(128, "width of the value embedding", low=1, high=65_536)
     ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
@@ -1980,12 +1979,6 @@ def bigram_hash(ids: Tensor, bos_id: int, buckets: int) -> Tensor:
     return torch.where(has_previous(ids, bos_id), hashed, buckets - 1)
 
 
-def bigram_signs(ids: Tensor, bos_id: int, table: Tensor) -> Tensor:
-    """Rows (B, T, dim) of a fixed table of signs by token xor previous token (modded-nanogpt PR #299)."""
-    pairs = torch.where(has_previous(ids, bos_id), ids ^ F.pad(ids, (1, -1)), 0)
-    return table[pairs % len(table)]
-
-
 def smear(x: Tensor, ids: Tensor, gate: Tensor, bos_id: int) -> Tensor:
     """x_t + sigmoid(gate) (x_{t-1} - x_t) per channel within a document, x (B, T, C) (PR #65)."""
     amount = torch.sigmoid(gate) * has_previous(ids, bos_id).unsqueeze(-1)
@@ -2159,8 +2152,6 @@ class GPT(nn.Module):
         self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
         self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.rest_specs})
         torch.random.set_rng_state(generator_state)
-        signs = torch.randint(2, (8192, cfg.bigram_dim), generator=torch.Generator().manual_seed(0)) * 2 - 1
-        self.register_buffer("signs", signs.to(self.dtype) if cfg.bigram_signs else None, persistent=False)
         self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
         self.to(device)
         self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
@@ -2193,12 +2184,9 @@ class GPT(nn.Module):
         """Slices of `layers` (layers, ...) in the order in which they run, (passes, ...)."""
         return torch.stack([layers[layer] for layer in self.order])
 
-    def project(
-        self, table: str, ids: Tensor, matrix: str, observe: Observer | None, signs: Tensor | None = None
-    ) -> Tensor:
+    def project(self, table: str, ids: Tensor, matrix: str, observe: Observer | None) -> Tensor:
         """Rows `ids` of an embedding table times a small matrix; gathered in fp32 so that gradients sum in fp32."""
         rows = F.embedding(ids, self.rest[table]).to(self.dtype)
-        rows = rows if signs is None else rows * signs
         return linear(rows, self.rest[matrix].to(self.dtype), matrix, observe)
 
     def embed(self, ids: Tensor, observe: Observer | None) -> Tensor:
@@ -2206,8 +2194,7 @@ class GPT(nn.Module):
         x = F.embedding(ids, self.rest["tok_emb"])
         if "bigram_table" in self.rest:
             buckets = bigram_hash(ids, self.bos_id, self.cfg.bigram_vocab_size)
-            signs = None if self.signs is None else bigram_signs(ids, self.bos_id, self.signs)
-            x = x + self.rest["bigram_scale"] * self.project("bigram_table", buckets, "bigram_proj", observe, signs)
+            x = x + self.rest["bigram_scale"] * self.project("bigram_table", buckets, "bigram_proj", observe)
         x = rms_norm(x.to(self.dtype))
         return smear(x, ids, self.rest["smear_gate"], self.bos_id) if "smear_gate" in self.rest else x
 

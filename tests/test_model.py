@@ -18,7 +18,7 @@ from conftest import VOCAB, plain_attention, tiny_config, tiny_model, unscaled
 
 CPU = torch.device("cpu")
 BOS, LENGTH, FLIPPED = 1, 24, 13
-ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "LN_SCALE": 1, "SKIP_GATES_ENABLED": 1, "BIGRAM_SIGNS": 1}
+ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "LN_SCALE": 1, "SKIP_GATES_ENABLED": 1}
 SPARSE_GATE = {"GATED_ATTN_ENABLED": 0, "SPARSE_ATTN_GATE_SCALE": 0.5}
 FEATURES: dict[str, dict[str, Any]] = {
     "default": {}, "all on": ALL_ON, "value residual": {"VALUE_RESIDUAL": 1}, "gated": {"GATED_ATTN_ENABLED": 1},
@@ -133,24 +133,6 @@ def test_bigram_hash_and_smear_equal_their_definitions() -> None:
         share = torch.zeros(8) if alone else torch.sigmoid(gate)
         assert int(buckets[row, place]) == bucket
         torch.testing.assert_close(smeared[row, place], (1 - share) * x[row, place] + share * x[row, place - 1])
-
-
-def test_bigram_signs_depend_on_the_pair_and_are_fixed() -> None:
-    """Signs from a seed, not from the weights; equal for equal pairs, and one row where no token comes before."""
-    model, other = tiny_model(BIGRAM_SIGNS=1), tiny_model(seed=5, BIGRAM_SIGNS=1, SEED=7)
-    assert torch.equal(model.signs, other.signs) and model.signs.shape == (8192, 16)
-    assert set(model.signs.unique().tolist()) == {-1, 1} and abs(model.signs.mean()) < 0.02
-    ids = random_ids()
-    signs = t.bigram_signs(ids, BOS, model.signs)
-    for row, place in itertools.product(range(2), range(LENGTH)):
-        alone = place == 0 or int(ids[row, place]) == BOS
-        pair = 0 if alone else int(ids[row, place]) ^ int(ids[row, place - 1])
-        assert torch.equal(signs[row, place], model.signs[pair])
-    seen: list[tuple[str, Tensor]] = []
-    with torch.no_grad():
-        model.embed(ids, lambda name, x: seen.append((name, x)))
-    buckets = t.bigram_hash(ids, BOS, model.cfg.bigram_vocab_size)
-    assert torch.equal(dict(seen)["bigram_proj"], model.rest["bigram_table"][buckets] * signs)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -479,7 +461,6 @@ def test_unet_skips_pair_first_with_last(layers: int, gated: bool) -> None:
 PARAMETERS_OF = {
     "smear": ({"SMEAR_GATE_ENABLED": 0}, {"smear_gate"}),
     "bigram": ({"BIGRAM_VOCAB_SIZE": 0}, {"bigram_table", "bigram_proj", "bigram_scale"}),
-    "bigram signs": ({"BIGRAM_SIGNS": 0}, set()),
     "value embedding": ({"VE_ENABLED": 0}, {"ve_table", "ve_proj", "ve_scale"}),
     "value residual": ({"VALUE_RESIDUAL": 0}, {"value_mix"}),
     "gate": ({"GATED_ATTN_ENABLED": 0}, {"gate_weight", "gate_bias"}),
