@@ -157,7 +157,6 @@ class Config:
     enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0, high=1)
     lora_rank: int = opt(0, "LoRA rank of each pass over the looped matrices, at the start (0: none)", low=0, high=4096)
     logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
-    logit_shift: float = opt(0.0, "added to all logits before the cap, which then bends the large ones sooner")
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
     qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0.01)
@@ -1724,10 +1723,9 @@ def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
     return h.square() * torch.where(h > 0, 1.0, beta)
 
 
-def soft_cap(logits: Tensor, cap: float, shift: float = 0.0) -> Tensor:
-    """Logits squeezed into +-cap, in float32. A cap of 11.5 with a shift of 3.83 is 23 sigmoid((z + 5) / 7.5) of
-    modded-nanogpt PR #181, but for a constant and the scale of z."""
-    return cap * torch.tanh((logits.float() + shift) / cap)
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Logits squeezed into +-cap, in float32."""
+    return cap * torch.tanh(logits.float() / cap)
 
 
 class PlainLayer:
@@ -1793,9 +1791,9 @@ class PlainLayer:
         """The first channels of the normalized x of Rows, (N, GATE_INPUTS)."""
         return rows.twin[:, :GATE_INPUTS]
 
-    def nll(self, logits: Tensor, targets: Tensor, cap: float, shift: float = 0.0) -> Tensor:
+    def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
         """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
-        return F.cross_entropy(soft_cap(logits, cap, shift), targets, reduction="none")
+        return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")
 
 
 PLAIN_LAYER = PlainLayer()
@@ -2314,14 +2312,12 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""
-        logits = linear(hidden, weights["head"], "head", observe)
-        return soft_cap(logits, self.cfg.logit_softcap, self.cfg.logit_shift)
+        return soft_cap(linear(hidden, weights["head"], "head", observe), self.cfg.logit_softcap)
 
     def nll(self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> Tensor:
         """Negative log-likelihood in nats of each target given its prefix, (B, T) float32."""
         logits = product(self.hidden(ids, weights, order).flatten(0, 1), weights["head"])
-        caps = self.cfg.logit_softcap, self.cfg.logit_shift
-        return self.parts.nll(logits, targets.flatten(), *caps).view_as(targets)
+        return self.parts.nll(logits, targets.flatten(), self.cfg.logit_softcap).view_as(targets)
 
     def nll_and_entropy(
         self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]
@@ -3160,48 +3156,45 @@ class Normalized(torch.autograd.Function):
 
 
 @jit
-def capped(logits, at, live, cap, shift):
+def capped(logits, at, live, cap):
     """Capped logits at `at` in bits (nats times log2 e), and a quarter of the cap's slope there.
 
     With q = 1 / (exp(2x) + 1), tanh(x) is 1 - 2q and its slope 4(q - q^2); a squared rsqrt is cheaper than a division.
     """
     LOG2_E: tl.constexpr = 1.4426950408889634
-    shifted = tl.load(logits + at, mask=live, other=0.0).to(tl.float32) + shift
-    root = tl.rsqrt(tl.exp2(shifted * (2 * LOG2_E / cap)) + 1)
+    root = tl.rsqrt(tl.exp2(tl.load(logits + at, mask=live, other=0.0).to(tl.float32) * (2 * LOG2_E / cap)) + 1)
     q = root * root
     return LOG2_E * cap - 2 * LOG2_E * cap * q, q - q * q
 
 
 @jit
-def nll_tiles(logits, targets, nll, logs, tokens, cap, shift, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-              COLS: tl.constexpr):  # fmt: skip
+def nll_tiles(logits, targets, nll, logs, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The loss of ROWS rows, and the binary logarithms of their sums of exponentials, COLS columns at a time."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     largest, total = tl.full((ROWS,), -float("inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     for begin in range(0, WIDTH, COLS):
         column = begin + tl.arange(0, COLS)[None, :]
-        live = (row[:, None] < tokens) & (column < WIDTH)
-        bits, _ = capped(logits, row[:, None] * WIDTH + column, live, cap, shift)
+        bits, _ = capped(logits, row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH), cap)
         bits = tl.where(column < WIDTH, bits, -float("inf"))
         peak = tl.maximum(largest, tl.max(bits, 1))
         total = total * tl.exp2(largest - peak) + tl.sum(tl.exp2(bits - peak[:, None]), 1)
         largest = peak
     log, target = largest + tl.log2(total), tl.load(targets + row, mask=row < tokens, other=0)
-    bits, _ = capped(logits, row * WIDTH + target, row < tokens, cap, shift)
+    bits, _ = capped(logits, row * WIDTH + target, row < tokens, cap)
     tl.store(nll + row, (log - bits) * 0.6931471805599453, mask=row < tokens)
     tl.store(logs + row, log, mask=row < tokens)
 
 
 @jit
-def nll_backward_tiles(logits, targets, logs, dnll, dlogits, tokens, cap, shift, WIDTH: tl.constexpr,
-                       ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+def nll_backward_tiles(logits, targets, logs, dnll, dlogits, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                       COLS: tl.constexpr):  # fmt: skip
     """The gradient of ROWS rows and COLS columns of the logits before their cap."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, inside = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :], row < tokens
     at, live = row[:, None] * WIDTH + column, inside[:, None] & (column < WIDTH)
     target, log = tl.load(targets + row, mask=inside, other=0), tl.load(logs + row, mask=inside, other=0.0)
     upstream = 4 * tl.load(dnll + row, mask=inside, other=0.0)
-    bits, slope = capped(logits, at, live, cap, shift)
+    bits, slope = capped(logits, at, live, cap)
     d = tl.exp2(bits - log[:, None]) - tl.where(column == target[:, None], 1.0, 0.0)
     tl.store(dlogits + at, (d * slope * upstream[:, None]).to(dlogits.dtype.element_ty), mask=live)
 
@@ -3213,23 +3206,22 @@ def nll_blocks(logits: Tensor) -> tuple[int, int]:
 
 
 @torch.library.custom_op(f"{OPERATORS}::nll", mutates_args=())
-def nll(logits: Tensor, targets: Tensor, cap: float, shift: float) -> tuple[Tensor, Tensor]:
+def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,).
 
     The logits are read once, and once more to write their gradient; nothing else of that size is kept.
     """
     (n, width), (rows, cols), loss, logs = logits.shape, nll_blocks(logits), per_row(logits), per_row(logits)
-    nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, shift, width, rows, cols, num_warps=4)
+    nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
     return loss, logs
 
 
 @torch.library.custom_op(f"{OPERATORS}::nll_backward", mutates_args=())
-def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float, shift: float) -> Tensor:
+def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
     """The gradient of the logits."""
     (n, width), (rows, cols), dlogits = logits.shape, nll_blocks(logits), torch.empty_like(logits)
     grid = (triton.cdiv(n, rows), triton.cdiv(width, cols))
-    nll_backward_tiles[grid](logits, targets, logs, dnll.contiguous(), dlogits, n, cap, shift, width, rows, cols,
-                             num_warps=4)  # fmt: skip
+    nll_backward_tiles[grid](logits, targets, logs, dnll.contiguous(), dlogits, n, cap, width, rows, cols, num_warps=4)
     return dlogits
 
 
@@ -3238,12 +3230,12 @@ nll_backward.register_fake(lambda logits, *_: torch.empty_like(logits))
 
 
 def save_nll(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    logits, targets, *ctx.caps = inputs
+    logits, targets, ctx.cap = inputs
     ctx.save_for_backward(logits, targets, output[1])
 
 
 nll.register_autograd(
-    lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, *ctx.caps), *[None] * 3), setup_context=save_nll
+    lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, ctx.cap), None, None), setup_context=save_nll
 )
 
 
@@ -3286,8 +3278,8 @@ class TritonLayer(PlainLayer):
     def gate_inputs(self, rows: Rows) -> Tensor:
         return Normalized.apply(rows.x[:, :GATE_INPUTS], rows.gates, rows.r)
 
-    def nll(self, logits: Tensor, targets: Tensor, cap: float, shift: float = 0.0) -> Tensor:
-        return nll(logits.contiguous(), targets.contiguous(), cap, shift)[0]
+    def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+        return nll(logits.contiguous(), targets.contiguous(), cap)[0]
 
 
 # ----------------------------------------------------------------------------------------------

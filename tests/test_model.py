@@ -596,19 +596,6 @@ def test_logits_are_softcapped() -> None:
     torch.testing.assert_close(model.logits(hidden, {"head": head}), hidden @ head.T, rtol=1e-2, atol=1e-4)
 
 
-def test_a_shift_makes_the_cap_the_sigmoid_of_modded_nanogpt() -> None:
-    """23 sigmoid((z + 5) / 7.5) of the logits times 15 / 11.5, but for a constant; in the loss too."""
-    model = tiny_model(LOGIT_SOFTCAP=11.5, LOGIT_SHIFT=11.5 / 3)
-    hidden, head = torch.randn(1, 50, 32), torch.randn(VOCAB, 32)
-    expected = 23 * torch.sigmoid((hidden @ head.T * 15 / 11.5 + 5) / 7.5)
-    torch.testing.assert_close(model.logits(hidden, {"head": head}), expected - 11.5, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        weights, tokens = model.weights(False), random_ids()
-        logits = model.logits(model.hidden(tokens[:, :-1], weights, order_of(model)), weights)
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        torch.testing.assert_close(nll_of(model, tokens).flatten(), losses)
-
-
 # --- the export's grid and late QAT ---------------------------------------------------------------------
 
 
