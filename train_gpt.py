@@ -2997,43 +2997,10 @@ sum_product.register_autograd(
 
 
 @jit
-def halves(pairs):
-    """The two bfloat16 in each 32 bits, as float32."""
-    return (pairs << 16).to(tl.float32, bitcast=True), (pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
-
-
-@jit
-def add_rows(sums, value):
-    """Sums of columns so far, (rows / 16, 8, columns), with those of `value` (rows, columns) added.
-
-    A thread keeps the sum of what it holds, rows 8 apart: exchanging it with other threads in every tile cost 1.2 ms a
-    step. For bfloat16 `sums` are pairs of columns in 32 bits, since in float32 they do not fit into the registers.
-    """
-    groups: tl.constexpr = value.shape[0] // 16
-    more = tl.sum(tl.reshape(value, (groups, 2, 8, value.shape[1])), 1)
-    if sums.dtype == tl.float32:
-        return sums + more
-    even, odd = tl.split(tl.reshape(more, (groups, 8, value.shape[1] // 2, 2)))
-    even_sum, odd_sum = halves(sums)
-    even, odd = (even_sum + even).to(tl.bfloat16), (odd_sum + odd).to(tl.bfloat16)
-    return odd.to(tl.uint16, bitcast=True).to(tl.uint32) << 16 | even.to(tl.uint16, bitcast=True).to(tl.uint32)
-
-
-@jit
-def total_rows(sums):
-    """Sums of all columns (columns,) from those of the threads."""
-    flat = tl.reshape(sums, (sums.shape[0] * 8, sums.shape[2]))
-    if sums.dtype == tl.float32:
-        return tl.sum(flat, 0)
-    even, odd = halves(flat)
-    return tl.interleave(tl.sum(even, 0), tl.sum(odd, 0))
-
-
-@jit
-def end_unit(value, r, act, out, low, products, sums, row, column, tokens, hidden, BETA_GRAD: tl.constexpr):
+def end_unit(value, r, act, out, low, products, row, column, tokens, hidden):
     """Ending of a tile: without `act` the activations h^2 of h = r value, times `low` below zero. With them backward: r
     times the gradient of h, which is 2 sqrt(act) above zero and `low` sqrt(|act|) below, and each row's sum of value
-    times act. Returns the column sums so far of the same where h was below zero, with this tile's.
+    times act.
 
     h is not kept: the lowest bit of an activation says whether it was below zero. The activation is rounded to the
     nearest number with that bit, so it has 7 of bfloat16's 8 digits: a relative error of 0.0033, against 0.0037 of
@@ -3052,65 +3019,45 @@ def end_unit(value, r, act, out, low, products, sums, row, column, tokens, hidde
         a = act.load([row, column]).to(tl.float32)
         below = a.to(tl.uint32, bitcast=True) & SIGN != 0
         slope = tl.where(below, low, 2.0) * tl.sqrt(tl.abs(a))
-        if BETA_GRAD:  # in this order the fewest registers are spilled
-            sums = add_rows(sums, value * tl.where(below, a, 0.0))
         out.store([row, column], (h * slope).to(out.dtype))
         tl.store(products + column // value.shape[1] * tokens + place, tl.sum(value * a, 1), mask=place < tokens)
-    return sums
 
 
 @jit
-def unit_tiles(a, b, r, act, out, low, products, sums, tokens, hidden, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
+def unit_tiles(a, b, r, act, out, low, products, tokens, hidden, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
                INNER: tl.constexpr):  # fmt: skip
-    """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves.
-
-    With `sums` a program keeps to its columns (their number divides that of programs) and adds their sums up.
-    """
-    tl.assume(inputs > 0)  # or the sums change their layout for the case that a tile has no products
+    """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves."""
     across = tl.cdiv(hidden, COLS)
-    BETA_GRAD: tl.constexpr = sums is not None
-    kept: tl.constexpr = tl.uint32 if out.dtype == tl.bfloat16 else tl.float32
-    sums_left = tl.zeros((ROWS // 16, 8, COLS // (4 if kept == tl.uint32 else 2)), kept)
-    sums_right = sums_left
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
         left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
-        sums_left = end_unit(left, r, act, out, low, products, sums_left, row, column, tokens, hidden, BETA_GRAD)
-        sums_right = end_unit(right, r, act, out, low, products, sums_right, row, column + COLS // 2, tokens, hidden,
-                              BETA_GRAD)  # fmt: skip
-    if BETA_GRAD:
-        channel = tl.program_id(0) % across * COLS + tl.arange(0, COLS // 2)
-        line = sums + tl.program_id(0) // across * hidden + channel
-        tl.store(line, total_rows(sums_left), mask=channel < hidden)
-        tl.store(line + COLS // 2, total_rows(sums_right), mask=channel + COLS // 2 < hidden)
+        end_unit(left, r, act, out, low, products, row, column, tokens, hidden)
+        end_unit(right, r, act, out, low, products, row, column + COLS // 2, tokens, hidden)
 
 
-def unit_outputs(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool) -> list[Tensor]:
+def unit_outputs(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None) -> tuple[Tensor, Tensor]:
     """Memory for what `unit_product` returns, given its inputs."""
-    hidden, across = len(b), triton.cdiv(len(b), TILE[1])
-    (count,) = programs(a.device, triton.cdiv(len(a), TILE[0]) * across)
-    sums = a.new_empty((max(count // across, 1) * has_sums, hidden), dtype=torch.float32)
-    return [a.new_empty((len(a), hidden)), pieces(a, 0 if act is None else hidden), sums]
+    return a.new_empty((len(a), len(b))), pieces(a, 0 if act is None else len(b))
 
 
 @torch.library.custom_op(f"{OPERATORS}::unit_product", mutates_args=())
-def unit_product(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool) -> list[Tensor]:
+def unit_product(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None) -> tuple[Tensor, Tensor]:
     """The activations (N, hidden) of r a b^T; or, with `act` and their gradient a b^T, r times that of what they were
-    made of, and sums of act times gradient: of rows (pieces, N), and where wanted of columns below zero (_, hidden)."""
+    made of, and each row's sums of act times gradient (pieces, N)."""
     (n, inputs), hidden, (rows, cols, inner) = a.shape, len(b), TILE
-    out, products, sums = found = unit_outputs(a, b, r, low, act, has_sums)
-    across = triton.cdiv(hidden, cols)
-    grid = (len(sums) * across,) if has_sums else programs(a.device, triton.cdiv(n, rows) * across)
+    out, products = found = unit_outputs(a, b, r, low, act)
     act_tiles, out_tiles = (None if x is None else tiled(x, rows, cols // 2) for x in (act, out))
-    unit_tiles[grid](tiled(a, rows, inner), tiled(b, cols, inner), r, act_tiles, out_tiles, low, products,
-                     sums if has_sums else None, n, hidden, inputs, *TILE, num_warps=8, num_stages=3)  # fmt: skip
+    unit_tiles[programs(a.device, triton.cdiv(n, rows) * triton.cdiv(hidden, cols))](
+        tiled(a, rows, inner), tiled(b, cols, inner), r, act_tiles, out_tiles, low, products, n, hidden, inputs, *TILE,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
     return found
 
 
 @torch.library.custom_op(f"{OPERATORS}::feed_forward", mutates_args=())
 def feed_forward(x: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The new x and the activations: these and the sum are made inside the products (as in PR #1530)."""
-    act = unit_product(x, up, r, beta, None, False)[0]
+    act = unit_product(x, up, r, beta, None)[0]
     return sum_product(x, act, down, None, None, False)[0], act
 
 
@@ -3127,11 +3074,15 @@ def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> No
 def differentiate_feed_forward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """Gradients of x, up, down and beta."""
     x, r, up, down, beta, act = ctx.saved_tensors
-    beta_grad, low = ctx.needs_input_grad[4], -2 * beta.sign() * beta.abs().float().sqrt()
-    dpre, products, sums = unit_product(dy.contiguous(), down.T.contiguous(), r, low, act, beta_grad)
+    low = -2 * beta.sign() * beta.abs().float().sqrt()
+    dpre, products = unit_product(dy.contiguous(), down.T.contiguous(), r, low, act)
     shrink = products.sum(0) * r.square() * (2 / (x.shape[1] * ctx.scale**2))
     dx, _ = sum_product(dy.contiguous(), dpre, up.T.contiguous(), x, shrink, False)
-    dbeta = (sums.sum(0) / beta).to(beta.dtype) if beta_grad else None
+    dbeta = None
+    if ctx.needs_input_grad[4]:  # h^2 times the gradient of the activation, which is that of h over 2 beta h
+        was_below = act.view(torch.int16 if act.dtype == torch.bfloat16 else torch.int32) % 2 == 1
+        h = -(act.float() / beta).abs().sqrt()
+        dbeta = (torch.where(was_below, dpre * h / r.unsqueeze(-1), 0).sum(0) / (2 * beta)).to(beta.dtype)
     return dx, None, dpre.T @ x, dy.T @ act, dbeta, None
 
 

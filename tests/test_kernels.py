@@ -247,29 +247,6 @@ def sign_cases() -> None:
     assert t.relative_errors([act], [exact])[0] < 3.5e-3
 
 
-@t.jit
-def columns_three_times(value, out, ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr):
-    """Sums of the columns of a tile that is added three times."""
-    at = tl.arange(0, COLS)
-    tile = tl.load(value + tl.arange(0, ROWS)[:, None] * COLS + at[None, :])
-    if PACKED:
-        sums = tl.zeros((ROWS // 16, 8, COLS // 2), tl.uint32)
-    else:
-        sums = tl.zeros((ROWS // 16, 8, COLS), tl.float32)
-    for _ in range(3):
-        sums = t.add_rows(sums, tile)
-    tl.store(out + at, t.total_rows(sums))
-
-
-def column_sums_cases() -> None:
-    """In float32 and as pairs of bfloat16, which hold these small integers exactly."""
-    value = torch.randint(-20, 21, (32, 16), generator=torch.Generator().manual_seed(0)).float()
-    for packed in (False, True):
-        out = torch.full((16,), torch.nan)
-        columns_three_times[(1,)](value, out, 32, 16, packed)
-        assert torch.equal(out, 3 * value.sum(0)), (packed, out, value.sum(0))
-
-
 def normalized_cases() -> None:
     check_part(normalized_part, draw(x=(7, 12)))
 
@@ -385,7 +362,7 @@ def layers_in_bfloat16() -> None:
 
 CASES: dict[str, list[Callable[[], None]]] = {
     "parts": [enter_cases, heads_cases, zero_gain_cases, exclusive_cases, leave_cases, feed_forward_cases,
-              column_sums_cases, normalized_cases, nll_cases, sign_cases],
+              normalized_cases, nll_cases, sign_cases],
     "layers": [probed_layers, layers_in_bfloat16],
     "models": [partial(compare_models, variables, False) for variables in MODELS],
     "graphs": [partial(compare_models, variables, True) for variables in GRAPHS],
@@ -401,7 +378,6 @@ def default_layer() -> None:
         assert not t.fault(*found), (changes, found)
 
 
-SUMS = t.unit_tiles.arg_names.index("sums") if t.triton else 0  # which argument the sums for beta are
 RUN = t.triton.JITFunction.run if t.triton else None
 
 
@@ -426,23 +402,20 @@ def compiled_for(capability: int) -> dict[str, int]:
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **words: Any) -> None:
         done = RUN(kernel, *arguments, grid=grid, warmup=True, **words)
-        name = kernel.fn.__name__ + " for beta" * (kernel is t.unit_tiles and arguments[SUMS] is not None)
+        name = kernel.fn.__name__
         stacks[name] = max(stack_bytes(done.asm["cubin"]), stacks.get(name, 0))
 
     t.triton.JITFunction.run = compile_only
     for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu", "SPARSE_ATTN_GATE_SCALE": "1"}):
         t.probe_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
-    matrix, rows = torch.zeros(512, 512, dtype=torch.bfloat16), torch.zeros(512)
-    t.unit_product(matrix, matrix, rows, rows, matrix, False)  # with a fixed beta
     return stacks
 
 
 def compiled_for_hopper() -> None:
-    """None may spill registers but the feed-forward's where a beta is learned."""
+    """None may spill registers."""
     stacks = compiled_for(90)
     every = {name for name in vars(t) if name.endswith("_tiles")}
-    assert stacks.keys() == every | {"unit_tiles for beta"}, (every, stacks)
-    assert stacks.pop("unit_tiles for beta") <= 208 and not any(stacks.values()), stacks
+    assert stacks.keys() == every and not any(stacks.values()), (every, stacks)
 
 
 def compiled_elsewhere() -> None:
