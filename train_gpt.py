@@ -1470,7 +1470,6 @@ def load_validation(run: Runtime) -> ValidationSet:
 # Namespace of our operators. A process that loads several copies of this file (`records check`) must not define one
 # twice: torch frees the first, and calling that ends in a segmentation fault. Cached graphs go by the name.
 OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, n := f"pgolf{i or ''}"), "enter"))
-Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTENTION a mask -> y (B,T,H,D), causal
 Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 NORM_EPS = 1e-6
 GATE_INPUTS = 12  # channels of the normalized residual stream that the sparse gates of heads read
@@ -1478,29 +1477,71 @@ ALLOWED_ERROR = 4.0  # of a back end, in errors of the plain definition in the s
 PART_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 in one call take 7 to 9% longer
 
 
-def sdpa(backend: SDPBackend) -> Attend:
-    """PyTorch's scaled-dot-product attention restricted to one kernel, so that it never changes silently."""
+class Attention(NamedTuple):
+    """Causal attention; with a mask within documents only. One mask per pass serves every layer."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            heads_first = (t.transpose(1, 2) for t in (q, k, v))
-            y = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+    attend: Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), mask or None -> y (B,T,H,D)
+    mask: Callable[[Tensor], Tensor] | None = None  # of documents (B, T), equal numbers for tokens of one document
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.attend(q, k, v, mask)
+
+
+def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
+    """PyTorch's scaled-dot-product attention restricted to one kernel, so that it never changes silently; with a mask
+    by any kernel that takes one."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        heads_first, words = (x.transpose(1, 2) for x in (q, k, v)), {"enable_gqa": q.shape[2] != k.shape[2]}
+        with sdpa_kernel(backend) if mask is None else contextlib.nullcontext():
+            y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, **words)
         return y.transpose(1, 2)
 
     return attend
 
 
-def flash_package(module: str) -> Attend:
-    """`flash_attn_func` of an installed FlashAttention package; it takes our layout as it is."""
-    return partial(importlib.import_module(module).flash_attn_func, causal=True)
+def square_mask(documents: Tensor) -> Tensor:
+    """The plain definition: which token (B, 1, T, T) sees which, itself and earlier ones of its document."""
+    return (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
+
+
+PLAIN_ATTENTION = Attention(sdpa(SDPBackend.MATH), square_mask)
+
+
+def end_to_end(dense: Callable[..., Tensor], varlen: Callable[..., Tensor]) -> Attention:
+    """FlashAttention by two functions, of whole rows and of documents one after the other, (N, H, D)."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return dense(q, k, v)
+        tokens, ends, longest = (x.flatten(0, 1) for x in (q, k, v)), mask[0], q.shape[1]
+        return varlen(*tokens, ends, ends, longest, longest).view_as(q)
+
+    return Attention(attend, partial(sequence_ends, parts=1))
+
+
+def flash_package(module: str) -> Attention:
+    """An installed FlashAttention package; it takes our layout as it is."""
+    package = importlib.import_module(module)
+    return end_to_end(*(partial(f, causal=True) for f in (package.flash_attn_func, package.flash_attn_varlen_func)))
+
+
+def bundled_flash() -> Attention:
+    """The FlashAttention 2 that PyTorch brings along; of documents it shares no keys and values among heads."""
+    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+    def unshared(q: Tensor, k: Tensor, v: Tensor, *sizes: Any) -> Tensor:
+        k, v = (x if x.shape == q.shape else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return attend(q, k, v, *sizes, window_size=(-1, 0))
+
+    return end_to_end(sdpa(SDPBackend.FLASH_ATTENTION), unshared)
 
 
 @cache
-def flash_attention_4() -> Attend:
+def flash_attention_4() -> Attention:
     """FlashAttention 4 (package flash-attn-4) as a custom operator: it is JIT-compiled Python that
     torch.compile cannot trace, and without an operator round it every layer would break the graph.
-
-    With `cu` and `longest` it is a `VarlenAttend`, one kernel call a part.
+    Documents are attended to part by part, in one kernel call each.
     """
     kernels = importlib.import_module("flash_attn.cute.interface")
 
@@ -1546,73 +1587,24 @@ def flash_attention_4() -> Attend:
         return *backward(dy, *ctx.saved_tensors, ctx.longest), None, None
 
     forward.register_autograd(differentiate, setup_context=save)
-    return lambda q, k, v, cu=None, longest=None: forward(q, k, v, cu, longest)[0]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return forward(q, k, v, None, None)[0]
+        parts = (x.reshape(len(mask), -1, *x.shape[2:]) for x in (q, k, v))
+        return forward(*parts, mask, q.shape[1])[0].view_as(q)
+
+    return Attention(attend, lambda documents: sequence_ends(documents, parts_of(*documents.shape)))
 
 
-ATTENTION: dict[str, Callable[[], Attend]] = {  # in order of preference on Hopper GPUs
+ATTENTION: dict[str, Callable[[], Attention]] = {  # in order of preference on Hopper GPUs
     "fa3": lambda: flash_package("flash_attn_interface"),
     "fa4": flash_attention_4,
-    "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
+    "cudnn": lambda: Attention(sdpa(SDPBackend.CUDNN_ATTENTION)),
     "fa2": lambda: flash_package("flash_attn"),
-    "flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
-    "math": lambda: sdpa(SDPBackend.MATH),
+    "flash": bundled_flash,
+    "math": lambda: PLAIN_ATTENTION,
 }
-
-
-class DocumentAttention(NamedTuple):
-    """Attention that sees only earlier tokens of the same document; one mask per pass serves every layer."""
-
-    mask: Callable[[Tensor], Any]  # documents (B, T), equal numbers for tokens of one document
-    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), mask -> y (B,T,H,D)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-        return self.attend(q, k, v, mask)
-
-
-def math_documents() -> DocumentAttention:
-    """The plain definition, with a mask of T x T booleans."""
-
-    def mask(documents: Tensor) -> Tensor:
-        return (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-
-    return DocumentAttention(mask, attend)
-
-
-# q (P,N,H,D), k and v (P,N,KV,D) of P parts, cu_seqlens (P, sequences + 1) int32 from 0 to N in each part, length of
-# the longest sequence that may come -> y (P,N,H,D)
-VarlenAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-
-
-def end_to_end(attend: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]) -> VarlenAttend:
-    """All parts in one call of a kernel that takes q (N, H, D) and cu_seqlens (sequences + 1,)."""
-
-    def whole(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        before = torch.arange(len(q), dtype=torch.int32, device=q.device).unsqueeze(1) * q.shape[1]
-        ends = F.pad((cu_seqlens + before)[:, :-1].flatten(), (0, 1), value=len(q) * q.shape[1])
-        return attend(*(tensor.flatten(0, 1) for tensor in (q, k, v)), ends, longest).view_as(q)
-
-    return whole
-
-
-def varlen_flash_package(module: str) -> VarlenAttend:
-    """`flash_attn_varlen_func` of an installed FlashAttention package."""
-    attend = importlib.import_module(module).flash_attn_varlen_func
-    return end_to_end(lambda q, k, v, cu, longest: attend(q, k, v, cu, cu, longest, longest, causal=True))
-
-
-def varlen_flash() -> VarlenAttend:
-    """The FlashAttention 2 that PyTorch brings along; it shares no keys and values among heads in torch 2.11."""
-    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-
-    def unshared(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        k, v = (x if x.shape == q.shape else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
-
-    return end_to_end(unshared)
 
 
 def parts_of(rows: int, length: int) -> int:
@@ -1627,34 +1619,18 @@ def most_documents(tokens: int) -> int:
     return max(64, tokens // (512 if torch.is_grad_enabled() else 64))
 
 
-def varlen_documents(attend: VarlenAttend) -> DocumentAttention:
-    """FlashAttention over sequences of varied length, end to end: nothing is computed that would be masked."""
+def sequence_ends(documents: Tensor, parts: int) -> Tensor:
+    """The mask of kernels that take sequences of varied length end to end, and compute nothing that would be masked.
 
-    def mask(documents: Tensor) -> Tensor:
-        """Where each sequence of a part begins, then its end: (parts, rows of a part + most_documents + 1) int32."""
-        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-        begins = begins.view(parts_of(*documents.shape), -1)
-        (parts, count), rows = begins.shape, len(documents)
-        most = rows // parts + most_documents(count)
-        places = torch.arange(count, dtype=torch.int32, device=documents.device).expand_as(begins)
-        slots = torch.where(begins, begins.cumsum(1) - 1, most)
-        cu_seqlens = places.new_full((parts, most + 1), count).scatter(1, slots, places)
-        return F.pad(cu_seqlens[:, :most], (0, 1), value=count)
-
-    def attend_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        in_parts = (tensor.reshape(len(cu_seqlens), -1, *tensor.shape[2:]) for tensor in (q, k, v))
-        return attend(*in_parts, cu_seqlens, q.shape[1]).view_as(q)
-
-    return DocumentAttention(mask, attend_rows)
-
-
-DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {  # in order of preference on Hopper GPUs
-    "fa3": lambda: varlen_documents(varlen_flash_package("flash_attn_interface")),
-    "fa4": lambda: varlen_documents(flash_attention_4()),
-    "fa2": lambda: varlen_documents(varlen_flash_package("flash_attn")),
-    "flash": lambda: varlen_documents(varlen_flash()),
-    "math": math_documents,
-}
+    Where each row or document of a part begins, then the end of the part: (parts, most sequences + 1) int32.
+    """
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).view(parts, -1)
+    counted, count = parts_of(*documents.shape), begins.shape[1]
+    most = (len(documents) + counted * most_documents(documents.numel() // counted)) // parts
+    places = torch.arange(count, dtype=torch.int32, device=documents.device).expand_as(begins)
+    slots = torch.where(begins, begins.cumsum(1) - 1, most)
+    ends = places.new_full((parts, most + 1), count).scatter(1, slots, places)
+    return F.pad(ends[:, :most], (0, 1), value=count)
 
 
 def document_numbers(ids: Tensor, bos_id: int) -> Tensor:
@@ -1835,14 +1811,15 @@ def probe(function: Callable, plain: Callable, shapes: list[tuple[int, ...]], de
     return max(zip(errors, allowed, strict=True), key=lambda pair: pair[0] - pair[1])
 
 
-def probe_attention(attend: Attend | DocumentAttention, cfg: Config, device: torch.device) -> Errors:
+def probe_attention(attend: Attention, cfg: Config, device: torch.device) -> Errors:
     """`probe` of an attention back end; with DOC_ATTENTION there are three documents in a row of tokens."""
     shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
-    if not cfg.doc_attention:
-        return probe(attend, sdpa(SDPBackend.MATH), shapes, device)
     documents = torch.arange(128).div(50, rounding_mode="floor").expand(2, 128)
-    ends = (lambda q, k, v, f=f: f(q, k, v, f.mask(documents.to(q.device))) for f in (attend, math_documents()))
-    return probe(*ends, shapes, device)
+
+    def masked(attend: Attention, *qkv: Tensor) -> Tensor:
+        return attend(*qkv, attend.mask(documents.to(qkv[0].device)) if cfg.doc_attention else None)
+
+    return probe(partial(masked, attend), partial(masked, PLAIN_ATTENTION), shapes, device)
 
 
 def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
@@ -1858,7 +1835,7 @@ def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
         rows, kept, first = parts.enter(x, (x0, x0), (x0, x0), mix, 0.5)
         follows = torch.arange(len(x), device=x.device) % 50 > 0 if cfg.key_offset else None
         q, k, v, twin = parts.heads(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)), follows)
-        y = sdpa(SDPBackend.MATH)(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
+        y = PLAIN_ATTENTION(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
         gates = [F.linear(parts.gate_inputs(rows), gate).sigmoid() for gate in gates]
         z = parts.exclusive(y, v, twin, *gates).flatten(1)
         y = parts.feed_forward(parts.leave(rows, z, out, 0.5), up, down, beta)[0]
@@ -1883,9 +1860,11 @@ LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), probe_layer, {"pl
 
 
 def attention_back_ends(cfg: Config) -> BackEnds:
-    chain = (DOCUMENT_ATTENTION, ("math",)) if cfg.doc_attention else (ATTENTION, ("flash", "math"))
+    """With DOC_ATTENTION all but cuDNN, which cannot keep documents apart."""
+    makers = {name: maker for name, maker in ATTENTION.items() if name != "cudnn" or not cfg.doc_attention}
+    everywhere = ("math",) if cfg.doc_attention else ("flash", "math")
     prices = {"cudnn": "5%", "fa2": "18%", "flash": "18%", "math": "several times"}
-    return BackEnds("ATTN_BACKEND", *chain, probe_attention, prices)
+    return BackEnds("ATTN_BACKEND", makers, everywhere, probe_attention, prices)
 
 
 BACK_END_FAULTS = (
@@ -2126,7 +2105,7 @@ class Pass(NamedTuple):
     mixes: tuple[Tensor, ...]  # per position in the order, (3, C): factors of x, skip and x0 at the layer's entrance
     rotary: Tensor
     value_embedding: Tensor | None  # (N, KV, D)
-    mask: tuple[Any, ...]  # with DOC_ATTENTION the mask of the document attention
+    mask: Tensor | None  # of the attention, with DOC_ATTENTION
     follows: Tensor | None  # with KEY_OFFSET where a token has a previous one, (N,)
     beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_unit below zero
     observe: Observer | None
@@ -2136,7 +2115,7 @@ class GPT(nn.Module):
     """The language model. `weights()` prepares the matrices once per step; `nll` is the forward pass."""
 
     def __init__(
-        self, cfg: Config, bos_id: int, attend: Attend, device: torch.device, parts: PlainLayer = PLAIN_LAYER
+        self, cfg: Config, bos_id: int, attend: Attention, device: torch.device, parts: PlainLayer = PLAIN_LAYER
     ) -> None:
         """Allocate and initialize from SEED, whatever the state of the global generator."""
         super().__init__()
@@ -2211,7 +2190,7 @@ class GPT(nn.Module):
         slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
         fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
         beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
-        mask = (self.attend.mask(document_numbers(ids, self.bos_id)),) if self.cfg.doc_attention else ()
+        mask = self.attend.mask(document_numbers(ids, self.bos_id)) if self.cfg.doc_attention else None
         follows = has_previous(ids, self.bos_id).flatten() if self.cfg.key_offset else None
         return Pass(order, banks, vectors, self.mixes(order), rotary, value, mask, follows, beta, observe)
 
@@ -2245,7 +2224,7 @@ class GPT(nn.Module):
         if "value_mix" in vectors:
             mix = vectors["value_mix"][layer]
             v = twin = mix[0] * (own if first_v is None else first_v) + mix[1] * own
-        y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), *p.mask).flatten(0, 1)
+        y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), p.mask).flatten(0, 1)
         gate = None
         if "sparse_gate" in vectors:  # PR #1787
             weight = self.cfg.sparse_attn_gate_scale * vectors["sparse_gate"][layer]

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import plain_attention, tiny_config
+from conftest import tiny_config
 from torch import Tensor
 
 import train_gpt as t
@@ -303,7 +303,7 @@ GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER,
 
 def model_results(cfg: t.Config, parts: t.PlainLayer, is_graph: bool) -> Values:
     """nll, every parameter's gradient and, in order, what an observer sees, of a model with random parameters."""
-    model = t.GPT(cfg, 1, plain_attention(cfg), CPU, parts)
+    model = t.GPT(cfg, 1, t.PLAIN_ATTENTION, CPU, parts)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

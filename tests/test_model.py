@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as t
-from conftest import VOCAB, plain_attention, tiny_config, tiny_model, unscaled
+from conftest import VOCAB, tiny_config, tiny_model, unscaled
 
 CPU = torch.device("cpu")
 BOS, LENGTH, FLIPPED = 1, 24, 13
@@ -167,7 +167,7 @@ def test_grouped_attention_equals_repeated_heads(kv_heads: int) -> None:
     scores = q.transpose(1, 2) @ keys.mT / math.sqrt(q.shape[-1])
     visible = torch.ones(16, 16, dtype=torch.bool).tril()
     expected = (scores.masked_fill(~visible, -math.inf).softmax(-1) @ values).transpose(1, 2)
-    torch.testing.assert_close(t.sdpa(t.SDPBackend.MATH)(q, k, v), expected)
+    torch.testing.assert_close(t.PLAIN_ATTENTION(q, k, v), expected)
 
 
 @pytest.mark.parametrize("dims", [2, 4, 8])
@@ -214,19 +214,19 @@ def test_rotary_base_slows_down_beyond_the_trained_length() -> None:
     assert (torch.acos(longer[1, 0, 1:]) < torch.acos(trained[1, 0, 1:])).all()
 
 
-def bidirectional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def bidirectional(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
     heads = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(*heads, enable_gqa=True).transpose(1, 2)
 
 
-def tiled_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def tiled_heads(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
     """Causal, but query head h reads value head h % KV instead of its neighbours'."""
     k, v = (x.repeat(1, 1, q.shape[2] // x.shape[2], 1) for x in (k, v))
-    return t.sdpa(t.SDPBackend.MATH)(q, k, v)
+    return t.PLAIN_ATTENTION(q, k, v)
 
 
-def no_key_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return t.sdpa(t.SDPBackend.MATH)(q, k.detach() + 0 * k, v)
+def no_key_gradient(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+    return t.PLAIN_ATTENTION(q, k.detach() + 0 * k, v)
 
 
 def dense(run: t.Runtime) -> t.Runtime:
@@ -234,21 +234,21 @@ def dense(run: t.Runtime) -> t.Runtime:
     return t.replace(run, cfg=t.replace(run.cfg, doc_attention=False))
 
 
-WRONG = [bidirectional, tiled_heads, no_key_gradient, lambda q, k, v: t.sdpa(t.SDPBackend.MATH)(q, k, v) * math.nan]
+WRONG = [bidirectional, tiled_heads, no_key_gradient, lambda *inputs: t.PLAIN_ATTENTION(*inputs) * math.nan]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=["bidirectional", "tiled heads", "key gradient", "nan"])
 def test_wrong_kernels_are_refused_and_the_reason_logged(
-    wrong: t.Attend, run: t.Runtime, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: Callable[..., Tensor], run: t.Runtime, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that is wrong forwards or backwards is passed over by auto, and an error where it was named."""
     run = dense(run)
-    assert t.fault(*t.probe_attention(wrong, run.cfg, CPU))
-    monkeypatch.setitem(t.ATTENTION, "flash", lambda: wrong)
+    assert t.fault(*t.probe_attention(t.Attention(wrong), run.cfg, CPU))
+    monkeypatch.setitem(t.ATTENTION, "flash", lambda: t.Attention(wrong))
     t.choose_back_end(run, t.attention_back_ends(run.cfg), run.cfg.attn_backend)
     log = (in_tmp / "logs/tiny.txt").read_text()
     assert re.search(r"attn_backend:math .*flash: wrong", log)
-    monkeypatch.setitem(t.ATTENTION, "math", lambda: wrong)
+    monkeypatch.setitem(t.ATTENTION, "math", lambda: t.Attention(wrong))
     with pytest.raises(t.UserError, match="flash.*math"):
         t.choose_back_end(run, t.attention_back_ends(run.cfg), run.cfg.attn_backend)
 
@@ -261,7 +261,7 @@ def test_one_wrong_row_of_attention_is_refused_in_every_precision(
     """The last token's output of 256, or a gradient of the wrong sign; the plain definition is allowed its own error."""
     monkeypatch.setattr(t, "compute_dtype", lambda _: dtype)
     cfg = t.Config.from_env({"RUN_ID": "default", "DOC_ATTENTION": str(doc_attention)})
-    plain = plain_attention(cfg)
+    plain = t.PLAIN_ATTENTION
 
     def last_row_lost(*inputs: Any) -> Tensor:
         y = plain(*inputs)
@@ -271,8 +271,7 @@ def test_one_wrong_row_of_attention_is_refused_in_every_precision(
         return plain(2 * q.detach() - q, *inputs)
 
     for attend, is_right in ((plain, True), (last_row_lost, False), (wrong_sign, False)):
-        attend = t.DocumentAttention(plain.mask, attend) if doc_attention else attend
-        error, allowed = t.probe_attention(attend, cfg, CPU)
+        error, allowed = t.probe_attention(plain._replace(attend=attend), cfg, CPU)
         assert (not t.fault(error, allowed)) == is_right, (attend, error, allowed)
 
 
@@ -492,7 +491,7 @@ def test_a_feature_that_is_off_has_no_parameters_and_no_effect(off: dict[str, An
 
 def count_parameters(**settings: Any) -> int:
     cfg = t.Config.from_env({name: str(value) for name, value in {**settings, "COMPILE": 0, "ORTHO_INIT": 0}.items()})
-    model = t.GPT(cfg, BOS, plain_attention(cfg), CPU)
+    model = t.GPT(cfg, BOS, t.PLAIN_ATTENTION, CPU)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -527,7 +526,7 @@ def test_initial_weights_depend_on_seed_alone() -> None:
 
 def test_an_untrained_model_is_close_to_uniform() -> None:
     """Zero output projections and a small embedding: the first loss is ln V."""
-    model = t.GPT(tiny_config(), BOS, plain_attention(tiny_config()), CPU)
+    model = t.GPT(tiny_config(), BOS, t.PLAIN_ATTENTION, CPU)
     assert float(nll_of(model, random_ids()).mean()) == pytest.approx(math.log(VOCAB), abs=0.05)
 
 
