@@ -66,6 +66,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:  # comes with the CUDA builds of torch; where it is absent the layers run their plain parts
@@ -2420,9 +2421,29 @@ def per_row(x: Tensor) -> Tensor:
     return x.new_empty(len(x), dtype=torch.float32)
 
 
-def tiled(factor: Tensor, rows: int, cols: int) -> Any:
-    """A contiguous matrix as the bulk copy engine takes it, in tiles."""
-    return TensorDescriptor.from_tensor(factor, [rows, cols])
+def operator(function: Callable) -> Any:
+    """A custom operator, opaque to torch.compile, that runs kernels by `launch`. Its shapes are found by a call with
+    tensors that have no memory, on which nothing is launched."""
+    made = torch.library.custom_op(f"{OPERATORS}::{function.__name__}", function, mutates_args=())
+    made.register_fake(function)
+    return made
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: int) -> None:
+    """Run a kernel, if there is memory that it can work on."""
+    if not any(isinstance(argument, FakeTensor) for argument in arguments):
+        kernel[grid](*arguments, **options)
+
+
+def launch_product(kernel: Any, a: Tensor, b: Tensor, halves: list[Tensor | None], *arguments: Any) -> None:
+    """Run a kernel that walks over the tiles of a b^T; it takes `halves`, like these two, by the bulk copy engine."""
+    if isinstance(a, FakeTensor):
+        return
+    rows, cols, inner = TILE
+    blocks = [(a, [rows, inner]), (b, [cols, inner]), *((x, [rows, cols // 2]) for x in halves)]
+    tiles = (x if x is None else TensorDescriptor.from_tensor(x, block) for x, block in blocks)
+    grid = programs(a.device, triton.cdiv(len(a), rows) * triton.cdiv(len(b), cols))
+    kernel[grid](*tiles, *arguments, len(a), a.shape[1], *TILE, num_warps=8, num_stages=3)
 
 
 @jit
@@ -2507,49 +2528,32 @@ def enter_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dgates, dk
     tl.store(line + 2 * WIDTH, tl.sum(dfirst, 0), mask=inside)
 
 
-def enter_outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    """Memory for what `enter` returns, given its inputs."""
-    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
-    return new, twin, per_row(x), x.new_empty((len(x), GATE_INPUTS)), kept, following
-
-
-@torch.library.custom_op(f"{OPERATORS}::enter", mutates_args=())
+@operator
 def enter(
     x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The parts of Rows, and the twins of x and x0; 5 activations are written and read where inductor's kernels take 6,
     backward 10 of 14."""
-    (n, width), outputs = x.shape, enter_outputs(x)
-    new, _, r, *_ = outputs
-    enter_tiles[(triton.cdiv(n, 4),)](x, skip, x0, mix, new, r, n, scale, NORM_EPS, width,
-                                      triton.next_power_of_2(width), 4, num_warps=2, num_stages=2)  # fmt: skip
-    return outputs
+    (n, width), r, gates = x.shape, per_row(x), x.new_empty((len(x), GATE_INPUTS))
+    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
+    launch(enter_tiles, (triton.cdiv(n, 4),), x, skip, x0, mix, new, r, n, scale, NORM_EPS, width,
+           triton.next_power_of_2(width), 4, num_warps=2, num_stages=2)  # fmt: skip
+    return new, twin, r, gates, kept, following
 
 
-def enter_gradients(dnew: Tensor, *rest: Any) -> list[Tensor]:
-    """Memory for what `enter_backward` returns, given its inputs."""
-    has_skip = rest[-2] is not None
-    dx, dx0, dskip = torch.empty_like(dnew), torch.empty_like(dnew), dnew.new_empty(dnew.shape if has_skip else 0)
-    (count,) = programs(dnew.device, triton.cdiv(len(dnew), 2), 8)
-    return [dx, dskip, dx0, dnew.new_empty((count, 3, dnew.shape[1]), dtype=torch.float32)]
-
-
-@torch.library.custom_op(f"{OPERATORS}::enter_backward", mutates_args=())
+@operator
 def enter_backward(
     dnew: Tensor, dtwin: Tensor, dgates: Tensor | None, dkept: Tensor | None, dnext: Tensor | None, new: Tensor,
     r: Tensor, mix: Tensor, x: Tensor, x0: Tensor, skip: Tensor | None, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, skip (empty without one) and x0, and each program's part of mix's, given those of the new x, of
     its twin and, where they were used, of the gates' memory and of the twins of x and x0."""
-    (n, width), found = new.shape, enter_gradients(dnew, skip, scale)
-    grid = (len(found[3]),)
-    enter_backward_tiles[grid](x, skip, x0, mix, new, r, dnew, dtwin, dgates, dkept, dnext, *found, n, scale, width,
-                               triton.next_power_of_2(width), 2, 2, GATE_INPUTS, num_warps=2)  # fmt: skip
-    return found
-
-
-enter_backward.register_fake(enter_gradients)
-enter.register_fake(enter_outputs)
+    (n, width), grid = new.shape, programs(new.device, triton.cdiv(len(new), 2), 8)
+    dx, dx0, dskip = torch.empty_like(new), torch.empty_like(new), new.new_empty(0 if skip is None else new.shape)
+    sums = new.new_empty((*grid, 3, width), dtype=torch.float32)
+    launch(enter_backward_tiles, grid, x, skip, x0, mix, new, r, dnew, dtwin, dgates, dkept, dnext, dx, dskip, dx0,
+           sums, n, scale, width, triton.next_power_of_2(width), 2, 2, GATE_INPUTS, num_warps=2)  # fmt: skip
+    return [dx, dskip, dx0, sums]
 
 
 def save_enter(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -2647,9 +2651,9 @@ def end_heads(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row
 
 
 @jit
-def heads_tiles(x, weight, r, gain, rotary, extra, follows, q, k, v, own, factors, tokens, length, width,
-                EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, HEADS: tl.constexpr,
-                KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+def heads_tiles(x, weight, r, gain, rotary, extra, follows, q, k, v, own, factors, length, EPS: tl.constexpr,
+                HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, tokens, width,
+                ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
     """The product x weight^T, each tile ended by `end_heads` in two halves; x is (tokens, width)."""
     across: tl.constexpr = (HEADS + 2 * KV) * SIZE // COLS
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
@@ -2757,15 +2761,7 @@ def heads_fit(heads: int, kv: int, size: int, half: int) -> bool:
     return fills and all(n & (n - 1) == 0 for n in (heads, kv, size, half))
 
 
-def heads_outputs(x: Tensor, _: Any, r: Tensor, weight: Tensor, gain: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Memory for what `heads` returns, given its inputs."""
-    count, kv, size = head_sizes(x, len(weight), gain)
-    outputs = (x.new_empty((len(x), c, size)) for c in (count, count, count, kv))
-    own = x.new_empty(0 if rest[-1] is None else (len(x), kv, size // 2))
-    return *outputs, x.new_empty((len(x), count + kv), dtype=torch.float32), own
-
-
-@torch.library.custom_op(f"{OPERATORS}::heads", mutates_args=())
+@operator
 def heads(
     x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
     follows: Tensor | None,
@@ -2776,24 +2772,16 @@ def heads(
     Attention adds up the gradients of shared keys and values in float32, in memory: filling it, adding and rounding
     cost more than writing copies here and adding up their gradients in the backward pass.
     """
-    (n, width), (rows, cols, inner), (count, kv, size) = x.shape, TILE, head_sizes(x, len(weight), gain)
-    q, k, v, v_twin, factors, own = outputs = heads_outputs(x, twin, r, weight, gain, follows)
-    heads_tiles[programs(x.device, triton.cdiv(n, rows) * (len(weight) // cols))](
-        tiled(x, rows, inner), tiled(weight, cols, inner), r, gain, rotary, extra, follows, q, k, v, own, factors, n,
-        rotary.shape[1], width, NORM_EPS, *TILE, count, kv, size, rotary.shape[-1], num_warps=8, num_stages=3,
-    )  # fmt: skip
-    return outputs
+    n, (count, kv, size) = len(x), head_sizes(x, len(weight), gain)
+    q, k, v, v_twin = (x.new_empty((n, copies, size)) for copies in (count, count, count, kv))
+    factors = x.new_empty((n, count + kv), dtype=torch.float32)
+    own = x.new_empty(0 if follows is None else (n, kv, size // 2))
+    launch_product(heads_tiles, x, weight, [], r, gain, rotary, extra, follows, q, k, v, own, factors,
+                   rotary.shape[1], NORM_EPS, count, kv, size, rotary.shape[-1])  # fmt: skip
+    return q, k, v, v_twin, factors, own
 
 
-def heads_gradients(dq: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what `heads_backward` returns, given its inputs."""
-    (n, count, size), (_, _, _, factors, *_, has_extra) = dq.shape, rest
-    kv, (walks,) = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
-    du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
-    return du, dq.new_empty((walks, count), dtype=torch.float32), dextra
-
-
-@torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
+@operator
 def heads_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, factors: Tensor, r: Tensor, gain: Tensor, rotary: Tensor,
     q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None, has_extra: bool,
@@ -2803,19 +2791,14 @@ def heads_backward(
     Given are the gradients of q, k, v and, where something used it, of v's twin; the factors of the norms; and where
     keys are offset, their own second halves.
     """
-    n, count, size = dq.shape
-    du, sums, dextra = found = heads_gradients(dq, dk, dv, dtwin, factors, has_extra)
-    heads_backward_tiles[(len(sums),)](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du,
-                                       dextra if has_extra else None, sums, n, rotary.shape[1], 4, count,
-                                       factors.shape[1] - count, size, rotary.shape[-1], num_warps=4,
-                                       num_stages=2)  # fmt: skip
-    return found
-
-
-heads.register_fake(heads_outputs)
-
-
-heads_backward.register_fake(heads_gradients)
+    (n, count, size), kv = dq.shape, factors.shape[1] - dq.shape[1]
+    grid = programs(dq.device, triton.cdiv(n, 4), 6)
+    du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
+    sums = dq.new_empty((*grid, count), dtype=torch.float32)
+    launch(heads_backward_tiles, grid, q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du,
+           dextra if has_extra else None, sums, n, rotary.shape[1], 4, count, kv, size, rotary.shape[-1], num_warps=4,
+           num_stages=2)  # fmt: skip
+    return du, sums, dextra
 
 
 def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -2875,25 +2858,19 @@ def exclusive_tiles(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, 
         tl.store(dv + item * SIZE + d, total.to(dv.dtype.element_ty), mask=live)
 
 
-def exclusive_outputs(y: Tensor, v: Tensor, gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what `exclusive` returns, given its inputs."""
-    _, dz, kv = rest
-    dgate = y.new_empty(0 if gate is None or dz is None else gate.shape)
-    return y.new_empty(y.shape), v.new_empty(0 if dz is None else (len(v), kv, v.shape[2])), dgate
-
-
-@torch.library.custom_op(f"{OPERATORS}::exclusive", mutates_args=())
+@operator
 def exclusive(
     y: Tensor, v: Tensor, gate: Tensor | None, twin: Tensor | None, dz: Tensor | None, kv: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z of `PlainLayer.exclusive`; given its gradient, those of y, of the twin of v, which has `kv` heads (so
     `heads_backward` adds it to the attention's), and of the gate."""
     y, v, gate, dz = (tensor if tensor is None else tensor.contiguous() for tensor in (y, v, gate, dz))
-    (n, heads, size), found = y.shape, exclusive_outputs(y, v, gate, twin, dz, kv)
-    exclusive_tiles[(triton.cdiv(n * kv, 32),)](y, v, gate, dz, *found, n * kv, heads // kv,
-                                                v.shape[1] // kv, size, triton.next_power_of_2(size), 32,
-                                                num_warps=4)  # fmt: skip
-    return found
+    n, heads, size = y.shape
+    out, dv = torch.empty_like(y), v.new_empty(0 if dz is None else (n, kv, size))
+    dgate = y.new_empty(0 if gate is None or dz is None else gate.shape)
+    launch(exclusive_tiles, (triton.cdiv(n * kv, 32),), y, v, gate, dz, out, dv, dgate, n * kv, heads // kv,
+           v.shape[1] // kv, size, triton.next_power_of_2(size), 32, num_warps=4)  # fmt: skip
+    return out, dv, dgate
 
 
 def save_exclusive(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -2906,7 +2883,6 @@ def differentiate_exclusive(ctx: Any, dz: Tensor, *_: None) -> tuple[Tensor | No
     return dy, None, None if ctx.saved_tensors[2] is None else dgate, dv, None, None
 
 
-exclusive.register_fake(exclusive_outputs)
 exclusive.register_autograd(differentiate_exclusive, setup_context=save_exclusive)
 
 
@@ -2930,7 +2906,7 @@ def end_sum(value, x, new, along, squares, shrink, row, column, tokens):
 
 
 @jit
-def sum_tiles(a, b, x, new, along, squares, shrink, tokens, width, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
+def sum_tiles(a, b, x, new, along, squares, shrink, width, tokens, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
               INNER: tl.constexpr):  # fmt: skip
     """x + a b^T for a (tokens, inputs) and b (width, inputs), each tile ended by `end_sum` in two halves."""
     across = tl.cdiv(width, COLS)
@@ -2946,26 +2922,17 @@ def pieces(x: Tensor, width: int) -> Tensor:
     return x.new_empty((2 * triton.cdiv(width, TILE[1]), len(x)), dtype=torch.float32)
 
 
-def sum_outputs(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Memory for what `sum_product` returns, given its inputs."""
-    return torch.empty_like(x), pieces(x, x.shape[1] if rest[-1] else 0)
-
-
-@torch.library.custom_op(f"{OPERATORS}::sum_product", mutates_args=())
+@operator
 def sum_product(
     x: Tensor, z: Tensor, weight: Tensor, along: Tensor | None, shrink: Tensor | None, has_squares: bool
 ) -> tuple[Tensor, Tensor]:
     """x + z weight^T for weight (C, inputs), less `shrink` (N,) times the rows of `along` (N, C), the product never
     being written by itself; and where they are wanted the sums of squares (pieces, N) of its rows."""
-    (n, width), (rows, cols, inner), (new, squares) = x.shape, TILE, sum_outputs(x, has_squares)
-    tiles = (tensor if tensor is None else tiled(tensor, rows, cols // 2) for tensor in (x, new, along))
-    grid = programs(z.device, triton.cdiv(n, rows) * triton.cdiv(width, cols))
-    sum_tiles[grid](tiled(z, rows, inner), tiled(weight, cols, inner), *tiles, squares if has_squares else None, shrink,
-                    n, width, z.shape[1], *TILE, num_warps=8, num_stages=3)  # fmt: skip
+    new, squares = torch.empty_like(x), pieces(x, x.shape[1] if has_squares else 0)
+    launch_product(sum_tiles, z, weight, [x, new, along], squares if has_squares else None, shrink, len(weight))
     return new, squares
 
 
-sum_product.register_fake(sum_outputs)
 sum_product.register_autograd(
     lambda ctx, dx, _: (dx, dx @ ctx.saved_tensors[1], dx.T @ ctx.saved_tensors[0], None, None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:3]),
@@ -3003,7 +2970,7 @@ def end_unit(value, r, act, out, low, products, row, column, tokens, hidden):
 
 
 @jit
-def unit_tiles(a, b, r, act, out, low, products, tokens, hidden, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
+def unit_tiles(a, b, act, out, r, low, products, hidden, tokens, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
                INNER: tl.constexpr):  # fmt: skip
     """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves."""
     across = tl.cdiv(hidden, COLS)
@@ -3014,34 +2981,20 @@ def unit_tiles(a, b, r, act, out, low, products, tokens, hidden, inputs, ROWS: t
         end_unit(right, r, act, out, low, products, row, column + COLS // 2, tokens, hidden)
 
 
-def unit_outputs(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Memory for what `unit_product` returns, given its inputs."""
-    return a.new_empty((len(a), len(b))), pieces(a, 0 if act is None else len(b))
-
-
-@torch.library.custom_op(f"{OPERATORS}::unit_product", mutates_args=())
+@operator
 def unit_product(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None) -> tuple[Tensor, Tensor]:
     """The activations (N, hidden) of r a b^T; or, with `act` and their gradient a b^T, r times that of what they were
     made of, and each row's sums of act times gradient (pieces, N)."""
-    (n, inputs), hidden, (rows, cols, inner) = a.shape, len(b), TILE
-    out, products = found = unit_outputs(a, b, r, low, act)
-    act_tiles, out_tiles = (None if x is None else tiled(x, rows, cols // 2) for x in (act, out))
-    unit_tiles[programs(a.device, triton.cdiv(n, rows) * triton.cdiv(hidden, cols))](
-        tiled(a, rows, inner), tiled(b, cols, inner), r, act_tiles, out_tiles, low, products, n, hidden, inputs, *TILE,
-        num_warps=8, num_stages=3,
-    )  # fmt: skip
-    return found
+    out, products = a.new_empty((len(a), len(b))), pieces(a, 0 if act is None else len(b))
+    launch_product(unit_tiles, a, b, [act, out], r, low, products, len(b))
+    return out, products
 
 
-@torch.library.custom_op(f"{OPERATORS}::feed_forward", mutates_args=())
+@operator
 def feed_forward(x: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The new x and the activations: these and the sum are made inside the products (as in PR #1530)."""
     act = unit_product(x, up, r, beta, None)[0]
     return sum_product(x, act, down, None, None, False)[0], act
-
-
-unit_product.register_fake(unit_outputs)
-feed_forward.register_fake(lambda x, r, up, *_: (torch.empty_like(x), x.new_empty((len(x), len(up)))))
 
 
 def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -3135,28 +3088,25 @@ def nll_blocks(logits: Tensor) -> tuple[int, int]:
     return 4096 // cols, cols
 
 
-@torch.library.custom_op(f"{OPERATORS}::nll", mutates_args=())
+@operator
 def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,).
 
     The logits are read once, and once more to write their gradient; nothing else of that size is kept.
     """
     (n, width), (rows, cols), loss, logs = logits.shape, nll_blocks(logits), per_row(logits), per_row(logits)
-    nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
+    launch(nll_tiles, (triton.cdiv(n, rows),), logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
     return loss, logs
 
 
-@torch.library.custom_op(f"{OPERATORS}::nll_backward", mutates_args=())
+@operator
 def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
     """The gradient of the logits."""
     (n, width), (rows, cols), dlogits = logits.shape, nll_blocks(logits), torch.empty_like(logits)
     grid = (triton.cdiv(n, rows), triton.cdiv(width, cols))
-    nll_backward_tiles[grid](logits, targets, logs, dnll.contiguous(), dlogits, n, cap, width, rows, cols, num_warps=4)
+    launch(nll_backward_tiles, grid, logits, targets, logs, dnll.contiguous(), dlogits, n, cap, width, rows, cols,
+           num_warps=4)  # fmt: skip
     return dlogits
-
-
-nll.register_fake(lambda logits, *_: (per_row(logits), per_row(logits)))
-nll_backward.register_fake(lambda logits, *_: torch.empty_like(logits))
 
 
 def save_nll(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
