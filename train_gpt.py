@@ -1478,6 +1478,14 @@ ALLOWED_ERROR = 4.0  # of a back end, in errors of the plain definition in the s
 PART_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 in one call take 7 to 9% longer
 
 
+def operator(function: Callable) -> Any:
+    """A custom operator, opaque to torch.compile, that runs kernels by `launch`. Its shapes are found by a call with
+    tensors that have no memory, on which nothing is launched."""
+    made = torch.library.custom_op(f"{OPERATORS}::{function.__name__}", function, mutates_args=())
+    made.register_fake(function)
+    return made
+
+
 class Attention(NamedTuple):
     """Causal attention; with a mask within documents only. One mask per pass serves every layer."""
 
@@ -1501,12 +1509,9 @@ def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
     return attend
 
 
-def square_mask(documents: Tensor) -> Tensor:
-    """The plain definition: which token (B, 1, T, T) sees which, itself and earlier ones of its document."""
-    return (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
-
-
-PLAIN_ATTENTION = Attention(sdpa(SDPBackend.MATH), square_mask)
+PLAIN_ATTENTION = Attention(
+    sdpa(SDPBackend.MATH), lambda documents: (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
+)
 
 
 def end_to_end(dense: Callable[..., Tensor], varlen: Callable[..., Tensor]) -> Attention:
@@ -1546,54 +1551,45 @@ def flash_attention_4() -> Attention:
     """
     kernels = importlib.import_module("flash_attn.cute.interface")
 
-    def calls(cu: Tensor | None, longest: int | None) -> Iterator[tuple[Any, dict[str, Any]]]:
-        if cu is None:
-            yield ..., {}
-        else:
-            for at, ends in enumerate(cu):
-                yield at, dict(cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest)
+    def calls(q: Tensor, ends: Tensor | None, longest: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Each part, and what its kernel call is told of its sequences; no call for tensors without memory."""
+        for part in range(0 if isinstance(q, FakeTensor) else len(q)):
+            words, cu = {}, ends if ends is None else ends[part]
+            if cu is not None:
+                words = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+            yield part, words
 
-    def results(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return q.new_empty(q.shape), q.new_empty(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
-
-    def gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    @torch.library.custom_op(f"{OPERATORS}::fa4", mutates_args=())
-    def forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int | None) -> tuple[Tensor, Tensor]:
-        y, lse = results(q)
-        for at, words in calls(cu, longest):
+    @operator
+    def fa4(q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int | None) -> tuple[Tensor, Tensor]:
+        y, lse = q.new_empty(q.shape), q.new_empty(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
+        for at, words in calls(q, ends, longest):
             kernels._flash_attn_fwd(q[at], k[at], v[at], causal=True, out=y[at], lse=lse[at], return_lse=True, **words)
         return y, lse
 
-    @torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
-    def backward(
-        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, y: Tensor, lse: Tensor, longest: int | None
+    @operator
+    def fa4_backward(
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, y: Tensor, lse: Tensor, longest: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dy, found = dy.contiguous(), gradients(dy, q, k, v)
-        for at, words in calls(cu, longest):
-            dq, dk, dv = (gradient[at] for gradient in found)
+        dy, dq, dk, dv = dy.contiguous(), *(x.new_empty(x.shape) for x in (q, k, v))
+        for at, words in calls(q, ends, longest):
             saved = (tensor[at] for tensor in (q, k, v, y, dy, lse))
-            kernels._flash_attn_bwd(*saved, causal=True, dq=dq, dk=dk, dv=dv, **words)
-        return found
-
-    forward.register_fake(results)
-    backward.register_fake(gradients)
+            kernels._flash_attn_bwd(*saved, causal=True, dq=dq[at], dk=dk[at], dv=dv[at], **words)
+        return dq, dk, dv
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.longest = inputs
         ctx.save_for_backward(*tensors, *output)
 
     def differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(dy, *ctx.saved_tensors, ctx.longest), None, None
+        return *fa4_backward(dy, *ctx.saved_tensors, ctx.longest), None, None
 
-    forward.register_autograd(differentiate, setup_context=save)
+    fa4.register_autograd(differentiate, setup_context=save)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
-            return forward(q, k, v, None, None)[0]
+            return fa4(*(x.unsqueeze(0) for x in (q, k, v)), None, None)[0].squeeze(0)
         parts = (x.reshape(len(mask), -1, *x.shape[2:]) for x in (q, k, v))
-        return forward(*parts, mask, q.shape[1])[0].view_as(q)
+        return fa4(*parts, mask, q.shape[1])[0].view_as(q)
 
     return Attention(attend, lambda documents: sequence_ends(documents, parts_of(*documents.shape)))
 
@@ -2078,25 +2074,6 @@ def initial_bank(spec: BankSpec, cfg: Config) -> Tensor:
     return torch.stack([torch.cat(matrices) for matrices in layers])
 
 
-class LayerSpec(NamedTuple):
-    """What differs between layers: exclusive attention, rows of ve_scale and lane_mix, factor on normalized inputs."""
-
-    xsa: bool
-    value_embed: int | None
-    lane: int | None
-    norm_scale: float
-
-
-def layer_specs(cfg: Config) -> list[LayerSpec]:
-    value_rows = {layer: row for row, layer in enumerate(cfg.ve_layers)} if cfg.ve_enabled else {}
-    lanes = range(cfg.parallel_start_layer or cfg.num_layers, cfg.num_layers)
-    return [
-        LayerSpec(i >= cfg.num_layers - cfg.xsa_last_n, value_rows.get(i), lanes.index(i) if i in lanes else None,
-                  (i + 1) ** -0.5 if cfg.ln_scale else 1.0)
-        for i in range(cfg.num_layers)
-    ]  # fmt: skip
-
-
 class Pass(NamedTuple):
     """What one forward pass hands to its layers."""
 
@@ -2121,7 +2098,8 @@ class GPT(nn.Module):
         """Allocate and initialize from SEED, whatever the state of the global generator."""
         super().__init__()
         self.cfg, self.bos_id, self.attend, self.parts = cfg, bos_id, attend, parts
-        self.dtype, self.layers = compute_dtype(device), layer_specs(cfg)
+        self.dtype = compute_dtype(device)
+        self.norm_scales = [(i + 1) ** -0.5 if cfg.ln_scale else 1.0 for i in range(cfg.num_layers)]
         self.order = final_order(cfg)  # of the model as it is scored; training may still be on its way there
         self.micro_batch = MICRO_BATCH_TOKENS  # tokens at most of a batch; `build_model` measures what the GPU holds
         generator_state = torch.random.get_rng_state()
@@ -2212,12 +2190,11 @@ class GPT(nn.Module):
 
     def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
         """What the heads of a layer attend to, (N, C) before the output matrix, and its own values (N, KV, D)."""
-        layer, vectors, parts = p.order[position], p.vectors, self.parts
-        spec, extra = self.layers[layer], None
+        layer, vectors, parts, cfg, extra = p.order[position], p.vectors, self.parts, self.cfg, None
         if p.observe is not None:
             p.observe(f"qkv.{layer}", parts.normalized(rows))
-        if spec.value_embed is not None:
-            extra = self.rest["ve_scale"][spec.value_embed].to(self.dtype) * p.value_embedding
+        if cfg.ve_enabled and layer in cfg.ve_layers:
+            extra = self.rest["ve_scale"][cfg.ve_layers.index(layer)].to(self.dtype) * p.value_embedding
         q, k, own, twin = parts.heads(
             rows, p.banks["qkv"][position], vectors["q_gain"][layer], p.rotary, extra, p.follows
         )
@@ -2228,12 +2205,12 @@ class GPT(nn.Module):
         y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), p.mask).flatten(0, 1)
         gate = None
         if "sparse_gate" in vectors:  # PR #1787
-            weight = self.cfg.sparse_attn_gate_scale * vectors["sparse_gate"][layer]
+            weight = cfg.sparse_attn_gate_scale * vectors["sparse_gate"][layer]
             gate = F.linear(parts.gate_inputs(rows), weight).sigmoid()
         elif "gate_weight" in vectors:
             weight, bias = (vectors[name][layer] for name in ("gate_weight", "gate_bias"))
             gate = F.linear(parts.normalized(rows), weight, bias).sigmoid()
-        if spec.xsa:
+        if layer >= cfg.num_layers - cfg.xsa_last_n:
             y = parts.exclusive(y, v, twin, gate)
         elif gate is not None:
             y = y * gate.unsqueeze(-1)
@@ -2256,12 +2233,12 @@ class GPT(nn.Module):
 
         Each lane takes its own share of both and of itself (PR #1204, PR #1529).
         """
-        specs, after = [self.layers[layer] for layer in p.order], min(position + 1, len(p.order) - 1)
-        own, attended, added = self.rest["lane_mix"][specs[position].lane].to(self.dtype).unbind(1)
+        layer, following = p.order[position], p.order[min(position + 1, len(p.order) - 1)]
+        own, attended, added = self.rest["lane_mix"][layer - self.cfg.parallel_start_layer].to(self.dtype).unbind(1)
         a, b = product(z, p.banks["out"][position]), self.mlp(lane, position, p)  # b: the lane and the MLP's output
         x = own[0] * rows.x + attended[0] * a + added[0] * (b - lane.x)
         mix = torch.stack([added[1], own[1] - added[1], attended[1]]).unsqueeze(1).expand(3, a.shape[1]).contiguous()
-        return x, self.parts.enter(b, (lane.x, lane.x), (a, a), mix, specs[after].norm_scale)[0]
+        return x, self.parts.enter(b, (lane.x, lane.x), (a, a), mix, self.norm_scales[following])[0]
 
     def hidden(
         self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None = None
@@ -2278,15 +2255,15 @@ class GPT(nn.Module):
             skip = None
             if half <= position < 2 * half:
                 skip = skips.pop() if position > half else (x, x)  # the last one pushed is x itself
-            rows, twin, x0 = self.parts.enter(x, skip, x0, p.mixes[position], self.layers[layer].norm_scale)
+            rows, twin, x0 = self.parts.enter(x, skip, x0, p.mixes[position], self.norm_scales[layer])
             if 0 < position < half:
                 skips.append((x, twin))
             z, own_v = self.attention(rows, position, first_v, p)
             first_v = own_v if first_v is None else first_v
-            if self.layers[layer].lane is not None:
+            if "lane_mix" in self.rest and layer >= self.cfg.parallel_start_layer:
                 x, lane = self.two_lanes(rows, lane or rows, z, position, p)
             else:
-                rows = self.parts.leave(rows, z, p.banks["out"][position], self.layers[layer].norm_scale)
+                rows = self.parts.leave(rows, z, p.banks["out"][position], self.norm_scales[layer])
                 x = self.mlp(rows, position, p)
         return rms_norm(0.5 * (x + lane.x) if lane else x).view(*ids.shape, -1)
 
@@ -2416,19 +2393,6 @@ def programs(device: torch.device, blocks: int, per_processor: int = 1) -> tuple
     return (min(blocks, per_processor * torch.cuda.get_device_properties(device).multi_processor_count),)
 
 
-def per_row(x: Tensor) -> Tensor:
-    """Memory for a number per row."""
-    return x.new_empty(len(x), dtype=torch.float32)
-
-
-def operator(function: Callable) -> Any:
-    """A custom operator, opaque to torch.compile, that runs kernels by `launch`. Its shapes are found by a call with
-    tensors that have no memory, on which nothing is launched."""
-    made = torch.library.custom_op(f"{OPERATORS}::{function.__name__}", function, mutates_args=())
-    made.register_fake(function)
-    return made
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: int) -> None:
     """Run a kernel, if there is memory that it can work on."""
     if not any(isinstance(argument, FakeTensor) for argument in arguments):
@@ -2534,7 +2498,7 @@ def enter(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The parts of Rows, and the twins of x and x0; 5 activations are written and read where inductor's kernels take 6,
     backward 10 of 14."""
-    (n, width), r, gates = x.shape, per_row(x), x.new_empty((len(x), GATE_INPUTS))
+    (n, width), r, gates = x.shape, x.new_empty(len(x), dtype=torch.float32), x.new_empty((len(x), GATE_INPUTS))
     new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
     launch(enter_tiles, (triton.cdiv(n, 4),), x, skip, x0, mix, new, r, n, scale, NORM_EPS, width,
            triton.next_power_of_2(width), 4, num_warps=2, num_stages=2)  # fmt: skip
@@ -3094,7 +3058,8 @@ def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
 
     The logits are read once, and once more to write their gradient; nothing else of that size is kept.
     """
-    (n, width), (rows, cols), loss, logs = logits.shape, nll_blocks(logits), per_row(logits), per_row(logits)
+    (n, width), (rows, cols) = logits.shape, nll_blocks(logits)
+    loss, logs = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
     launch(nll_tiles, (triton.cdiv(n, rows),), logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
     return loss, logs
 

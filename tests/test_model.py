@@ -353,7 +353,7 @@ def test_attention_with_every_feature_equals_its_definition(gate: dict[str, floa
     normalized, first_v = t.rms_norm(x), torch.randn(LENGTH, 2, 8, generator=generator)
     begun = model.begin(ids, model.weights(False), order_of(model), None)
     z, _ = model.attention(t.Rows(x, normalized), 3, first_v, begun)
-    got = model.parts.leave(t.Rows(x, normalized), z, begun.banks["out"][3], model.layers[3].norm_scale)
+    got = model.parts.leave(t.Rows(x, normalized), z, begun.banks["out"][3], model.norm_scales[3])
     expected = textbook_attention(model, normalized, ids[0], 3, first_v)
     torch.testing.assert_close(got.x - x, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(got.twin, t.rms_norm(got.x) / 4**0.5)  # LN_SCALE of the fourth layer
@@ -399,11 +399,31 @@ def test_value_residual_hands_on_the_first_layer_s_values(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("last", "layers"), [(0, []), (1, [4]), (3, [2, 3, 4]), (5, [0, 1, 2, 3, 4])])
 def test_exclusive_attention_is_in_the_last_layers(last: int, layers: list[int]) -> None:
-    """Layer specs: the last XSA_LAST_N, value embedding rows in the order of VE_LAYERS, 1/sqrt(depth) scales."""
-    specs = t.layer_specs(tiny_config(NUM_LAYERS=5, XSA_LAST_N=last, VE_LAYERS="3,1", LN_SCALE=1))
-    assert [i for i, spec in enumerate(specs) if spec.xsa] == layers
-    assert [spec.value_embed for spec in specs] == [None, 1, None, 0, None]
-    assert [spec.norm_scale for spec in specs] == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5, 5**-0.5])
+    """The last XSA_LAST_N; value embeddings as VE_LAYERS has them, and norms by 1/sqrt(depth)."""
+    model, scales, extras, exclusive = tiny_model(NUM_LAYERS=5, XSA_LAST_N=last, VE_LAYERS="3,1", LN_SCALE=1), [], [], []
+
+    class Noting(t.PlainLayer):
+        """Notes what each layer is given."""
+
+        def enter(self, *inputs: Any) -> t.Entered:
+            scales.append(inputs[-1])
+            return super().enter(*inputs)
+
+        def heads(self, *inputs: Any) -> tuple[Tensor, ...]:
+            extras.append(inputs[4])
+            return super().heads(*inputs)
+
+        def exclusive(self, *inputs: Any) -> Tensor:
+            exclusive.append(len(scales) - 1)
+            return super().exclusive(*inputs)
+
+    model.parts, ids = Noting(), random_ids()
+    logits_of(model, ids)
+    assert exclusive == layers
+    assert scales == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5, 5**-0.5])
+    assert [extra is not None for extra in extras] == [False, True, False, True, False]
+    of_layer_3, of_layer_1 = model.rest["ve_scale"]
+    torch.testing.assert_close(extras[3] * of_layer_1, extras[1] * of_layer_3)
 
 
 # --- layers -----------------------------------------------------------------------------------------
