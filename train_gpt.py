@@ -1486,6 +1486,19 @@ def operator(function: Callable) -> Any:
     return made
 
 
+def differentiable(op: Any, backward: Callable, keep: Callable[..., tuple]) -> None:
+    """Give an operator its gradient. Of its inputs and the tuple of its outputs `keep` picks what `backward` finds in
+    ctx.saved_tensors and, of numbers, in ctx.numbers. The gradient of an output without a use is None."""
+
+    def save(ctx: Any, inputs: tuple, output: Any) -> None:
+        kept = keep(*inputs, output)
+        ctx.numbers = [x for x in kept if isinstance(x, int | float)]
+        ctx.save_for_backward(*(x for x in kept if not isinstance(x, int | float)))
+        ctx.set_materialize_grads(False)
+
+    op.register_autograd(backward, setup_context=save)
+
+
 class Attention(NamedTuple):
     """Causal attention; with a mask within documents only. One mask per pass serves every layer."""
 
@@ -1496,21 +1509,18 @@ class Attention(NamedTuple):
         return self.attend(q, k, v, mask)
 
 
-def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """PyTorch's scaled-dot-product attention restricted to one kernel, so that it never changes silently; with a mask
     by any kernel that takes one."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        heads_first, words = (x.transpose(1, 2) for x in (q, k, v)), {"enable_gqa": q.shape[2] != k.shape[2]}
-        with sdpa_kernel(backend) if mask is None else contextlib.nullcontext():
-            y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, **words)
-        return y.transpose(1, 2)
-
-    return attend
+    heads_first, is_shared = (x.transpose(1, 2) for x in (q, k, v)), q.shape[2] != k.shape[2]
+    with sdpa_kernel(backend) if mask is None else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(*heads_first, mask, is_causal=mask is None, enable_gqa=is_shared)
+    return y.transpose(1, 2)
 
 
 PLAIN_ATTENTION = Attention(
-    sdpa(SDPBackend.MATH), lambda documents: (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
+    partial(sdpa, SDPBackend.MATH),
+    lambda documents: (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1),
 )
 
 
@@ -1540,27 +1550,24 @@ def bundled_flash() -> Attention:
         k, v = (x if x.shape == q.shape else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return attend(q, k, v, *sizes, window_size=(-1, 0))
 
-    return end_to_end(sdpa(SDPBackend.FLASH_ATTENTION), unshared)
+    return end_to_end(partial(sdpa, SDPBackend.FLASH_ATTENTION), unshared)
 
 
 @cache
 def flash_attention_4() -> Attention:
-    """FlashAttention 4 (package flash-attn-4) as a custom operator: it is JIT-compiled Python that
-    torch.compile cannot trace, and without an operator round it every layer would break the graph.
-    Documents are attended to part by part, in one kernel call each.
-    """
+    """FlashAttention 4 (package flash-attn-4) as an operator, since torch.compile cannot trace its JIT-compiled Python.
+    Documents are attended to part by part, in one kernel call each."""
     kernels = importlib.import_module("flash_attn.cute.interface")
 
-    def calls(q: Tensor, ends: Tensor | None, longest: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    def calls(q: Tensor, ends: Tensor | None, longest: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Each part, and what its kernel call is told of its sequences; no call for tensors without memory."""
         for part in range(0 if isinstance(q, FakeTensor) else len(q)):
-            words, cu = {}, ends if ends is None else ends[part]
-            if cu is not None:
-                words = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-            yield part, words
+            cu = None if ends is None else ends[part]
+            words = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+            yield part, {} if cu is None else words
 
     @operator
-    def fa4(q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int | None) -> tuple[Tensor, Tensor]:
+    def fa4(q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
         y, lse = q.new_empty(q.shape), q.new_empty(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
         for at, words in calls(q, ends, longest):
             kernels._flash_attn_fwd(q[at], k[at], v[at], causal=True, out=y[at], lse=lse[at], return_lse=True, **words)
@@ -1568,7 +1575,7 @@ def flash_attention_4() -> Attention:
 
     @operator
     def fa4_backward(
-        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, y: Tensor, lse: Tensor, longest: int | None
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, y: Tensor, lse: Tensor, longest: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         dy, dq, dk, dv = dy.contiguous(), *(x.new_empty(x.shape) for x in (q, k, v))
         for at, words in calls(q, ends, longest):
@@ -1576,18 +1583,14 @@ def flash_attention_4() -> Attention:
             kernels._flash_attn_bwd(*saved, causal=True, dq=dq[at], dk=dk[at], dv=dv[at], **words)
         return dq, dk, dv
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.longest = inputs
-        ctx.save_for_backward(*tensors, *output)
-
     def differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *fa4_backward(dy, *ctx.saved_tensors, ctx.longest), None, None
+        return *fa4_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None
 
-    fa4.register_autograd(differentiate, setup_context=save)
+    differentiable(fa4, differentiate, lambda q, k, v, ends, longest, out: (q, k, v, ends, *out, longest))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
-            return fa4(*(x.unsqueeze(0) for x in (q, k, v)), None, None)[0].squeeze(0)
+            return fa4(*(x.unsqueeze(0) for x in (q, k, v)), None, 0)[0].squeeze(0)
         parts = (x.reshape(len(mask), -1, *x.shape[2:]) for x in (q, k, v))
         return fa4(*parts, mask, q.shape[1])[0].view_as(q)
 
@@ -1597,7 +1600,7 @@ def flash_attention_4() -> Attention:
 ATTENTION: dict[str, Callable[[], Attention]] = {  # in order of preference on Hopper GPUs
     "fa3": lambda: flash_package("flash_attn_interface"),
     "fa4": flash_attention_4,
-    "cudnn": lambda: Attention(sdpa(SDPBackend.CUDNN_ATTENTION)),
+    "cudnn": lambda: Attention(partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
     "fa2": lambda: flash_package("flash_attn"),
     "flash": bundled_flash,
     "math": lambda: PLAIN_ATTENTION,
@@ -1702,10 +1705,7 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
 
 
 class PlainLayer:
-    """The parts of a layer, in running order, and the loss, in plain operations: the definition of each.
-
-    `TritonLayer` computes the same functions by kernels, from fewer bytes.
-    """
+    """The parts of a layer, in running order, and the loss, in plain operations: the definition of each."""
 
     def enter(self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> Entered:
         """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the twin of x, and x0 for the next layer.
@@ -1917,13 +1917,6 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
 
 
-def linear(x: Tensor, weight: Tensor, name: str, observe: Observer | None) -> Tensor:
-    """x (..., cols) times weight (rows, cols) transposed; `observe` sees every matrix's inputs here."""
-    if observe is not None:
-        observe(name, x)
-    return product(x, weight)
-
-
 def rotary_table(length: int, cfg: Config, device: torch.device) -> Tensor:
     """Cosines and sines (2, length, 1, dims/2) of rotary embedding on the first ROPE_DIMS dimensions."""
     dims = cfg.rope_dims or cfg.head_dim
@@ -1990,14 +1983,10 @@ def bank_specs(cfg: Config) -> tuple[BankSpec, ...]:
 
 def row_bits(cfg: Config, spec: BankSpec) -> Tensor:
     """Bits of the codes of every row of a bank, (layers, rows, 1): LOWBIT_BITS where a pattern is in the name."""
-    patterns = cfg.lowbit_name_patterns
-    rows = [
-        cfg.lowbit_bits if any(pattern in f"blocks.{layer}.{role}." for pattern in patterns) else cfg.matrix_bits
-        for layer in range(cfg.num_layers)
-        for role, count in spec.roles
-        for _ in range(count)
-    ]
-    return torch.tensor(rows).view(cfg.num_layers, spec.rows, 1)
+    places = itertools.product(range(cfg.num_layers), spec.roles)
+    rows = [(f"blocks.{layer}.{role}.", count) for layer, (role, count) in places]
+    is_low = [any(p in name for p in cfg.lowbit_name_patterns) for name, count in rows for _ in range(count)]
+    return torch.tensor([cfg.lowbit_bits if low else cfg.matrix_bits for low in is_low]).view(-1, spec.rows, 1)
 
 
 class RestSpec(NamedTuple):
@@ -2102,12 +2091,11 @@ class GPT(nn.Module):
         self.norm_scales = [(i + 1) ** -0.5 if cfg.ln_scale else 1.0 for i in range(cfg.num_layers)]
         self.order = final_order(cfg)  # of the model as it is scored; training may still be on its way there
         self.micro_batch = MICRO_BATCH_TOKENS  # tokens at most of a batch; `build_model` measures what the GPU holds
-        generator_state = torch.random.get_rng_state()
-        torch.manual_seed(cfg.seed)
         self.specs, self.rest_specs = bank_specs(cfg), rest_specs(cfg)
-        self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
-        self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.rest_specs})
-        torch.random.set_rng_state(generator_state)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
+            self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.rest_specs})
         self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
         self.to(device)
         self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
@@ -2128,9 +2116,8 @@ class GPT(nn.Module):
             banks = {n: fake_quantize(bank, Grid(self.bits[n], policy, sigmas)) for n, bank in banks.items()}
         scales = {"out": self.rest["attn_scale"], "down": self.rest["mlp_scale"]}
         if self.cfg.lora_rank:  # from here on one matrix per pass, not per layer
-            banks = {
-                n: self.by_pass(b) + self.rest[f"lora_{n}_out"] @ self.rest[f"lora_{n}_in"] for n, b in banks.items()
-            }
+            added = {name: self.rest[f"lora_{name}_out"] @ self.rest[f"lora_{name}_in"] for name in banks}
+            banks = {name: self.by_pass(bank) + added[name] for name, bank in banks.items()}
             scales = {name: self.by_pass(scale) for name, scale in scales.items()}
         banks |= {name: banks[name] * scale.unsqueeze(-1) for name, scale in scales.items()}
         head = self.rest["tok_emb" if self.cfg.tie_embeddings else "lm_head"]
@@ -2143,7 +2130,9 @@ class GPT(nn.Module):
     def project(self, table: str, ids: Tensor, matrix: str, observe: Observer | None) -> Tensor:
         """Rows `ids` of an embedding table times a small matrix; gathered in fp32 so that gradients sum in fp32."""
         rows = F.embedding(ids, self.rest[table]).to(self.dtype)
-        return linear(rows, self.rest[matrix].to(self.dtype), matrix, observe)
+        if observe is not None:
+            observe(matrix, rows)
+        return F.linear(rows, self.rest[matrix].to(self.dtype))
 
     def embed(self, ids: Tensor, observe: Observer | None) -> Tensor:
         """Token (and bigram) embedding, normalized and smeared: (B, T, C)."""
@@ -2195,9 +2184,8 @@ class GPT(nn.Module):
             p.observe(f"qkv.{layer}", parts.normalized(rows))
         if cfg.ve_enabled and layer in cfg.ve_layers:
             extra = self.rest["ve_scale"][cfg.ve_layers.index(layer)].to(self.dtype) * p.value_embedding
-        q, k, own, twin = parts.heads(
-            rows, p.banks["qkv"][position], vectors["q_gain"][layer], p.rotary, extra, p.follows
-        )
+        weight, gain = p.banks["qkv"][position], vectors["q_gain"][layer]
+        q, k, own, twin = parts.heads(rows, weight, gain, p.rotary, extra, p.follows)
         v = own
         if "value_mix" in vectors:
             mix = vectors["value_mix"][layer]
@@ -2269,7 +2257,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""
-        return soft_cap(linear(hidden, weights["head"], "head", observe), self.cfg.logit_softcap)
+        if observe is not None:
+            observe("head", hidden)
+        return soft_cap(product(hidden, weights["head"]), self.cfg.logit_softcap)
 
     def nll(self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> Tensor:
         """Negative log-likelihood in nats of each target given its prefix, (B, T) float32."""
@@ -2370,8 +2360,7 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
 # ending, on tiles that are still in registers. The gradient of such a row needs no gradient of r: for
 # g = dL/dx with r held fixed, dL/dr is <g, x> / r and dr/dx is -r^3 / (C scale^2) x, so
 # dx = g - x (r^2 / (C scale^2)) <g, x>: one pass over g and x, in which the residual gradient is added too.
-# Hence the twins: memory that is never written or read and only carries g back, or the gradient of a skip
-# or of x0, to the one kernel that adds it up (inductor cannot add inside an operator).
+# Hence the twins of `Rows` and `PlainLayer.enter`: inductor cannot add inside an operator.
 # The feed-forward needs no such pass: it is homogeneous of degree 2, so <g, x> is twice the sum of a row's
 # activations times their gradients. The kernel that makes these sums it; the product that makes g ends with dx.
 
@@ -2520,12 +2509,6 @@ def enter_backward(
     return [dx, dskip, dx0, sums]
 
 
-def save_enter(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, skip, _, x0, _, mix, ctx.scale = inputs
-    ctx.save_for_backward(output[0], output[2], mix, x, x0, skip)
-    ctx.set_materialize_grads(False)
-
-
 def differentiate_enter(
     ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, *others: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -2533,11 +2516,13 @@ def differentiate_enter(
     new, _, mix, _, _, skip = saved = ctx.saved_tensors
     given = [torch.zeros_like(new) if d is None else d.contiguous() for d in (dnew, dtwin)]
     given += [d if d is None else d.contiguous() for d in others]
-    dx, dskip, dx0, sums = enter_backward(*given, *saved, ctx.scale)
+    dx, dskip, dx0, sums = enter_backward(*given, *saved, *ctx.numbers)
     return dx, None, None if skip is None else dskip, None, dx0, sums.sum(0).to(mix.dtype), None
 
 
-enter.register_autograd(differentiate_enter, setup_context=save_enter)
+differentiable(enter, differentiate_enter, lambda x, skip, _, x0, __, mix, scale, out: (
+    out[0], out[2], mix, x, x0, skip, scale
+))  # fmt: skip
 
 
 # Queries, keys and values
@@ -2622,11 +2607,10 @@ def heads_tiles(x, weight, r, gain, rotary, extra, follows, q, k, v, own, factor
     across: tl.constexpr = (HEADS + 2 * KV) * SIZE // COLS
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
-        left, right = tile_halves(x, weight, row, column, width, ROWS, COLS, INNER)
-        end_heads(left, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length, EPS, HEADS,
-                  KV, SIZE, HALF)
-        end_heads(right, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column + COLS // 2, tokens,
-                  length, EPS, HEADS, KV, SIZE, HALF)  # fmt: skip
+        halves = tile_halves(x, weight, row, column, width, ROWS, COLS, INNER)
+        for half in tl.static_range(2):
+            end_heads(halves[half], r, gain, rotary, extra, follows, q, k, v, own, factors, row,
+                      column + half * COLS // 2, tokens, length, EPS, HEADS, KV, SIZE, HALF)  # fmt: skip
 
 
 @jit
@@ -2750,11 +2734,8 @@ def heads_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, factors: Tensor, r: Tensor, gain: Tensor, rotary: Tensor,
     q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None, has_extra: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradient of the product, each program's part of the gain's, and that of `extra` (empty where there is none).
-
-    Given are the gradients of q, k, v and, where something used it, of v's twin; the factors of the norms; and where
-    keys are offset, their own second halves.
-    """
+    """Gradient of the product, each program's part of the gain's, and that of `extra` (empty where there is none),
+    given those of q, k, v and, where something used it, of v's twin."""
     (n, count, size), kv = dq.shape, factors.shape[1] - dq.shape[1]
     grid = programs(dq.device, triton.cdiv(n, 4), 6)
     du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
@@ -2765,24 +2746,18 @@ def heads_backward(
     return du, sums, dextra
 
 
-def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, _, r, weight, gain, rotary, extra, follows = inputs
-    q, k, _, _, factors, own = output
-    ctx.has_extra, own = extra is not None, None if follows is None else own
-    ctx.save_for_backward(x, weight, factors, r, gain, rotary, q, k, own, follows)
-    ctx.set_materialize_grads(False)
-
-
 def differentiate_heads(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the twin, the weight, the gain and `extra`."""
-    x, weight, _, _, gain, *_ = ctx.saved_tensors
+    (x, weight, _, _, gain, *_), (has_extra,) = ctx.saved_tensors, ctx.numbers
     given = [d if d is None else d.contiguous() for d in upstream[:4]]
-    du, sums, dextra = heads_backward(*given, *ctx.saved_tensors[2:], ctx.has_extra)
+    du, sums, dextra = heads_backward(*given, *ctx.saved_tensors[2:], has_extra)
     dgain = sums.sum(0).to(gain.dtype)
-    return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None, None
+    return None, du @ weight, None, du.T @ x, dgain, None, dextra if has_extra else None, None
 
 
-heads.register_autograd(differentiate_heads, setup_context=save_heads)
+differentiable(heads, differentiate_heads, lambda x, _, r, weight, gain, rotary, extra, follows, out: (
+    x, weight, out[4], r, gain, rotary, out[0], out[1], None if follows is None else out[5], follows, extra is not None
+))  # fmt: skip
 
 
 # Exclusive self-attention
@@ -2837,48 +2812,39 @@ def exclusive(
     return out, dv, dgate
 
 
-def save_exclusive(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    y, v, gate, _, _, ctx.kv = inputs
-    ctx.save_for_backward(y, v, gate)
-
-
 def differentiate_exclusive(ctx: Any, dz: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    dy, dv, dgate = exclusive(*ctx.saved_tensors, None, dz, ctx.kv)
-    return dy, None, None if ctx.saved_tensors[2] is None else dgate, dv, None, None
+    """Gradients of y, the gate and the twin of v."""
+    y, v, gate = ctx.saved_tensors
+    dy, dv, dgate = exclusive(y, v, gate, None, dz, *ctx.numbers)
+    return dy, None, None if gate is None else dgate, dv, None, None
 
 
-exclusive.register_autograd(differentiate_exclusive, setup_context=save_exclusive)
+differentiable(exclusive, differentiate_exclusive, lambda y, v, gate, _, __, kv, out: (y, v, gate, kv))
 
 
 # Products that end in sums
 
 
 @jit
-def end_sum(value, x, new, along, squares, shrink, row, column, tokens):
-    """Ending of a tile of the product: add x, with `along` take off `shrink` times its rows, store, and with `squares`
-    store each row's sum of squares over the tile's columns."""
-    place = row + tl.arange(0, value.shape[0])
-    value += x.load([row, column]).to(tl.float32)
-    if along is not None:
-        factor = tl.load(shrink + place, mask=place < tokens, other=0.0)[:, None]
-        value -= factor * along.load([row, column]).to(tl.float32)
-    rounded = value.to(new.dtype)
-    new.store([row, column], rounded)
-    if squares is not None:
-        total = rounded.to(tl.float32)
-        tl.store(squares + column // value.shape[1] * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
-
-
-@jit
 def sum_tiles(a, b, x, new, along, squares, shrink, width, tokens, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
               INNER: tl.constexpr):  # fmt: skip
-    """x + a b^T for a (tokens, inputs) and b (width, inputs), each tile ended by `end_sum` in two halves."""
+    """x + a b^T for a (tokens, inputs) and b (width, inputs), with `along` less `shrink` times its rows; with `squares`
+    each row's sum of squares over half a tile's columns too."""
     across = tl.cdiv(width, COLS)
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
-        row, column = tile // across * ROWS, tile % across * COLS
-        left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
-        end_sum(left, x, new, along, squares, shrink, row, column, tokens)
-        end_sum(right, x, new, along, squares, shrink, row, column + COLS // 2, tokens)
+        row, begin = tile // across * ROWS, tile % across * COLS
+        halves = tile_halves(a, b, row, begin, inputs, ROWS, COLS, INNER)
+        for half in tl.static_range(2):
+            place, column = row + tl.arange(0, ROWS), begin + half * COLS // 2
+            value = halves[half] + x.load([row, column]).to(tl.float32)
+            if along is not None:
+                factor = tl.load(shrink + place, mask=place < tokens, other=0.0)[:, None]
+                value -= factor * along.load([row, column]).to(tl.float32)
+            rounded = value.to(new.dtype)
+            new.store([row, column], rounded)
+            if squares is not None:
+                total, piece = rounded.to(tl.float32), column // (COLS // 2)
+                tl.store(squares + piece * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
 
 
 def pieces(x: Tensor, width: int) -> Tensor:
@@ -2897,52 +2863,48 @@ def sum_product(
     return new, squares
 
 
-sum_product.register_autograd(
-    lambda ctx, dx, _: (dx, dx @ ctx.saved_tensors[1], dx.T @ ctx.saved_tensors[0], None, None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:3]),
-)
+differentiable(
+    sum_product, lambda ctx, dx, _: (dx, dx @ ctx.saved_tensors[1], dx.T @ ctx.saved_tensors[0], None, None, None),
+    lambda x, z, weight, *_: (z, weight),
+)  # fmt: skip
 
 
 # Feed-forward
 
 
 @jit
-def end_unit(value, r, act, out, low, products, row, column, tokens, hidden):
-    """Ending of a tile: without `act` the activations h^2 of h = r value, times `low` below zero. With them backward: r
-    times the gradient of h, which is 2 sqrt(act) above zero and `low` sqrt(|act|) below, and each row's sum of value
-    times act.
+def unit_tiles(a, b, act, out, r, low, products, hidden, tokens, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
+               INNER: tl.constexpr):  # fmt: skip
+    """Of value = a b^T, a (tokens, inputs) and b (hidden, inputs): without `act` the activations h^2 of h = r value,
+    times `low` below zero. With them backward: r times the gradient of h, which is 2 sqrt(act) above zero and `low`
+    sqrt(|act|) below, and each row's sum of value times act over half a tile's columns.
 
     h is not kept: the lowest bit of an activation says whether it was below zero. The activation is rounded to the
     nearest number with that bit, so it has 7 of bfloat16's 8 digits: a relative error of 0.0033, against 0.0037 of
     rounding h, to keep it, and then its square.
     """
     SIGN: tl.constexpr = 0x10000 if out.dtype == tl.bfloat16 else 1  # that bit, in float32
-    channel, place = column + tl.arange(0, value.shape[1]), row + tl.arange(0, value.shape[0])
-    low = tl.load(low + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
-    h = value * tl.load(r + place, mask=place < tokens, other=0.0)[:, None]
-    if act is None:
-        below = (h >= 0) == 0  # not a number counts, or adding to its bits would make it one
-        bits = (h * h * tl.where(below, low, 1.0)).to(tl.uint32, bitcast=True)
-        bits = (bits + tl.where(below, 0, SIGN)) & (0x100000000 - 2 * SIGN) | tl.where(below, SIGN, 0)
-        out.store([row, column], bits.to(tl.float32, bitcast=True).to(out.dtype))
-    else:
-        a = act.load([row, column]).to(tl.float32)
-        below = a.to(tl.uint32, bitcast=True) & SIGN != 0
-        slope = tl.where(below, low, 2.0) * tl.sqrt(tl.abs(a))
-        out.store([row, column], (h * slope).to(out.dtype))
-        tl.store(products + column // value.shape[1] * tokens + place, tl.sum(value * a, 1), mask=place < tokens)
-
-
-@jit
-def unit_tiles(a, b, act, out, r, low, products, hidden, tokens, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
-               INNER: tl.constexpr):  # fmt: skip
-    """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves."""
     across = tl.cdiv(hidden, COLS)
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
-        row, column = tile // across * ROWS, tile % across * COLS
-        left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
-        end_unit(left, r, act, out, low, products, row, column, tokens, hidden)
-        end_unit(right, r, act, out, low, products, row, column + COLS // 2, tokens, hidden)
+        row, begin = tile // across * ROWS, tile % across * COLS
+        halves = tile_halves(a, b, row, begin, inputs, ROWS, COLS, INNER)
+        for half in tl.static_range(2):
+            value, place, column = halves[half], row + tl.arange(0, ROWS), begin + half * COLS // 2
+            channel = column + tl.arange(0, COLS // 2)
+            slope_below = tl.load(low + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
+            h = value * tl.load(r + place, mask=place < tokens, other=0.0)[:, None]
+            if act is None:
+                below = (h >= 0) == 0  # not a number counts, or adding to its bits would make it one
+                bits = (h * h * tl.where(below, slope_below, 1.0)).to(tl.uint32, bitcast=True)
+                bits = (bits + tl.where(below, 0, SIGN)) & (0x100000000 - 2 * SIGN) | tl.where(below, SIGN, 0)
+                out.store([row, column], bits.to(tl.float32, bitcast=True).to(out.dtype))
+            else:
+                kept = act.load([row, column]).to(tl.float32)
+                below = kept.to(tl.uint32, bitcast=True) & SIGN != 0
+                slope = tl.where(below, slope_below, 2.0) * tl.sqrt(tl.abs(kept))
+                out.store([row, column], (h * slope).to(out.dtype))
+                sums = tl.sum(value * kept, 1)
+                tl.store(products + column // (COLS // 2) * tokens + place, sums, mask=place < tokens)
 
 
 @operator
@@ -2961,18 +2923,12 @@ def feed_forward(x: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, s
     return sum_product(x, act, down, None, None, False)[0], act
 
 
-def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
-
-
 def differentiate_feed_forward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """Gradients of x, up, down and beta."""
-    x, r, up, down, beta, act = ctx.saved_tensors
+    (x, r, up, down, beta, act), (scale,) = ctx.saved_tensors, ctx.numbers
     low = -2 * beta.sign() * beta.abs().float().sqrt()
     dpre, products = unit_product(dy.contiguous(), down.T.contiguous(), r, low, act)
-    shrink = products.sum(0) * r.square() * (2 / (x.shape[1] * ctx.scale**2))
+    shrink = products.sum(0) * r.square() * (2 / (x.shape[1] * scale**2))
     dx, _ = sum_product(dy.contiguous(), dpre, up.T.contiguous(), x, shrink, False)
     dbeta = None
     if ctx.needs_input_grad[4]:  # h^2 times the gradient of the activation, which is that of h over 2 beta h
@@ -2982,7 +2938,7 @@ def differentiate_feed_forward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | 
     return dx, None, dpre.T @ x, dy.T @ act, dbeta, None
 
 
-feed_forward.register_autograd(differentiate_feed_forward, setup_context=save_feed_forward)
+differentiable(feed_forward, differentiate_feed_forward, lambda *inputs: (*inputs[:5], inputs[-1][1], inputs[5]))
 
 
 class Normalized(torch.autograd.Function):
@@ -3054,10 +3010,8 @@ def nll_blocks(logits: Tensor) -> tuple[int, int]:
 
 @operator
 def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,).
-
-    The logits are read once, and once more to write their gradient; nothing else of that size is kept.
-    """
+    """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,): all that is kept, so that the
+    logits are read once, and once more to write their gradient."""
     (n, width), (rows, cols) = logits.shape, nll_blocks(logits)
     loss, logs = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
     launch(nll_tiles, (triton.cdiv(n, rows),), logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
@@ -3074,14 +3028,10 @@ def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, ca
     return dlogits
 
 
-def save_nll(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    logits, targets, ctx.cap = inputs
-    ctx.save_for_backward(logits, targets, output[1])
-
-
-nll.register_autograd(
-    lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, ctx.cap), None, None), setup_context=save_nll
-)
+differentiable(
+    nll, lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, *ctx.numbers), None, None),
+    lambda logits, targets, cap, out: (logits, targets, out[1], cap),
+)  # fmt: skip
 
 
 class TritonLayer(PlainLayer):
