@@ -64,6 +64,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:  # comes with the CUDA builds of torch; where it is absent the layers run their plain parts
@@ -155,7 +156,6 @@ class Config:
     enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0, high=1)
     lora_rank: int = opt(0, "LoRA rank of each pass over the looped matrices, at the start (0: none)", low=0, high=4096)
     logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
-    logit_shift: float = opt(0.0, "added to all logits before the cap, which then bends the large ones sooner")
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
     qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0.01)
@@ -169,7 +169,6 @@ class Config:
     smear_gate_enabled: bool = opt(True, "mix each token with the one before it, per channel; stops at BOS")
     bigram_vocab_size: int = opt(2048, "buckets of the hashed bigram embedding (0: none)", low=0, high=2**24)
     bigram_dim: int = opt(128, "width of the bigram embedding", low=1, high=65_536)
-    bigram_signs: bool = opt(False, "rows of the bigram embedding times fixed random signs, so that collisions cancel")
     ve_enabled: bool = opt(True, "shared value embedding added to the values of VE_LAYERS")
     ve_dim: int = opt(128, "width of the value embedding", low=1, high=65_536)
     ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
@@ -1384,7 +1383,6 @@ def load_validation(run: Runtime) -> ValidationSet:
 # Namespace of our operators. A process that loads several copies of this file (`records check`) must not define one
 # twice: torch frees the first, and calling that ends in a segmentation fault. Cached graphs go by the name.
 OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, n := f"pgolf{i or ''}"), "enter"))
-Attend = Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), with DOC_ATTENTION a mask -> y (B,T,H,D), causal
 Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 NORM_EPS = 1e-6
 GATE_INPUTS = 12  # channels of the normalized residual stream that the sparse gates of heads read
@@ -1392,141 +1390,133 @@ ALLOWED_ERROR = 4.0  # of a back end, in errors of the plain definition in the s
 PART_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 in one call take 7 to 9% longer
 
 
-def sdpa(backend: SDPBackend) -> Attend:
-    """PyTorch's scaled-dot-product attention restricted to one kernel, so that it never changes silently."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            heads_first = (t.transpose(1, 2) for t in (q, k, v))
-            y = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
-        return y.transpose(1, 2)
-
-    return attend
+def operator(function: Callable) -> Any:
+    """A custom operator, opaque to torch.compile, that runs kernels by `launch`. Its shapes are found by a call with
+    tensors that have no memory, on which nothing is launched."""
+    made = torch.library.custom_op(f"{OPERATORS}::{function.__name__}", function, mutates_args=())
+    made.register_fake(function)
+    return made
 
 
-def flash_package(module: str) -> Attend:
-    """`flash_attn_func` of an installed FlashAttention package; it takes our layout as it is."""
-    return partial(importlib.import_module(module).flash_attn_func, causal=True)
+def differentiable(op: Any, backward: Callable, keep: Callable[..., tuple]) -> None:
+    """Give an operator its gradient. Of its inputs and the tuple of its outputs `keep` picks what `backward` finds in
+    ctx.saved_tensors and, of numbers, in ctx.numbers. The gradient of an output without a use is None."""
+
+    def save(ctx: Any, inputs: tuple, output: Any) -> None:
+        kept = keep(*inputs, output)
+        ctx.numbers = [x for x in kept if isinstance(x, int | float)]
+        ctx.save_for_backward(*(x for x in kept if not isinstance(x, int | float)))
+        ctx.set_materialize_grads(False)
+
+    op.register_autograd(backward, setup_context=save)
 
 
-@cache
-def flash_attention_4() -> Attend:
-    """FlashAttention 4 (package flash-attn-4) as a custom operator: it is JIT-compiled Python that
-    torch.compile cannot trace, and without an operator round it every layer would break the graph.
+class Attention(NamedTuple):
+    """Causal attention; with a mask within documents only. One mask per pass serves every layer."""
 
-    With `cu` and `longest` it is a `VarlenAttend`, one kernel call a part.
-    """
-    kernels = importlib.import_module("flash_attn.cute.interface")
+    attend: Callable[..., Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), mask or None -> y (B,T,H,D)
+    mask: Callable[[Tensor], Tensor] | None = None  # of documents (B, T), equal numbers for tokens of one document
 
-    def calls(cu: Tensor | None, longest: int | None) -> Iterator[tuple[Any, dict[str, Any]]]:
-        if cu is None:
-            yield ..., {}
-        else:
-            for at, ends in enumerate(cu):
-                yield at, dict(cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest)
-
-    def results(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return q.new_empty(q.shape), q.new_empty(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
-
-    def gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    @torch.library.custom_op(f"{OPERATORS}::fa4", mutates_args=())
-    def forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, longest: int | None) -> tuple[Tensor, Tensor]:
-        y, lse = results(q)
-        for at, words in calls(cu, longest):
-            kernels._flash_attn_fwd(q[at], k[at], v[at], causal=True, out=y[at], lse=lse[at], return_lse=True, **words)
-        return y, lse
-
-    @torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
-    def backward(
-        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, y: Tensor, lse: Tensor, longest: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dy, found = dy.contiguous(), gradients(dy, q, k, v)
-        for at, words in calls(cu, longest):
-            dq, dk, dv = (gradient[at] for gradient in found)
-            saved = (tensor[at] for tensor in (q, k, v, y, dy, lse))
-            kernels._flash_attn_bwd(*saved, causal=True, dq=dq, dk=dk, dv=dv, **words)
-        return found
-
-    forward.register_fake(results)
-    backward.register_fake(gradients)
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.longest = inputs
-        ctx.save_for_backward(*tensors, *output)
-
-    def differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(dy, *ctx.saved_tensors, ctx.longest), None, None
-
-    forward.register_autograd(differentiate, setup_context=save)
-    return lambda q, k, v, cu=None, longest=None: forward(q, k, v, cu, longest)[0]
-
-
-ATTENTION: dict[str, Callable[[], Attend]] = {  # in order of preference on Hopper GPUs
-    "fa3": lambda: flash_package("flash_attn_interface"),
-    "fa4": flash_attention_4,
-    "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
-    "fa2": lambda: flash_package("flash_attn"),
-    "flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
-    "math": lambda: sdpa(SDPBackend.MATH),
-}
-
-
-class DocumentAttention(NamedTuple):
-    """Attention that sees only earlier tokens of the same document; one mask per pass serves every layer."""
-
-    mask: Callable[[Tensor], Any]  # documents (B, T), equal numbers for tokens of one document
-    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # q (B,T,H,D), k and v (B,T,KV,D), mask -> y (B,T,H,D)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.attend(q, k, v, mask)
 
 
-def math_documents() -> DocumentAttention:
-    """The plain definition, with a mask of T x T booleans."""
-
-    def mask(documents: Tensor) -> Tensor:
-        return (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-
-    return DocumentAttention(mask, attend)
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's scaled-dot-product attention restricted to one kernel, so that it never changes silently; with a mask
+    by any kernel that takes one."""
+    heads_first, is_shared = (x.transpose(1, 2) for x in (q, k, v)), q.shape[2] != k.shape[2]
+    with sdpa_kernel(backend) if mask is None else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(*heads_first, mask, is_causal=mask is None, enable_gqa=is_shared)
+    return y.transpose(1, 2)
 
 
-# q (P,N,H,D), k and v (P,N,KV,D) of P parts, cu_seqlens (P, sequences + 1) int32 from 0 to N in each part, length of
-# the longest sequence that may come -> y (P,N,H,D)
-VarlenAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+PLAIN_ATTENTION = Attention(
+    partial(sdpa, SDPBackend.MATH),
+    lambda documents: (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1),
+)
 
 
-def end_to_end(attend: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]) -> VarlenAttend:
-    """All parts in one call of a kernel that takes q (N, H, D) and cu_seqlens (sequences + 1,)."""
+def end_to_end(dense: Callable[..., Tensor], varlen: Callable[..., Tensor]) -> Attention:
+    """FlashAttention by two functions, of whole rows and of documents one after the other, (N, H, D)."""
 
-    def whole(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        before = torch.arange(len(q), dtype=torch.int32, device=q.device).unsqueeze(1) * q.shape[1]
-        ends = F.pad((cu_seqlens + before)[:, :-1].flatten(), (0, 1), value=len(q) * q.shape[1])
-        return attend(*(tensor.flatten(0, 1) for tensor in (q, k, v)), ends, longest).view_as(q)
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return dense(q, k, v)
+        tokens, ends, longest = (x.flatten(0, 1) for x in (q, k, v)), mask[0], q.shape[1]
+        return varlen(*tokens, ends, ends, longest, longest).view_as(q)
 
-    return whole
-
-
-def varlen_flash_package(module: str) -> VarlenAttend:
-    """`flash_attn_varlen_func` of an installed FlashAttention package."""
-    attend = importlib.import_module(module).flash_attn_varlen_func
-    return end_to_end(lambda q, k, v, cu, longest: attend(q, k, v, cu, cu, longest, longest, causal=True))
+    return Attention(attend, partial(sequence_ends, parts=1))
 
 
-def varlen_flash() -> VarlenAttend:
-    """The FlashAttention 2 that PyTorch brings along; it shares no keys and values among heads in torch 2.11."""
+def flash_package(module: str) -> Attention:
+    """An installed FlashAttention package; it takes our layout as it is."""
+    package = importlib.import_module(module)
+    return end_to_end(*(partial(f, causal=True) for f in (package.flash_attn_func, package.flash_attn_varlen_func)))
+
+
+def bundled_flash() -> Attention:
+    """The FlashAttention 2 that PyTorch brings along; of documents it shares no keys and values among heads."""
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
 
-    def unshared(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    def unshared(q: Tensor, k: Tensor, v: Tensor, *sizes: Any) -> Tensor:
         k, v = (x if x.shape == q.shape else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
+        return attend(q, k, v, *sizes, window_size=(-1, 0))
 
-    return end_to_end(unshared)
+    return end_to_end(partial(sdpa, SDPBackend.FLASH_ATTENTION), unshared)
+
+
+@cache
+def flash_attention_4() -> Attention:
+    """FlashAttention 4 (package flash-attn-4) as an operator, since torch.compile cannot trace its JIT-compiled Python.
+    Documents are attended to part by part, in one kernel call each."""
+    kernels = importlib.import_module("flash_attn.cute.interface")
+
+    def calls(q: Tensor, ends: Tensor | None, longest: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Each part, and what its kernel call is told of its sequences; no call for tensors without memory."""
+        for part in range(0 if isinstance(q, FakeTensor) else len(q)):
+            cu = None if ends is None else ends[part]
+            words = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+            yield part, {} if cu is None else words
+
+    @operator
+    def fa4(q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+        y, lse = q.new_empty(q.shape), q.new_empty(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
+        for at, words in calls(q, ends, longest):
+            kernels._flash_attn_fwd(q[at], k[at], v[at], causal=True, out=y[at], lse=lse[at], return_lse=True, **words)
+        return y, lse
+
+    @operator
+    def fa4_backward(
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, y: Tensor, lse: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dy, dq, dk, dv = dy.contiguous(), *(x.new_empty(x.shape) for x in (q, k, v))
+        for at, words in calls(q, ends, longest):
+            saved = (tensor[at] for tensor in (q, k, v, y, dy, lse))
+            kernels._flash_attn_bwd(*saved, causal=True, dq=dq[at], dk=dk[at], dv=dv[at], **words)
+        return dq, dk, dv
+
+    def differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *fa4_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None
+
+    differentiable(fa4, differentiate, lambda q, k, v, ends, longest, out: (q, k, v, ends, *out, longest))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return fa4(*(x.unsqueeze(0) for x in (q, k, v)), None, 0)[0].squeeze(0)
+        parts = (x.reshape(len(mask), -1, *x.shape[2:]) for x in (q, k, v))
+        return fa4(*parts, mask, q.shape[1])[0].view_as(q)
+
+    return Attention(attend, lambda documents: sequence_ends(documents, parts_of(*documents.shape)))
+
+
+ATTENTION: dict[str, Callable[[], Attention]] = {  # in order of preference on Hopper GPUs
+    "fa3": lambda: flash_package("flash_attn_interface"),
+    "fa4": flash_attention_4,
+    "cudnn": lambda: Attention(partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
+    "fa2": lambda: flash_package("flash_attn"),
+    "flash": bundled_flash,
+    "math": lambda: PLAIN_ATTENTION,
+}
 
 
 def parts_of(rows: int, length: int) -> int:
@@ -1541,34 +1531,18 @@ def most_documents(tokens: int) -> int:
     return max(64, tokens // (512 if torch.is_grad_enabled() else 64))
 
 
-def varlen_documents(attend: VarlenAttend) -> DocumentAttention:
-    """FlashAttention over sequences of varied length, end to end: nothing is computed that would be masked."""
+def sequence_ends(documents: Tensor, parts: int) -> Tensor:
+    """The mask of kernels that take sequences of varied length end to end, and compute nothing that would be masked.
 
-    def mask(documents: Tensor) -> Tensor:
-        """Where each sequence of a part begins, then its end: (parts, rows of a part + most_documents + 1) int32."""
-        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-        begins = begins.view(parts_of(*documents.shape), -1)
-        (parts, count), rows = begins.shape, len(documents)
-        most = rows // parts + most_documents(count)
-        places = torch.arange(count, dtype=torch.int32, device=documents.device).expand_as(begins)
-        slots = torch.where(begins, begins.cumsum(1) - 1, most)
-        cu_seqlens = places.new_full((parts, most + 1), count).scatter(1, slots, places)
-        return F.pad(cu_seqlens[:, :most], (0, 1), value=count)
-
-    def attend_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        in_parts = (tensor.reshape(len(cu_seqlens), -1, *tensor.shape[2:]) for tensor in (q, k, v))
-        return attend(*in_parts, cu_seqlens, q.shape[1]).view_as(q)
-
-    return DocumentAttention(mask, attend_rows)
-
-
-DOCUMENT_ATTENTION: dict[str, Callable[[], DocumentAttention]] = {  # in order of preference on Hopper GPUs
-    "fa3": lambda: varlen_documents(varlen_flash_package("flash_attn_interface")),
-    "fa4": lambda: varlen_documents(flash_attention_4()),
-    "fa2": lambda: varlen_documents(varlen_flash_package("flash_attn")),
-    "flash": lambda: varlen_documents(varlen_flash()),
-    "math": math_documents,
-}
+    Where each row or document of a part begins, then the end of the part: (parts, most sequences + 1) int32.
+    """
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).view(parts, -1)
+    counted, count = parts_of(*documents.shape), begins.shape[1]
+    most = (len(documents) + counted * most_documents(documents.numel() // counted)) // parts
+    places = torch.arange(count, dtype=torch.int32, device=documents.device).expand_as(begins)
+    slots = torch.where(begins, begins.cumsum(1) - 1, most)
+    ends = places.new_full((parts, most + 1), count).scatter(1, slots, places)
+    return F.pad(ends[:, :most], (0, 1), value=count)
 
 
 def document_numbers(ids: Tensor, bos_id: int) -> Tensor:
@@ -1637,17 +1611,13 @@ def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
     return h.square() * torch.where(h > 0, 1.0, beta)
 
 
-def soft_cap(logits: Tensor, cap: float, shift: float = 0.0) -> Tensor:
-    """Logits squeezed into +-cap, in float32. A cap of 11.5 with a shift of 3.83 is 23 sigmoid((z + 5) / 7.5) of
-    modded-nanogpt PR #181, but for a constant and the scale of z."""
-    return cap * torch.tanh((logits.float() + shift) / cap)
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Logits squeezed into +-cap, in float32."""
+    return cap * torch.tanh(logits.float() / cap)
 
 
 class PlainLayer:
-    """The parts of a layer, in running order, and the loss, in plain operations: the definition of each.
-
-    `TritonLayer` computes the same functions by kernels, from fewer bytes.
-    """
+    """The parts of a layer, in running order, and the loss, in plain operations: the definition of each."""
 
     def enter(self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> Entered:
         """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the twin of x, and x0 for the next layer.
@@ -1706,9 +1676,9 @@ class PlainLayer:
         """The first channels of the normalized x of Rows, (N, GATE_INPUTS)."""
         return rows.twin[:, :GATE_INPUTS]
 
-    def nll(self, logits: Tensor, targets: Tensor, cap: float, shift: float = 0.0) -> Tensor:
+    def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
         """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
-        return F.cross_entropy(soft_cap(logits, cap, shift), targets, reduction="none")
+        return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")
 
 
 PLAIN_LAYER = PlainLayer()
@@ -1750,14 +1720,15 @@ def probe(function: Callable, plain: Callable, shapes: list[tuple[int, ...]], de
     return max(zip(errors, allowed, strict=True), key=lambda pair: pair[0] - pair[1])
 
 
-def probe_attention(attend: Attend | DocumentAttention, cfg: Config, device: torch.device) -> Errors:
+def probe_attention(attend: Attention, cfg: Config, device: torch.device) -> Errors:
     """`probe` of an attention back end; with DOC_ATTENTION there are three documents in a row of tokens."""
     shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
-    if not cfg.doc_attention:
-        return probe(attend, sdpa(SDPBackend.MATH), shapes, device)
     documents = torch.arange(128).div(50, rounding_mode="floor").expand(2, 128)
-    ends = (lambda q, k, v, f=f: f(q, k, v, f.mask(documents.to(q.device))) for f in (attend, math_documents()))
-    return probe(*ends, shapes, device)
+
+    def masked(attend: Attention, *qkv: Tensor) -> Tensor:
+        return attend(*qkv, attend.mask(documents.to(qkv[0].device)) if cfg.doc_attention else None)
+
+    return probe(partial(masked, attend), partial(masked, PLAIN_ATTENTION), shapes, device)
 
 
 def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
@@ -1773,7 +1744,7 @@ def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
         rows, kept, first = parts.enter(x, (x0, x0), (x0, x0), mix, 0.5)
         follows = torch.arange(len(x), device=x.device) % 50 > 0 if cfg.key_offset else None
         q, k, v, twin = parts.heads(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)), follows)
-        y = sdpa(SDPBackend.MATH)(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
+        y = PLAIN_ATTENTION(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
         gates = [F.linear(parts.gate_inputs(rows), gate).sigmoid() for gate in gates]
         z = parts.exclusive(y, v, twin, *gates).flatten(1)
         y = parts.feed_forward(parts.leave(rows, z, out, 0.5), up, down, beta)[0]
@@ -1798,9 +1769,11 @@ LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), probe_layer, {"pl
 
 
 def attention_back_ends(cfg: Config) -> BackEnds:
-    chain = (DOCUMENT_ATTENTION, ("math",)) if cfg.doc_attention else (ATTENTION, ("flash", "math"))
+    """With DOC_ATTENTION all but cuDNN, which cannot keep documents apart."""
+    makers = {name: maker for name, maker in ATTENTION.items() if name != "cudnn" or not cfg.doc_attention}
+    everywhere = ("math",) if cfg.doc_attention else ("flash", "math")
     prices = {"cudnn": "5%", "fa2": "18%", "flash": "18%", "math": "several times"}
-    return BackEnds("ATTN_BACKEND", *chain, probe_attention, prices)
+    return BackEnds("ATTN_BACKEND", makers, everywhere, probe_attention, prices)
 
 
 BACK_END_FAULTS = (
@@ -1856,13 +1829,6 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
 
 
-def linear(x: Tensor, weight: Tensor, name: str, observe: Observer | None) -> Tensor:
-    """x (..., cols) times weight (rows, cols) transposed; `observe` sees every matrix's inputs here."""
-    if observe is not None:
-        observe(name, x)
-    return product(x, weight)
-
-
 def rotary_table(length: int, cfg: Config, device: torch.device) -> Tensor:
     """Cosines and sines (2, length, 1, dims/2) of rotary embedding on the first ROPE_DIMS dimensions."""
     dims = cfg.rope_dims or cfg.head_dim
@@ -1890,12 +1856,6 @@ def bigram_hash(ids: Tensor, bos_id: int, buckets: int) -> Tensor:
     previous = F.pad(ids, (1, -1))
     hashed = (36313 * ids ^ 27191 * previous) % (buckets - 1)
     return torch.where(has_previous(ids, bos_id), hashed, buckets - 1)
-
-
-def bigram_signs(ids: Tensor, bos_id: int, table: Tensor) -> Tensor:
-    """Rows (B, T, dim) of a fixed table of signs by token xor previous token (modded-nanogpt PR #299)."""
-    pairs = torch.where(has_previous(ids, bos_id), ids ^ F.pad(ids, (1, -1)), 0)
-    return table[pairs % len(table)]
 
 
 def smear(x: Tensor, ids: Tensor, gate: Tensor, bos_id: int) -> Tensor:
@@ -1935,14 +1895,10 @@ def bank_specs(cfg: Config) -> tuple[BankSpec, ...]:
 
 def row_bits(cfg: Config, spec: BankSpec) -> Tensor:
     """Bits of the codes of every row of a bank, (layers, rows, 1): LOWBIT_BITS where a pattern is in the name."""
-    patterns = cfg.lowbit_name_patterns
-    rows = [
-        cfg.lowbit_bits if any(pattern in f"blocks.{layer}.{role}." for pattern in patterns) else cfg.matrix_bits
-        for layer in range(cfg.num_layers)
-        for role, count in spec.roles
-        for _ in range(count)
-    ]
-    return torch.tensor(rows).view(cfg.num_layers, spec.rows, 1)
+    places = itertools.product(range(cfg.num_layers), spec.roles)
+    rows = [(f"blocks.{layer}.{role}.", count) for layer, (role, count) in places]
+    is_low = [any(p in name for p in cfg.lowbit_name_patterns) for name, count in rows for _ in range(count)]
+    return torch.tensor([cfg.lowbit_bits if low else cfg.matrix_bits for low in is_low]).view(-1, spec.rows, 1)
 
 
 class RestSpec(NamedTuple):
@@ -2019,25 +1975,6 @@ def initial_bank(spec: BankSpec, cfg: Config) -> Tensor:
     return torch.stack([torch.cat(matrices) for matrices in layers])
 
 
-class LayerSpec(NamedTuple):
-    """What differs between layers: exclusive attention, rows of ve_scale and lane_mix, factor on normalized inputs."""
-
-    xsa: bool
-    value_embed: int | None
-    lane: int | None
-    norm_scale: float
-
-
-def layer_specs(cfg: Config) -> list[LayerSpec]:
-    value_rows = {layer: row for row, layer in enumerate(cfg.ve_layers)} if cfg.ve_enabled else {}
-    lanes = range(cfg.parallel_start_layer or cfg.num_layers, cfg.num_layers)
-    return [
-        LayerSpec(i >= cfg.num_layers - cfg.xsa_last_n, value_rows.get(i), lanes.index(i) if i in lanes else None,
-                  (i + 1) ** -0.5 if cfg.ln_scale else 1.0)
-        for i in range(cfg.num_layers)
-    ]  # fmt: skip
-
-
 class Pass(NamedTuple):
     """What one forward pass hands to its layers."""
 
@@ -2047,7 +1984,7 @@ class Pass(NamedTuple):
     mixes: tuple[Tensor, ...]  # per position in the order, (3, C): factors of x, skip and x0 at the layer's entrance
     rotary: Tensor
     value_embedding: Tensor | None  # (N, KV, D)
-    mask: tuple[Any, ...]  # with DOC_ATTENTION the mask of the document attention
+    mask: Tensor | None  # of the attention, with DOC_ATTENTION
     follows: Tensor | None  # with KEY_OFFSET where a token has a previous one, (N,)
     beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_unit below zero
     observe: Observer | None
@@ -2057,22 +1994,20 @@ class GPT(nn.Module):
     """The language model. `weights()` prepares the matrices once per step; `nll` is the forward pass."""
 
     def __init__(
-        self, cfg: Config, bos_id: int, attend: Attend, device: torch.device, parts: PlainLayer = PLAIN_LAYER
+        self, cfg: Config, bos_id: int, attend: Attention, device: torch.device, parts: PlainLayer = PLAIN_LAYER
     ) -> None:
         """Allocate and initialize from SEED, whatever the state of the global generator."""
         super().__init__()
         self.cfg, self.bos_id, self.attend, self.parts = cfg, bos_id, attend, parts
-        self.dtype, self.layers = compute_dtype(device), layer_specs(cfg)
+        self.dtype = compute_dtype(device)
+        self.norm_scales = [(i + 1) ** -0.5 if cfg.ln_scale else 1.0 for i in range(cfg.num_layers)]
         self.order = final_order(cfg)  # of the model as it is scored; training may still be on its way there
         self.micro_batch = MICRO_BATCH_TOKENS  # tokens at most of a batch; `build_model` measures what the GPU holds
-        generator_state = torch.random.get_rng_state()
-        torch.manual_seed(cfg.seed)
         self.specs, self.rest_specs = bank_specs(cfg), rest_specs(cfg)
-        self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
-        self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.rest_specs})
-        torch.random.set_rng_state(generator_state)
-        signs = torch.randint(2, (8192, cfg.bigram_dim), generator=torch.Generator().manual_seed(0)) * 2 - 1
-        self.register_buffer("signs", signs.to(self.dtype) if cfg.bigram_signs else None, persistent=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
+            self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.rest_specs})
         self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
         self.to(device)
         self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
@@ -2093,9 +2028,8 @@ class GPT(nn.Module):
             banks = {n: fake_quantize(bank, Grid(self.bits[n], policy, sigmas)) for n, bank in banks.items()}
         scales = {"out": self.rest["attn_scale"], "down": self.rest["mlp_scale"]}
         if self.cfg.lora_rank:  # from here on one matrix per pass, not per layer
-            banks = {
-                n: self.by_pass(b) + self.rest[f"lora_{n}_out"] @ self.rest[f"lora_{n}_in"] for n, b in banks.items()
-            }
+            added = {name: self.rest[f"lora_{name}_out"] @ self.rest[f"lora_{name}_in"] for name in banks}
+            banks = {name: self.by_pass(bank) + added[name] for name, bank in banks.items()}
             scales = {name: self.by_pass(scale) for name, scale in scales.items()}
         banks |= {name: banks[name] * scale.unsqueeze(-1) for name, scale in scales.items()}
         head = self.rest["tok_emb" if self.cfg.tie_embeddings else "lm_head"]
@@ -2105,21 +2039,19 @@ class GPT(nn.Module):
         """Slices of `layers` (layers, ...) in the order in which they run, (passes, ...)."""
         return torch.stack([layers[layer] for layer in self.order])
 
-    def project(
-        self, table: str, ids: Tensor, matrix: str, observe: Observer | None, signs: Tensor | None = None
-    ) -> Tensor:
+    def project(self, table: str, ids: Tensor, matrix: str, observe: Observer | None) -> Tensor:
         """Rows `ids` of an embedding table times a small matrix; gathered in fp32 so that gradients sum in fp32."""
         rows = F.embedding(ids, self.rest[table]).to(self.dtype)
-        rows = rows if signs is None else rows * signs
-        return linear(rows, self.rest[matrix].to(self.dtype), matrix, observe)
+        if observe is not None:
+            observe(matrix, rows)
+        return F.linear(rows, self.rest[matrix].to(self.dtype))
 
     def embed(self, ids: Tensor, observe: Observer | None) -> Tensor:
         """Token (and bigram) embedding, normalized and smeared: (B, T, C)."""
         x = F.embedding(ids, self.rest["tok_emb"])
         if "bigram_table" in self.rest:
             buckets = bigram_hash(ids, self.bos_id, self.cfg.bigram_vocab_size)
-            signs = None if self.signs is None else bigram_signs(ids, self.bos_id, self.signs)
-            x = x + self.rest["bigram_scale"] * self.project("bigram_table", buckets, "bigram_proj", observe, signs)
+            x = x + self.rest["bigram_scale"] * self.project("bigram_table", buckets, "bigram_proj", observe)
         x = rms_norm(x.to(self.dtype))
         return smear(x, ids, self.rest["smear_gate"], self.bos_id) if "smear_gate" in self.rest else x
 
@@ -2138,7 +2070,7 @@ class GPT(nn.Module):
         slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
         fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
         beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
-        mask = (self.attend.mask(document_numbers(ids, self.bos_id)),) if self.cfg.doc_attention else ()
+        mask = self.attend.mask(document_numbers(ids, self.bos_id)) if self.cfg.doc_attention else None
         follows = has_previous(ids, self.bos_id).flatten() if self.cfg.key_offset else None
         return Pass(order, banks, vectors, self.mixes(order), rotary, value, mask, follows, beta, observe)
 
@@ -2159,28 +2091,26 @@ class GPT(nn.Module):
 
     def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
         """What the heads of a layer attend to, (N, C) before the output matrix, and its own values (N, KV, D)."""
-        layer, vectors, parts = p.order[position], p.vectors, self.parts
-        spec, extra = self.layers[layer], None
+        layer, vectors, parts, cfg, extra = p.order[position], p.vectors, self.parts, self.cfg, None
         if p.observe is not None:
             p.observe(f"qkv.{layer}", parts.normalized(rows))
-        if spec.value_embed is not None:
-            extra = self.rest["ve_scale"][spec.value_embed].to(self.dtype) * p.value_embedding
-        q, k, own, twin = parts.heads(
-            rows, p.banks["qkv"][position], vectors["q_gain"][layer], p.rotary, extra, p.follows
-        )
+        if cfg.ve_enabled and layer in cfg.ve_layers:
+            extra = self.rest["ve_scale"][cfg.ve_layers.index(layer)].to(self.dtype) * p.value_embedding
+        weight, gain = p.banks["qkv"][position], vectors["q_gain"][layer]
+        q, k, own, twin = parts.heads(rows, weight, gain, p.rotary, extra, p.follows)
         v = own
         if "value_mix" in vectors:
             mix = vectors["value_mix"][layer]
             v = twin = mix[0] * (own if first_v is None else first_v) + mix[1] * own
-        y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), *p.mask).flatten(0, 1)
+        y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), p.mask).flatten(0, 1)
         gate = None
         if "sparse_gate" in vectors:  # PR #1787
-            weight = self.cfg.sparse_attn_gate_scale * vectors["sparse_gate"][layer]
+            weight = cfg.sparse_attn_gate_scale * vectors["sparse_gate"][layer]
             gate = F.linear(parts.gate_inputs(rows), weight).sigmoid()
         elif "gate_weight" in vectors:
             weight, bias = (vectors[name][layer] for name in ("gate_weight", "gate_bias"))
             gate = F.linear(parts.normalized(rows), weight, bias).sigmoid()
-        if spec.xsa:
+        if layer >= cfg.num_layers - cfg.xsa_last_n:
             y = parts.exclusive(y, v, twin, gate)
         elif gate is not None:
             y = y * gate.unsqueeze(-1)
@@ -2203,12 +2133,12 @@ class GPT(nn.Module):
 
         Each lane takes its own share of both and of itself (PR #1204, PR #1529).
         """
-        specs, after = [self.layers[layer] for layer in p.order], min(position + 1, len(p.order) - 1)
-        own, attended, added = self.rest["lane_mix"][specs[position].lane].to(self.dtype).unbind(1)
+        layer, following = p.order[position], p.order[min(position + 1, len(p.order) - 1)]
+        own, attended, added = self.rest["lane_mix"][layer - self.cfg.parallel_start_layer].to(self.dtype).unbind(1)
         a, b = product(z, p.banks["out"][position]), self.mlp(lane, position, p)  # b: the lane and the MLP's output
         x = own[0] * rows.x + attended[0] * a + added[0] * (b - lane.x)
         mix = torch.stack([added[1], own[1] - added[1], attended[1]]).unsqueeze(1).expand(3, a.shape[1]).contiguous()
-        return x, self.parts.enter(b, (lane.x, lane.x), (a, a), mix, specs[after].norm_scale)[0]
+        return x, self.parts.enter(b, (lane.x, lane.x), (a, a), mix, self.norm_scales[following])[0]
 
     def hidden(
         self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None = None
@@ -2225,28 +2155,28 @@ class GPT(nn.Module):
             skip = None
             if half <= position < 2 * half:
                 skip = skips.pop() if position > half else (x, x)  # the last one pushed is x itself
-            rows, twin, x0 = self.parts.enter(x, skip, x0, p.mixes[position], self.layers[layer].norm_scale)
+            rows, twin, x0 = self.parts.enter(x, skip, x0, p.mixes[position], self.norm_scales[layer])
             if 0 < position < half:
                 skips.append((x, twin))
             z, own_v = self.attention(rows, position, first_v, p)
             first_v = own_v if first_v is None else first_v
-            if self.layers[layer].lane is not None:
+            if "lane_mix" in self.rest and layer >= self.cfg.parallel_start_layer:
                 x, lane = self.two_lanes(rows, lane or rows, z, position, p)
             else:
-                rows = self.parts.leave(rows, z, p.banks["out"][position], self.layers[layer].norm_scale)
+                rows = self.parts.leave(rows, z, p.banks["out"][position], self.norm_scales[layer])
                 x = self.mlp(rows, position, p)
         return rms_norm(0.5 * (x + lane.x) if lane else x).view(*ids.shape, -1)
 
     def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""
-        logits = linear(hidden, weights["head"], "head", observe)
-        return soft_cap(logits, self.cfg.logit_softcap, self.cfg.logit_shift)
+        if observe is not None:
+            observe("head", hidden)
+        return soft_cap(product(hidden, weights["head"]), self.cfg.logit_softcap)
 
     def nll(self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> Tensor:
         """Negative log-likelihood in nats of each target given its prefix, (B, T) float32."""
         logits = product(self.hidden(ids, weights, order).flatten(0, 1), weights["head"])
-        caps = self.cfg.logit_softcap, self.cfg.logit_shift
-        return self.parts.nll(logits, targets.flatten(), *caps).view_as(targets)
+        return self.parts.nll(logits, targets.flatten(), self.cfg.logit_softcap).view_as(targets)
 
     def nll_and_entropy(
         self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]
@@ -2342,8 +2272,7 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
 # ending, on tiles that are still in registers. The gradient of such a row needs no gradient of r: for
 # g = dL/dx with r held fixed, dL/dr is <g, x> / r and dr/dx is -r^3 / (C scale^2) x, so
 # dx = g - x (r^2 / (C scale^2)) <g, x>: one pass over g and x, in which the residual gradient is added too.
-# Hence the twins: memory that is never written or read and only carries g back, or the gradient of a skip
-# or of x0, to the one kernel that adds it up (inductor cannot add inside an operator).
+# Hence the twins of `Rows` and `PlainLayer.enter`: inductor cannot add inside an operator.
 # The feed-forward needs no such pass: it is homogeneous of degree 2, so <g, x> is twice the sum of a row's
 # activations times their gradients. The kernel that makes these sums it; the product that makes g ends with dx.
 
@@ -2365,14 +2294,21 @@ def programs(device: torch.device, blocks: int, per_processor: int = 1) -> tuple
     return (min(blocks, per_processor * torch.cuda.get_device_properties(device).multi_processor_count),)
 
 
-def per_row(x: Tensor) -> Tensor:
-    """Memory for a number per row."""
-    return x.new_empty(len(x), dtype=torch.float32)
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: int) -> None:
+    """Run a kernel, if there is memory that it can work on."""
+    if not any(isinstance(argument, FakeTensor) for argument in arguments):
+        kernel[grid](*arguments, **options)
 
 
-def tiled(factor: Tensor, rows: int, cols: int) -> Any:
-    """A contiguous matrix as the bulk copy engine takes it, in tiles."""
-    return TensorDescriptor.from_tensor(factor, [rows, cols])
+def launch_product(kernel: Any, a: Tensor, b: Tensor, halves: list[Tensor | None], *arguments: Any) -> None:
+    """Run a kernel that walks over the tiles of a b^T; it takes `halves`, like these two, by the bulk copy engine."""
+    if isinstance(a, FakeTensor):
+        return
+    rows, cols, inner = TILE
+    blocks = [(a, [rows, inner]), (b, [cols, inner]), *((x, [rows, cols // 2]) for x in halves)]
+    tiles = (x if x is None else TensorDescriptor.from_tensor(x, block) for x, block in blocks)
+    grid = programs(a.device, triton.cdiv(len(a), rows) * triton.cdiv(len(b), cols))
+    kernel[grid](*tiles, *arguments, len(a), a.shape[1], *TILE, num_warps=8, num_stages=3)
 
 
 @jit
@@ -2457,55 +2393,32 @@ def enter_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dgates, dk
     tl.store(line + 2 * WIDTH, tl.sum(dfirst, 0), mask=inside)
 
 
-def enter_outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    """Memory for what `enter` returns, given its inputs."""
-    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
-    return new, twin, per_row(x), x.new_empty((len(x), GATE_INPUTS)), kept, following
-
-
-@torch.library.custom_op(f"{OPERATORS}::enter", mutates_args=())
+@operator
 def enter(
     x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The parts of Rows, and the twins of x and x0; 5 activations are written and read where inductor's kernels take 6,
     backward 10 of 14."""
-    (n, width), outputs = x.shape, enter_outputs(x)
-    new, _, r, *_ = outputs
-    enter_tiles[(triton.cdiv(n, 4),)](x, skip, x0, mix, new, r, n, scale, NORM_EPS, width,
-                                      triton.next_power_of_2(width), 4, num_warps=2, num_stages=2)  # fmt: skip
-    return outputs
+    (n, width), r, gates = x.shape, x.new_empty(len(x), dtype=torch.float32), x.new_empty((len(x), GATE_INPUTS))
+    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
+    launch(enter_tiles, (triton.cdiv(n, 4),), x, skip, x0, mix, new, r, n, scale, NORM_EPS, width,
+           triton.next_power_of_2(width), 4, num_warps=2, num_stages=2)  # fmt: skip
+    return new, twin, r, gates, kept, following
 
 
-def enter_gradients(dnew: Tensor, *rest: Any) -> list[Tensor]:
-    """Memory for what `enter_backward` returns, given its inputs."""
-    has_skip = rest[-2] is not None
-    dx, dx0, dskip = torch.empty_like(dnew), torch.empty_like(dnew), dnew.new_empty(dnew.shape if has_skip else 0)
-    (count,) = programs(dnew.device, triton.cdiv(len(dnew), 2), 8)
-    return [dx, dskip, dx0, dnew.new_empty((count, 3, dnew.shape[1]), dtype=torch.float32)]
-
-
-@torch.library.custom_op(f"{OPERATORS}::enter_backward", mutates_args=())
+@operator
 def enter_backward(
     dnew: Tensor, dtwin: Tensor, dgates: Tensor | None, dkept: Tensor | None, dnext: Tensor | None, new: Tensor,
     r: Tensor, mix: Tensor, x: Tensor, x0: Tensor, skip: Tensor | None, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, skip (empty without one) and x0, and each program's part of mix's, given those of the new x, of
     its twin and, where they were used, of the gates' memory and of the twins of x and x0."""
-    (n, width), found = new.shape, enter_gradients(dnew, skip, scale)
-    grid = (len(found[3]),)
-    enter_backward_tiles[grid](x, skip, x0, mix, new, r, dnew, dtwin, dgates, dkept, dnext, *found, n, scale, width,
-                               triton.next_power_of_2(width), 2, 2, GATE_INPUTS, num_warps=2)  # fmt: skip
-    return found
-
-
-enter_backward.register_fake(enter_gradients)
-enter.register_fake(enter_outputs)
-
-
-def save_enter(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, skip, _, x0, _, mix, ctx.scale = inputs
-    ctx.save_for_backward(output[0], output[2], mix, x, x0, skip)
-    ctx.set_materialize_grads(False)
+    (n, width), grid = new.shape, programs(new.device, triton.cdiv(len(new), 2), 8)
+    dx, dx0, dskip = torch.empty_like(new), torch.empty_like(new), new.new_empty(0 if skip is None else new.shape)
+    sums = new.new_empty((*grid, 3, width), dtype=torch.float32)
+    launch(enter_backward_tiles, grid, x, skip, x0, mix, new, r, dnew, dtwin, dgates, dkept, dnext, dx, dskip, dx0,
+           sums, n, scale, width, triton.next_power_of_2(width), 2, 2, GATE_INPUTS, num_warps=2)  # fmt: skip
+    return [dx, dskip, dx0, sums]
 
 
 def differentiate_enter(
@@ -2515,11 +2428,13 @@ def differentiate_enter(
     new, _, mix, _, _, skip = saved = ctx.saved_tensors
     given = [torch.zeros_like(new) if d is None else d.contiguous() for d in (dnew, dtwin)]
     given += [d if d is None else d.contiguous() for d in others]
-    dx, dskip, dx0, sums = enter_backward(*given, *saved, ctx.scale)
+    dx, dskip, dx0, sums = enter_backward(*given, *saved, *ctx.numbers)
     return dx, None, None if skip is None else dskip, None, dx0, sums.sum(0).to(mix.dtype), None
 
 
-enter.register_autograd(differentiate_enter, setup_context=save_enter)
+differentiable(enter, differentiate_enter, lambda x, skip, _, x0, __, mix, scale, out: (
+    out[0], out[2], mix, x, x0, skip, scale
+))  # fmt: skip
 
 
 # Queries, keys and values
@@ -2597,18 +2512,17 @@ def end_heads(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row
 
 
 @jit
-def heads_tiles(x, weight, r, gain, rotary, extra, follows, q, k, v, own, factors, tokens, length, width,
-                EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, HEADS: tl.constexpr,
-                KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+def heads_tiles(x, weight, r, gain, rotary, extra, follows, q, k, v, own, factors, length, EPS: tl.constexpr,
+                HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, tokens, width,
+                ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
     """The product x weight^T, each tile ended by `end_heads` in two halves; x is (tokens, width)."""
     across: tl.constexpr = (HEADS + 2 * KV) * SIZE // COLS
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
-        left, right = tile_halves(x, weight, row, column, width, ROWS, COLS, INNER)
-        end_heads(left, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length, EPS, HEADS,
-                  KV, SIZE, HALF)
-        end_heads(right, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column + COLS // 2, tokens,
-                  length, EPS, HEADS, KV, SIZE, HALF)  # fmt: skip
+        halves = tile_halves(x, weight, row, column, width, ROWS, COLS, INNER)
+        for half in tl.static_range(2):
+            end_heads(halves[half], r, gain, rotary, extra, follows, q, k, v, own, factors, row,
+                      column + half * COLS // 2, tokens, length, EPS, HEADS, KV, SIZE, HALF)  # fmt: skip
 
 
 @jit
@@ -2707,15 +2621,7 @@ def heads_fit(heads: int, kv: int, size: int, half: int) -> bool:
     return fills and all(n & (n - 1) == 0 for n in (heads, kv, size, half))
 
 
-def heads_outputs(x: Tensor, _: Any, r: Tensor, weight: Tensor, gain: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Memory for what `heads` returns, given its inputs."""
-    count, kv, size = head_sizes(x, len(weight), gain)
-    outputs = (x.new_empty((len(x), c, size)) for c in (count, count, count, kv))
-    own = x.new_empty(0 if rest[-1] is None else (len(x), kv, size // 2))
-    return *outputs, x.new_empty((len(x), count + kv), dtype=torch.float32), own
-
-
-@torch.library.custom_op(f"{OPERATORS}::heads", mutates_args=())
+@operator
 def heads(
     x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
     follows: Tensor | None,
@@ -2726,66 +2632,44 @@ def heads(
     Attention adds up the gradients of shared keys and values in float32, in memory: filling it, adding and rounding
     cost more than writing copies here and adding up their gradients in the backward pass.
     """
-    (n, width), (rows, cols, inner), (count, kv, size) = x.shape, TILE, head_sizes(x, len(weight), gain)
-    q, k, v, v_twin, factors, own = outputs = heads_outputs(x, twin, r, weight, gain, follows)
-    heads_tiles[programs(x.device, triton.cdiv(n, rows) * (len(weight) // cols))](
-        tiled(x, rows, inner), tiled(weight, cols, inner), r, gain, rotary, extra, follows, q, k, v, own, factors, n,
-        rotary.shape[1], width, NORM_EPS, *TILE, count, kv, size, rotary.shape[-1], num_warps=8, num_stages=3,
-    )  # fmt: skip
-    return outputs
+    n, (count, kv, size) = len(x), head_sizes(x, len(weight), gain)
+    q, k, v, v_twin = (x.new_empty((n, copies, size)) for copies in (count, count, count, kv))
+    factors = x.new_empty((n, count + kv), dtype=torch.float32)
+    own = x.new_empty(0 if follows is None else (n, kv, size // 2))
+    launch_product(heads_tiles, x, weight, [], r, gain, rotary, extra, follows, q, k, v, own, factors,
+                   rotary.shape[1], NORM_EPS, count, kv, size, rotary.shape[-1])  # fmt: skip
+    return q, k, v, v_twin, factors, own
 
 
-def heads_gradients(dq: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what `heads_backward` returns, given its inputs."""
-    (n, count, size), (_, _, _, factors, *_, has_extra) = dq.shape, rest
-    kv, (walks,) = factors.shape[1] - count, programs(dq.device, triton.cdiv(n, 4), 6)
-    du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
-    return du, dq.new_empty((walks, count), dtype=torch.float32), dextra
-
-
-@torch.library.custom_op(f"{OPERATORS}::heads_backward", mutates_args=())
+@operator
 def heads_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, factors: Tensor, r: Tensor, gain: Tensor, rotary: Tensor,
     q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None, has_extra: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradient of the product, each program's part of the gain's, and that of `extra` (empty where there is none).
-
-    Given are the gradients of q, k, v and, where something used it, of v's twin; the factors of the norms; and where
-    keys are offset, their own second halves.
-    """
-    n, count, size = dq.shape
-    du, sums, dextra = found = heads_gradients(dq, dk, dv, dtwin, factors, has_extra)
-    heads_backward_tiles[(len(sums),)](q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du,
-                                       dextra if has_extra else None, sums, n, rotary.shape[1], 4, count,
-                                       factors.shape[1] - count, size, rotary.shape[-1], num_warps=4,
-                                       num_stages=2)  # fmt: skip
-    return found
-
-
-heads.register_fake(heads_outputs)
-
-
-heads_backward.register_fake(heads_gradients)
-
-
-def save_heads(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, _, r, weight, gain, rotary, extra, follows = inputs
-    q, k, _, _, factors, own = output
-    ctx.has_extra, own = extra is not None, None if follows is None else own
-    ctx.save_for_backward(x, weight, factors, r, gain, rotary, q, k, own, follows)
-    ctx.set_materialize_grads(False)
+    """Gradient of the product, each program's part of the gain's, and that of `extra` (empty where there is none),
+    given those of q, k, v and, where something used it, of v's twin."""
+    (n, count, size), kv = dq.shape, factors.shape[1] - dq.shape[1]
+    grid = programs(dq.device, triton.cdiv(n, 4), 6)
+    du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
+    sums = dq.new_empty((*grid, count), dtype=torch.float32)
+    launch(heads_backward_tiles, grid, q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du,
+           dextra if has_extra else None, sums, n, rotary.shape[1], 4, count, kv, size, rotary.shape[-1], num_warps=4,
+           num_stages=2)  # fmt: skip
+    return du, sums, dextra
 
 
 def differentiate_heads(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the twin, the weight, the gain and `extra`."""
-    x, weight, _, _, gain, *_ = ctx.saved_tensors
+    (x, weight, _, _, gain, *_), (has_extra,) = ctx.saved_tensors, ctx.numbers
     given = [d if d is None else d.contiguous() for d in upstream[:4]]
-    du, sums, dextra = heads_backward(*given, *ctx.saved_tensors[2:], ctx.has_extra)
+    du, sums, dextra = heads_backward(*given, *ctx.saved_tensors[2:], has_extra)
     dgain = sums.sum(0).to(gain.dtype)
-    return None, du @ weight, None, du.T @ x, dgain, None, dextra if ctx.has_extra else None, None
+    return None, du @ weight, None, du.T @ x, dgain, None, dextra if has_extra else None, None
 
 
-heads.register_autograd(differentiate_heads, setup_context=save_heads)
+differentiable(heads, differentiate_heads, lambda x, _, r, weight, gain, rotary, extra, follows, out: (
+    x, weight, out[4], r, gain, rotary, out[0], out[1], None if follows is None else out[5], follows, extra is not None
+))  # fmt: skip
 
 
 # Exclusive self-attention
@@ -2825,70 +2709,54 @@ def exclusive_tiles(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, 
         tl.store(dv + item * SIZE + d, total.to(dv.dtype.element_ty), mask=live)
 
 
-def exclusive_outputs(y: Tensor, v: Tensor, gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what `exclusive` returns, given its inputs."""
-    _, dz, kv = rest
-    dgate = y.new_empty(0 if gate is None or dz is None else gate.shape)
-    return y.new_empty(y.shape), v.new_empty(0 if dz is None else (len(v), kv, v.shape[2])), dgate
-
-
-@torch.library.custom_op(f"{OPERATORS}::exclusive", mutates_args=())
+@operator
 def exclusive(
     y: Tensor, v: Tensor, gate: Tensor | None, twin: Tensor | None, dz: Tensor | None, kv: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z of `PlainLayer.exclusive`; given its gradient, those of y, of the twin of v, which has `kv` heads (so
     `heads_backward` adds it to the attention's), and of the gate."""
     y, v, gate, dz = (tensor if tensor is None else tensor.contiguous() for tensor in (y, v, gate, dz))
-    (n, heads, size), found = y.shape, exclusive_outputs(y, v, gate, twin, dz, kv)
-    exclusive_tiles[(triton.cdiv(n * kv, 32),)](y, v, gate, dz, *found, n * kv, heads // kv,
-                                                v.shape[1] // kv, size, triton.next_power_of_2(size), 32,
-                                                num_warps=4)  # fmt: skip
-    return found
-
-
-def save_exclusive(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    y, v, gate, _, _, ctx.kv = inputs
-    ctx.save_for_backward(y, v, gate)
+    n, heads, size = y.shape
+    out, dv = torch.empty_like(y), v.new_empty(0 if dz is None else (n, kv, size))
+    dgate = y.new_empty(0 if gate is None or dz is None else gate.shape)
+    launch(exclusive_tiles, (triton.cdiv(n * kv, 32),), y, v, gate, dz, out, dv, dgate, n * kv, heads // kv,
+           v.shape[1] // kv, size, triton.next_power_of_2(size), 32, num_warps=4)  # fmt: skip
+    return out, dv, dgate
 
 
 def differentiate_exclusive(ctx: Any, dz: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    dy, dv, dgate = exclusive(*ctx.saved_tensors, None, dz, ctx.kv)
-    return dy, None, None if ctx.saved_tensors[2] is None else dgate, dv, None, None
+    """Gradients of y, the gate and the twin of v."""
+    y, v, gate = ctx.saved_tensors
+    dy, dv, dgate = exclusive(y, v, gate, None, dz, *ctx.numbers)
+    return dy, None, None if gate is None else dgate, dv, None, None
 
 
-exclusive.register_fake(exclusive_outputs)
-exclusive.register_autograd(differentiate_exclusive, setup_context=save_exclusive)
+differentiable(exclusive, differentiate_exclusive, lambda y, v, gate, _, __, kv, out: (y, v, gate, kv))
 
 
 # Products that end in sums
 
 
 @jit
-def end_sum(value, x, new, along, squares, shrink, row, column, tokens):
-    """Ending of a tile of the product: add x, with `along` take off `shrink` times its rows, store, and with `squares`
-    store each row's sum of squares over the tile's columns."""
-    place = row + tl.arange(0, value.shape[0])
-    value += x.load([row, column]).to(tl.float32)
-    if along is not None:
-        factor = tl.load(shrink + place, mask=place < tokens, other=0.0)[:, None]
-        value -= factor * along.load([row, column]).to(tl.float32)
-    rounded = value.to(new.dtype)
-    new.store([row, column], rounded)
-    if squares is not None:
-        total = rounded.to(tl.float32)
-        tl.store(squares + column // value.shape[1] * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
-
-
-@jit
-def sum_tiles(a, b, x, new, along, squares, shrink, tokens, width, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
+def sum_tiles(a, b, x, new, along, squares, shrink, width, tokens, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
               INNER: tl.constexpr):  # fmt: skip
-    """x + a b^T for a (tokens, inputs) and b (width, inputs), each tile ended by `end_sum` in two halves."""
+    """x + a b^T for a (tokens, inputs) and b (width, inputs), with `along` less `shrink` times its rows; with `squares`
+    each row's sum of squares over half a tile's columns too."""
     across = tl.cdiv(width, COLS)
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
-        row, column = tile // across * ROWS, tile % across * COLS
-        left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
-        end_sum(left, x, new, along, squares, shrink, row, column, tokens)
-        end_sum(right, x, new, along, squares, shrink, row, column + COLS // 2, tokens)
+        row, begin = tile // across * ROWS, tile % across * COLS
+        halves = tile_halves(a, b, row, begin, inputs, ROWS, COLS, INNER)
+        for half in tl.static_range(2):
+            place, column = row + tl.arange(0, ROWS), begin + half * COLS // 2
+            value = halves[half] + x.load([row, column]).to(tl.float32)
+            if along is not None:
+                factor = tl.load(shrink + place, mask=place < tokens, other=0.0)[:, None]
+                value -= factor * along.load([row, column]).to(tl.float32)
+            rounded = value.to(new.dtype)
+            new.store([row, column], rounded)
+            if squares is not None:
+                total, piece = rounded.to(tl.float32), column // (COLS // 2)
+                tl.store(squares + piece * tokens + place, tl.sum(total * total, 1), mask=place < tokens)
 
 
 def pieces(x: Tensor, width: int) -> Tensor:
@@ -2896,175 +2764,95 @@ def pieces(x: Tensor, width: int) -> Tensor:
     return x.new_empty((2 * triton.cdiv(width, TILE[1]), len(x)), dtype=torch.float32)
 
 
-def sum_outputs(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Memory for what `sum_product` returns, given its inputs."""
-    return torch.empty_like(x), pieces(x, x.shape[1] if rest[-1] else 0)
-
-
-@torch.library.custom_op(f"{OPERATORS}::sum_product", mutates_args=())
+@operator
 def sum_product(
     x: Tensor, z: Tensor, weight: Tensor, along: Tensor | None, shrink: Tensor | None, has_squares: bool
 ) -> tuple[Tensor, Tensor]:
     """x + z weight^T for weight (C, inputs), less `shrink` (N,) times the rows of `along` (N, C), the product never
     being written by itself; and where they are wanted the sums of squares (pieces, N) of its rows."""
-    (n, width), (rows, cols, inner), (new, squares) = x.shape, TILE, sum_outputs(x, has_squares)
-    tiles = (tensor if tensor is None else tiled(tensor, rows, cols // 2) for tensor in (x, new, along))
-    grid = programs(z.device, triton.cdiv(n, rows) * triton.cdiv(width, cols))
-    sum_tiles[grid](tiled(z, rows, inner), tiled(weight, cols, inner), *tiles, squares if has_squares else None, shrink,
-                    n, width, z.shape[1], *TILE, num_warps=8, num_stages=3)  # fmt: skip
+    new, squares = torch.empty_like(x), pieces(x, x.shape[1] if has_squares else 0)
+    launch_product(sum_tiles, z, weight, [x, new, along], squares if has_squares else None, shrink, len(weight))
     return new, squares
 
 
-sum_product.register_fake(sum_outputs)
-sum_product.register_autograd(
-    lambda ctx, dx, _: (dx, dx @ ctx.saved_tensors[1], dx.T @ ctx.saved_tensors[0], None, None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:3]),
-)
+differentiable(
+    sum_product, lambda ctx, dx, _: (dx, dx @ ctx.saved_tensors[1], dx.T @ ctx.saved_tensors[0], None, None, None),
+    lambda x, z, weight, *_: (z, weight),
+)  # fmt: skip
 
 
 # Feed-forward
 
 
 @jit
-def halves(pairs):
-    """The two bfloat16 in each 32 bits, as float32."""
-    return (pairs << 16).to(tl.float32, bitcast=True), (pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
-
-
-@jit
-def add_rows(sums, value):
-    """Sums of columns so far, (rows / 16, 8, columns), with those of `value` (rows, columns) added.
-
-    A thread keeps the sum of what it holds, rows 8 apart: exchanging it with other threads in every tile cost 1.2 ms a
-    step. For bfloat16 `sums` are pairs of columns in 32 bits, since in float32 they do not fit into the registers.
-    """
-    groups: tl.constexpr = value.shape[0] // 16
-    more = tl.sum(tl.reshape(value, (groups, 2, 8, value.shape[1])), 1)
-    if sums.dtype == tl.float32:
-        return sums + more
-    even, odd = tl.split(tl.reshape(more, (groups, 8, value.shape[1] // 2, 2)))
-    even_sum, odd_sum = halves(sums)
-    even, odd = (even_sum + even).to(tl.bfloat16), (odd_sum + odd).to(tl.bfloat16)
-    return odd.to(tl.uint16, bitcast=True).to(tl.uint32) << 16 | even.to(tl.uint16, bitcast=True).to(tl.uint32)
-
-
-@jit
-def total_rows(sums):
-    """Sums of all columns (columns,) from those of the threads."""
-    flat = tl.reshape(sums, (sums.shape[0] * 8, sums.shape[2]))
-    if sums.dtype == tl.float32:
-        return tl.sum(flat, 0)
-    even, odd = halves(flat)
-    return tl.interleave(tl.sum(even, 0), tl.sum(odd, 0))
-
-
-@jit
-def end_unit(value, r, act, out, low, products, sums, row, column, tokens, hidden, BETA_GRAD: tl.constexpr):
-    """Ending of a tile: without `act` the activations h^2 of h = r value, times `low` below zero. With them backward: r
-    times the gradient of h, which is 2 sqrt(act) above zero and `low` sqrt(|act|) below, and each row's sum of value
-    times act. Returns the column sums so far of the same where h was below zero, with this tile's.
+def unit_tiles(a, b, act, out, r, low, products, sums, hidden, tokens, inputs, ROWS: tl.constexpr,
+               COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+    """Of value = a b^T, a (tokens, inputs) and b (hidden, inputs): without `act` the activations h^2 of h = r value,
+    times `low` below zero. With them backward: r times the gradient of h, which is 2 sqrt(act) above zero and `low`
+    sqrt(|act|) below, and each row's sum of value times act over half a tile's columns; with `sums` each column's too,
+    over a tile's rows where h was below zero.
 
     h is not kept: the lowest bit of an activation says whether it was below zero. The activation is rounded to the
     nearest number with that bit, so it has 7 of bfloat16's 8 digits: a relative error of 0.0033, against 0.0037 of
     rounding h, to keep it, and then its square.
     """
     SIGN: tl.constexpr = 0x10000 if out.dtype == tl.bfloat16 else 1  # that bit, in float32
-    channel, place = column + tl.arange(0, value.shape[1]), row + tl.arange(0, value.shape[0])
-    low = tl.load(low + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
-    h = value * tl.load(r + place, mask=place < tokens, other=0.0)[:, None]
-    if act is None:
-        below = (h >= 0) == 0  # not a number counts, or adding to its bits would make it one
-        bits = (h * h * tl.where(below, low, 1.0)).to(tl.uint32, bitcast=True)
-        bits = (bits + tl.where(below, 0, SIGN)) & (0x100000000 - 2 * SIGN) | tl.where(below, SIGN, 0)
-        out.store([row, column], bits.to(tl.float32, bitcast=True).to(out.dtype))
-    else:
-        a = act.load([row, column]).to(tl.float32)
-        below = a.to(tl.uint32, bitcast=True) & SIGN != 0
-        slope = tl.where(below, low, 2.0) * tl.sqrt(tl.abs(a))
-        if BETA_GRAD:  # in this order the fewest registers are spilled
-            sums = add_rows(sums, value * tl.where(below, a, 0.0))
-        out.store([row, column], (h * slope).to(out.dtype))
-        tl.store(products + column // value.shape[1] * tokens + place, tl.sum(value * a, 1), mask=place < tokens)
-    return sums
-
-
-@jit
-def unit_tiles(a, b, r, act, out, low, products, sums, tokens, hidden, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
-               INNER: tl.constexpr):  # fmt: skip
-    """Tiles of a (tokens, inputs) times b (hidden, inputs) transposed, each ended by `end_unit` in two halves.
-
-    With `sums` a program keeps to its columns (their number divides that of programs) and adds their sums up.
-    """
-    tl.assume(inputs > 0)  # or the sums change their layout for the case that a tile has no products
     across = tl.cdiv(hidden, COLS)
-    BETA_GRAD: tl.constexpr = sums is not None
-    kept: tl.constexpr = tl.uint32 if out.dtype == tl.bfloat16 else tl.float32
-    sums_left = tl.zeros((ROWS // 16, 8, COLS // (4 if kept == tl.uint32 else 2)), kept)
-    sums_right = sums_left
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
-        row, column = tile // across * ROWS, tile % across * COLS
-        left, right = tile_halves(a, b, row, column, inputs, ROWS, COLS, INNER)
-        sums_left = end_unit(left, r, act, out, low, products, sums_left, row, column, tokens, hidden, BETA_GRAD)
-        sums_right = end_unit(right, r, act, out, low, products, sums_right, row, column + COLS // 2, tokens, hidden,
-                              BETA_GRAD)  # fmt: skip
-    if BETA_GRAD:
-        channel = tl.program_id(0) % across * COLS + tl.arange(0, COLS // 2)
-        line = sums + tl.program_id(0) // across * hidden + channel
-        tl.store(line, total_rows(sums_left), mask=channel < hidden)
-        tl.store(line + COLS // 2, total_rows(sums_right), mask=channel + COLS // 2 < hidden)
+        row, begin = tile // across * ROWS, tile % across * COLS
+        halves = tile_halves(a, b, row, begin, inputs, ROWS, COLS, INNER)
+        for half in tl.static_range(2):
+            value, place, column = halves[half], row + tl.arange(0, ROWS), begin + half * COLS // 2
+            channel = column + tl.arange(0, COLS // 2)
+            slope_below = tl.load(low + channel, mask=channel < hidden, other=0.0).to(tl.float32)[None, :]
+            h = value * tl.load(r + place, mask=place < tokens, other=0.0)[:, None]
+            if act is None:
+                below = (h >= 0) == 0  # not a number counts, or adding to its bits would make it one
+                bits = (h * h * tl.where(below, slope_below, 1.0)).to(tl.uint32, bitcast=True)
+                bits = (bits + tl.where(below, 0, SIGN)) & (0x100000000 - 2 * SIGN) | tl.where(below, SIGN, 0)
+                result = bits.to(tl.float32, bitcast=True)
+            else:
+                kept = act.load([row, column]).to(tl.float32)
+                below, line = kept.to(tl.uint32, bitcast=True) & SIGN != 0, products + column // (COLS // 2) * tokens
+                result = h * (tl.where(below, slope_below, 2.0) * tl.sqrt(tl.abs(kept)))
+                tl.store(line + place, tl.sum(value * kept, 1), mask=place < tokens)
+            if sums is not None:
+                total = tl.sum(tl.where(below, value * kept, 0.0), 0)
+                tl.store(sums + row // ROWS * hidden + channel, total, mask=channel < hidden)
+            out.store([row, column], result.to(out.dtype))
 
 
-def unit_outputs(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool) -> list[Tensor]:
-    """Memory for what `unit_product` returns, given its inputs."""
-    hidden, across = len(b), triton.cdiv(len(b), TILE[1])
-    (count,) = programs(a.device, triton.cdiv(len(a), TILE[0]) * across)
-    sums = a.new_empty((max(count // across, 1) * has_sums, hidden), dtype=torch.float32)
-    return [a.new_empty((len(a), hidden)), pieces(a, 0 if act is None else hidden), sums]
-
-
-@torch.library.custom_op(f"{OPERATORS}::unit_product", mutates_args=())
-def unit_product(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool) -> list[Tensor]:
+@operator
+def unit_product(
+    a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The activations (N, hidden) of r a b^T; or, with `act` and their gradient a b^T, r times that of what they were
     made of, and sums of act times gradient: of rows (pieces, N), and where wanted of columns below zero (_, hidden)."""
-    (n, inputs), hidden, (rows, cols, inner) = a.shape, len(b), TILE
-    out, products, sums = found = unit_outputs(a, b, r, low, act, has_sums)
-    across = triton.cdiv(hidden, cols)
-    grid = (len(sums) * across,) if has_sums else programs(a.device, triton.cdiv(n, rows) * across)
-    act_tiles, out_tiles = (None if x is None else tiled(x, rows, cols // 2) for x in (act, out))
-    unit_tiles[grid](tiled(a, rows, inner), tiled(b, cols, inner), r, act_tiles, out_tiles, low, products,
-                     sums if has_sums else None, n, hidden, inputs, *TILE, num_warps=8, num_stages=3)  # fmt: skip
-    return found
+    out, products = a.new_empty((len(a), len(b))), pieces(a, 0 if act is None else len(b))
+    sums = a.new_empty((triton.cdiv(len(a), TILE[0]) * has_sums, len(b)), dtype=torch.float32)
+    launch_product(unit_tiles, a, b, [act, out], r, low, products, sums if has_sums else None, len(b))
+    return out, products, sums
 
 
-@torch.library.custom_op(f"{OPERATORS}::feed_forward", mutates_args=())
+@operator
 def feed_forward(x: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The new x and the activations: these and the sum are made inside the products (as in PR #1530)."""
     act = unit_product(x, up, r, beta, None, False)[0]
     return sum_product(x, act, down, None, None, False)[0], act
 
 
-unit_product.register_fake(unit_outputs)
-feed_forward.register_fake(lambda x, r, up, *_: (torch.empty_like(x), x.new_empty((len(x), len(up)))))
-
-
-def save_feed_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
-
-
 def differentiate_feed_forward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """Gradients of x, up, down and beta."""
-    x, r, up, down, beta, act = ctx.saved_tensors
+    (x, r, up, down, beta, act), (scale,) = ctx.saved_tensors, ctx.numbers
     beta_grad, low = ctx.needs_input_grad[4], -2 * beta.sign() * beta.abs().float().sqrt()
     dpre, products, sums = unit_product(dy.contiguous(), down.T.contiguous(), r, low, act, beta_grad)
-    shrink = products.sum(0) * r.square() * (2 / (x.shape[1] * ctx.scale**2))
+    shrink = products.sum(0) * r.square() * (2 / (x.shape[1] * scale**2))
     dx, _ = sum_product(dy.contiguous(), dpre, up.T.contiguous(), x, shrink, False)
     dbeta = (sums.sum(0) / beta).to(beta.dtype) if beta_grad else None
     return dx, None, dpre.T @ x, dy.T @ act, dbeta, None
 
 
-feed_forward.register_autograd(differentiate_feed_forward, setup_context=save_feed_forward)
+differentiable(feed_forward, differentiate_feed_forward, lambda *inputs: (*inputs[:5], inputs[-1][1], inputs[5]))
 
 
 class Normalized(torch.autograd.Function):
@@ -3085,48 +2873,45 @@ class Normalized(torch.autograd.Function):
 
 
 @jit
-def capped(logits, at, live, cap, shift):
+def capped(logits, at, live, cap):
     """Capped logits at `at` in bits (nats times log2 e), and a quarter of the cap's slope there.
 
     With q = 1 / (exp(2x) + 1), tanh(x) is 1 - 2q and its slope 4(q - q^2); a squared rsqrt is cheaper than a division.
     """
     LOG2_E: tl.constexpr = 1.4426950408889634
-    shifted = tl.load(logits + at, mask=live, other=0.0).to(tl.float32) + shift
-    root = tl.rsqrt(tl.exp2(shifted * (2 * LOG2_E / cap)) + 1)
+    root = tl.rsqrt(tl.exp2(tl.load(logits + at, mask=live, other=0.0).to(tl.float32) * (2 * LOG2_E / cap)) + 1)
     q = root * root
     return LOG2_E * cap - 2 * LOG2_E * cap * q, q - q * q
 
 
 @jit
-def nll_tiles(logits, targets, nll, logs, tokens, cap, shift, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-              COLS: tl.constexpr):  # fmt: skip
+def nll_tiles(logits, targets, nll, logs, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The loss of ROWS rows, and the binary logarithms of their sums of exponentials, COLS columns at a time."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     largest, total = tl.full((ROWS,), -float("inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     for begin in range(0, WIDTH, COLS):
         column = begin + tl.arange(0, COLS)[None, :]
-        live = (row[:, None] < tokens) & (column < WIDTH)
-        bits, _ = capped(logits, row[:, None] * WIDTH + column, live, cap, shift)
+        bits, _ = capped(logits, row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH), cap)
         bits = tl.where(column < WIDTH, bits, -float("inf"))
         peak = tl.maximum(largest, tl.max(bits, 1))
         total = total * tl.exp2(largest - peak) + tl.sum(tl.exp2(bits - peak[:, None]), 1)
         largest = peak
     log, target = largest + tl.log2(total), tl.load(targets + row, mask=row < tokens, other=0)
-    bits, _ = capped(logits, row * WIDTH + target, row < tokens, cap, shift)
+    bits, _ = capped(logits, row * WIDTH + target, row < tokens, cap)
     tl.store(nll + row, (log - bits) * 0.6931471805599453, mask=row < tokens)
     tl.store(logs + row, log, mask=row < tokens)
 
 
 @jit
-def nll_backward_tiles(logits, targets, logs, dnll, dlogits, tokens, cap, shift, WIDTH: tl.constexpr,
-                       ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+def nll_backward_tiles(logits, targets, logs, dnll, dlogits, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                       COLS: tl.constexpr):  # fmt: skip
     """The gradient of ROWS rows and COLS columns of the logits before their cap."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, inside = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :], row < tokens
     at, live = row[:, None] * WIDTH + column, inside[:, None] & (column < WIDTH)
     target, log = tl.load(targets + row, mask=inside, other=0), tl.load(logs + row, mask=inside, other=0.0)
     upstream = 4 * tl.load(dnll + row, mask=inside, other=0.0)
-    bits, slope = capped(logits, at, live, cap, shift)
+    bits, slope = capped(logits, at, live, cap)
     d = tl.exp2(bits - log[:, None]) - tl.where(column == target[:, None], 1.0, 0.0)
     tl.store(dlogits + at, (d * slope * upstream[:, None]).to(dlogits.dtype.element_ty), mask=live)
 
@@ -3137,39 +2922,30 @@ def nll_blocks(logits: Tensor) -> tuple[int, int]:
     return 4096 // cols, cols
 
 
-@torch.library.custom_op(f"{OPERATORS}::nll", mutates_args=())
-def nll(logits: Tensor, targets: Tensor, cap: float, shift: float) -> tuple[Tensor, Tensor]:
-    """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,).
-
-    The logits are read once, and once more to write their gradient; nothing else of that size is kept.
-    """
-    (n, width), (rows, cols), loss, logs = logits.shape, nll_blocks(logits), per_row(logits), per_row(logits)
-    nll_tiles[(triton.cdiv(n, rows),)](logits, targets, loss, logs, n, cap, shift, width, rows, cols, num_warps=4)
+@operator
+def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,): all that is kept, so that the
+    logits are read once, and once more to write their gradient."""
+    (n, width), (rows, cols) = logits.shape, nll_blocks(logits)
+    loss, logs = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
+    launch(nll_tiles, (triton.cdiv(n, rows),), logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
     return loss, logs
 
 
-@torch.library.custom_op(f"{OPERATORS}::nll_backward", mutates_args=())
-def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float, shift: float) -> Tensor:
+@operator
+def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
     """The gradient of the logits."""
     (n, width), (rows, cols), dlogits = logits.shape, nll_blocks(logits), torch.empty_like(logits)
     grid = (triton.cdiv(n, rows), triton.cdiv(width, cols))
-    nll_backward_tiles[grid](logits, targets, logs, dnll.contiguous(), dlogits, n, cap, shift, width, rows, cols,
-                             num_warps=4)  # fmt: skip
+    launch(nll_backward_tiles, grid, logits, targets, logs, dnll.contiguous(), dlogits, n, cap, width, rows, cols,
+           num_warps=4)  # fmt: skip
     return dlogits
 
 
-nll.register_fake(lambda logits, *_: (per_row(logits), per_row(logits)))
-nll_backward.register_fake(lambda logits, *_: torch.empty_like(logits))
-
-
-def save_nll(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    logits, targets, *ctx.caps = inputs
-    ctx.save_for_backward(logits, targets, output[1])
-
-
-nll.register_autograd(
-    lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, *ctx.caps), *[None] * 3), setup_context=save_nll
-)
+differentiable(
+    nll, lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, *ctx.numbers), None, None),
+    lambda logits, targets, cap, out: (logits, targets, out[1], cap),
+)  # fmt: skip
 
 
 class TritonLayer(PlainLayer):
@@ -3211,8 +2987,8 @@ class TritonLayer(PlainLayer):
     def gate_inputs(self, rows: Rows) -> Tensor:
         return Normalized.apply(rows.x[:, :GATE_INPUTS], rows.gates, rows.r)
 
-    def nll(self, logits: Tensor, targets: Tensor, cap: float, shift: float = 0.0) -> Tensor:
-        return nll(logits.contiguous(), targets.contiguous(), cap, shift)[0]
+    def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+        return nll(logits.contiguous(), targets.contiguous(), cap)[0]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -44,25 +44,24 @@ def median_ms(action: Callable[[], object], repeats: int, device: torch.device) 
     return statistics.median(begin.ms_until(end) for begin, end in marks[3:])
 
 
-def times(attend: t.Attend, qkv: list[Tensor], repeats: int) -> tuple[float, float]:
+def times(attend: t.Attention, qkv: list[Tensor], mask: Tensor | None, repeats: int) -> tuple[float, float]:
     """Milliseconds forward, and forward and backward."""
     device, upstream = qkv[0].device, torch.randn_like(qkv[0])
 
     def both() -> None:
-        torch.autograd.grad(attend(*qkv), qkv, upstream)
+        torch.autograd.grad(attend(*qkv, mask), qkv, upstream)
 
     with torch.no_grad():
-        forward = median_ms(lambda: attend(*qkv), repeats, device)
+        forward = median_ms(lambda: attend(*qkv, mask), repeats, device)
     return forward, median_ms(both, repeats, device)
 
 
-def within_documents(attention: t.DocumentAttention, cfg: t.Config, qkv: list[Tensor]) -> t.Attend:
-    """Attention over rows of validation tokens, within their documents."""
+def document_mask(attention: t.Attention, cfg: t.Config, qkv: list[Tensor]) -> Tensor:
+    """The mask of rows of validation tokens."""
     rows, length = qkv[0].shape[:2]
     tokens = torch.from_numpy(t.TokenStream(cfg, "val").read(0, rows * length).astype("int64"))
     ids = tokens.to(qkv[0].device).view(rows, length)
-    mask = attention.mask(t.document_numbers(ids, t.ByteTable(cfg.tokenizer_file, cfg.vocab_size).bos_id))
-    return lambda q, k, v: attention(q, k, v, mask)
+    return attention.mask(t.document_numbers(ids, t.ByteTable(cfg.tokenizer_file, cfg.vocab_size).bos_id))
 
 
 def back_end_rows(name: str, cfg: t.Config, given: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
@@ -73,8 +72,8 @@ def back_end_rows(name: str, cfg: t.Config, given: argparse.Namespace, device: t
         raise RuntimeError(reason)
     for length, copies in itertools.product(given.lengths, (False, True)):
         qkv = inputs(cfg, given.tokens, length, device, copies)
-        attend = within_documents(attention, cfg, qkv) if cfg.doc_attention else attention
-        measured = times(attend, qkv, given.repeats)
+        mask = document_mask(attention, cfg, qkv) if cfg.doc_attention else None
+        measured = times(attention, qkv, mask, given.repeats)
         sharing = "copies" if copies else f"{cfg.num_heads} over {cfg.num_kv_heads}"
         yield [name, str(length), sharing, *(f"{ms:.3f}" for ms in measured), ""]
 

@@ -31,15 +31,10 @@ def tiny_config(**changes: Any) -> t.Config:
     return t.Config.from_env(tiny_env(**changes))
 
 
-def plain_attention(cfg: t.Config) -> t.Attend | t.DocumentAttention:
-    """The definition that other back ends are compared with."""
-    return t.math_documents() if cfg.doc_attention else t.sdpa(t.SDPBackend.MATH)
-
-
 def tiny_model(seed: int = 0, **changes: Any) -> t.GPT:
     """A tiny model whose every parameter is random, so that no path is hidden behind a zero initialization."""
     cfg = tiny_config(**changes)
-    model = t.GPT(cfg, bos_id=1, attend=plain_attention(cfg), device=torch.device(cfg.device))
+    model = t.GPT(cfg, bos_id=1, attend=t.PLAIN_ATTENTION, device=torch.device(cfg.device))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import codes_of, plain_attention, tiny_config, tiny_env
+from conftest import codes_of, tiny_config, tiny_env
 
 import train_gpt as t
 from benchmarks import attention_time, coding_size, step_time
@@ -103,7 +103,7 @@ def test_what_does_not_fit_into_the_time_is_said(toy: Path, capsys: pytest.Captu
 
 def flops(run: t.Runtime, **changes: Any) -> float:
     cfg = tiny_config(**changes)
-    return step_time.flops_per_token(cfg, t.GPT(cfg, 1, plain_attention(cfg), torch.device("cpu")))
+    return step_time.flops_per_token(cfg, t.GPT(cfg, 1, t.PLAIN_ATTENTION, torch.device("cpu")))
 
 
 def test_flops_by_hand(run: t.Runtime) -> None:
@@ -254,14 +254,15 @@ def test_attention_is_timed_within_documents(
     corpus: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With DOC_ATTENTION=1 by the back ends that can, over the documents of validation tokens."""
-    seen, plain = [], t.math_documents()
+    seen, plain = [], t.PLAIN_ATTENTION
     noting = plain._replace(mask=lambda documents: seen.append(documents) or plain.mask(documents))
-    monkeypatch.setitem(t.DOCUMENT_ATTENTION, "math", lambda: noting)
+    monkeypatch.setitem(t.ATTENTION, "math", lambda: noting)
     words = ["--lengths", "64", "--tokens", "512", "--repeats", "3"]
     settings = {**tiny_env(**corpus), "DOC_ATTENTION": "1", "COMPILE": "0"}
     assert attention_time.main([*words, *(f"{k}={v}" for k, v in settings.items() if k != "RUN_ID")]) == 0
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[3:]]
-    assert {row[0] for row in rows} == {*t.DOCUMENT_ATTENTION} and [row[0] for row in rows if row[3]] == ["math"] * 2
+    assert {row[0] for row in rows} == t.ATTENTION.keys() - {"cudnn"}
+    assert [row[0] for row in rows if row[3]] == ["math"] * 2
     tokens = t.TokenStream(tiny_config(**corpus), "val").read(0, 512).reshape(8, 64)
     assert seen[-1].tolist() == (tokens == 1).cumsum(1).tolist() and seen[-1].max() > 0
 

@@ -3,6 +3,7 @@
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,9 +35,7 @@ def logits(model: t.GPT, ids: torch.Tensor) -> torch.Tensor:
 
 def document_model(**changes: Any) -> t.GPT:
     """A randomized tiny model with document attention."""
-    model = tiny_model(DOC_ATTENTION=1, **changes)
-    model.attend = t.math_documents()
-    return model
+    return tiny_model(DOC_ATTENTION=1, **changes)
 
 
 @pytest.mark.parametrize(("row", "begin", "end"), [(0, 0, 9), (0, 9, 21), (0, 21, 32), (1, 0, 16), (1, 16, 32)])
@@ -83,7 +82,7 @@ def flash_4_forward(
     """In place of FlashAttention 4's: values to `out`, and to `lse` here their sums, which the backward pass checks."""
     assert causal and return_lse and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
     if cu_seqlens_q is None:
-        out.copy_(t.sdpa(t.SDPBackend.MATH)(q, k, v))
+        out.copy_(t.PLAIN_ATTENTION(q, k, v))
     else:
         out.copy_(attention_of_parts(q, k, v, cu_seqlens_q))
     lse.copy_(out.sum(-1).transpose(-1, -2))
@@ -100,7 +99,7 @@ def flash_4_backward(
     def differentiate() -> tuple[torch.Tensor, ...]:
         inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
         if cu_seqlens_q is None:
-            again = t.sdpa(t.SDPBackend.MATH)(*inputs)
+            again = t.PLAIN_ATTENTION(*inputs)
         else:
             again = attention_of_parts(*inputs, cu_seqlens_q)
         assert torch.equal(again, y)
@@ -123,25 +122,25 @@ def bundled_flash(
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4", "flash"])
 def test_packages_get_documents_end_to_end(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients of the plain definition; FlashAttention 4's operator still serves rows as a whole too."""
+    """Values and gradients of the plain definition, within documents and of rows as a whole."""
     monkeypatch.setattr(t, "PART_TOKENS", 256 // parts)
     for module in ("flash_attn", "flash_attn_interface"):
-        monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_varlen_func=flash_2))
+        functions = {"flash_attn_func": lambda q, k, v, causal: t.PLAIN_ATTENTION(q, k, v)}
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions, flash_attn_varlen_func=flash_2))
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=bundled_flash))
     kernels = SimpleNamespace(_flash_attn_fwd=flash_4_forward, _flash_attn_bwd=flash_4_backward)
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", kernels)
     monkeypatch.setattr(t, "OPERATORS", "pgolf_test")
     t.flash_attention_4.cache_clear()
     cfg = tiny_config(DOC_ATTENTION=1)
-    assert t.probe_attention(t.DOCUMENT_ATTENTION[name](), cfg, CPU)[0] < 1e-5
-    if name == "fa4":
-        assert t.probe_attention(t.flash_attention_4(), t.replace(cfg, doc_attention=False), CPU)[0] < 1e-5
+    assert t.probe_attention(t.ATTENTION[name](), cfg, CPU)[0] < 1e-5
+    assert t.probe_attention(t.ATTENTION[name](), t.replace(cfg, doc_attention=False), CPU)[0] < 1e-5
     t.flash_attention_4.cache_clear()
 
 
 def test_sequences_begin_with_rows_and_documents() -> None:
     """As many entries as any batch of this size can need; what is left over are empty sequences at the end."""
-    packed_ends = t.varlen_documents(lambda *_: None).mask
+    packed_ends = partial(t.sequence_ends, parts=1)
     assert packed_ends(t.document_numbers(packed(), BOS)).tolist() == [[0, 9, 21, 32, 48] + [64] * 62]
     every = torch.full((2, 32), BOS)
     assert packed_ends(t.document_numbers(every, BOS)).tolist() == [[*range(65), 64, 64]]
@@ -155,25 +154,26 @@ def test_documents_beyond_the_most_are_not_told_apart(monkeypatch: pytest.Monkey
     monkeypatch.setattr(t, "most_documents", lambda tokens: 4)
     numbers = t.document_numbers(packed(), BOS)
     assert numbers[0].tolist() == [1] * 9 + [2] * 12 + [3] * 11 and numbers[1].tolist() == [1] * 32
-    assert t.varlen_documents(lambda *_: None).mask(numbers).tolist() == [[0, 9, 21, 32, 64, 64, 64]]
+    assert t.sequence_ends(numbers, 1).tolist() == [[0, 9, 21, 32, 64, 64, 64]]
     ids, model = packed(), document_model()
     merged = ids.clone()
     merged[1, 16] = 5
     assert torch.equal(t.document_numbers(merged, BOS), numbers)
     got = logits(model, ids)
-    model.attend = t.varlen_documents(t.end_to_end(lambda q, k, v, ends, _: attention_of_parts(q, k, v, ends)))
+    model.attend = t.end_to_end(t.PLAIN_ATTENTION, lambda q, k, v, ends, *_: attention_of_parts(q, k, v, ends))
     torch.testing.assert_close(logits(model, ids), got, rtol=0, atol=1e-5)
 
 
 def test_parts_are_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each counts its own documents, and its sequences begin at 0."""
+    """Each counts its own documents; where it is attended to by itself its sequences begin at 0."""
     shapes = [(48, 2048), (96, 1024), (64, 2048), (24, 2048), (47, 2048), (1, 2048), (96, 2048)]
     assert [t.parts_of(*shape) for shape in shapes] == [2, 2, 2, 1, 1, 1, 4]
     monkeypatch.setattr(t, "PART_TOKENS", 32)
     monkeypatch.setattr(t, "most_documents", lambda tokens: 2)
     numbers = t.document_numbers(packed(), BOS)
     assert numbers[0].tolist() == [1] * 9 + [2] * 23 and numbers[1].tolist() == [1] * 16 + [2] * 16
-    assert t.varlen_documents(lambda *_: None).mask(numbers).tolist() == [[0, 9, 32, 32], [0, 16, 32, 32]]
+    assert t.sequence_ends(numbers, 2).tolist() == [[0, 9, 32, 32], [0, 16, 32, 32]]
+    assert t.sequence_ends(numbers, 1).tolist() == [[0, 9, 32, 48, 64, 64, 64]]
 
 
 def test_scoring_tells_more_documents_apart_than_training() -> None:
@@ -192,13 +192,13 @@ def test_values_and_gradients_on_the_gpu(name: str, parts: int, monkeypatch: pyt
     if name == "fa4":
         pytest.importorskip("flash_attn.cute.interface")
     monkeypatch.setattr(t, "PART_TOKENS", 256 // parts)
-    attention = t.DOCUMENT_ATTENTION[name]()
+    attention = t.ATTENTION[name]()
     assert not t.fault(*t.probe_attention(attention, tiny_config(MODEL_DIM=256), torch.device("cuda")))
 
 
 def test_the_probe_finds_a_mask_that_leaks() -> None:
     """A back end that ignores the documents is wrong by far more than rounding."""
-    plain, cfg = t.math_documents(), tiny_config(DOC_ATTENTION=1)
+    plain, cfg = t.PLAIN_ATTENTION, tiny_config(DOC_ATTENTION=1)
     leaky = plain._replace(mask=lambda documents: plain.mask(torch.zeros_like(documents)))
     right, wrong = (t.probe_attention(attention, cfg, CPU) for attention in (plain, leaky))
     assert right[0] < 1e-5 < 0.1 < wrong[0] and t.fault(*wrong) and not t.fault(*right)
@@ -255,16 +255,16 @@ def test_a_slower_back_end_is_a_warning_with_its_price(
 ) -> None:
     """Unless all that is faster are packages that the GPU has no use for; one asked for by name is the user's choice."""
 
-    def refused() -> t.DocumentAttention:
+    def refused() -> t.Attention:
         raise fault
 
     monkeypatch.setattr(t, "is_hopper", lambda _: is_hopper)
     ends = t.attention_back_ends(t.replace(run.cfg, doc_attention=True))
-    makers = {"fa3": refused, "fa4": refused, "flash": t.math_documents}
+    makers = {"fa3": refused, "fa4": refused, "flash": t.ATTENTION["math"]}
     ends = ends._replace(makers=makers, everywhere=tuple(makers))
     t.choose_back_end(run, ends, "auto")
     text = f"ATTN_BACKEND: by flash a step takes 18% longer (fa3: {type(fault).__name__} {fault}; fa4: "
     assert [line.startswith(text) for line in run.costs] == [True] * warns
     t.choose_back_end(run, ends, "flash")
-    t.choose_back_end(run, ends._replace(makers=makers | {"fa4": t.math_documents}), "auto")
+    t.choose_back_end(run, ends._replace(makers=makers | {"fa4": t.ATTENTION["math"]}), "auto")
     assert len(run.costs) == warns

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import plain_attention, tiny_config
+from conftest import tiny_config
 from torch import Tensor
 
 import train_gpt as t
@@ -101,8 +101,7 @@ def normalized_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
 
 
 def nll_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
-    """`uses`: the cap, and the shift."""
-    return [parts.nll(i["logits"], i["targets"].long(), *map(float, uses.split()))]
+    return [parts.nll(i["logits"], i["targets"].long(), float(uses))]
 
 
 def run_part(part: Callable, parts: t.PlainLayer, values: Values, fixed: set[str], uses: str) -> Values:
@@ -248,29 +247,6 @@ def sign_cases() -> None:
     assert t.relative_errors([act], [exact])[0] < 3.5e-3
 
 
-@t.jit
-def columns_three_times(value, out, ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr):
-    """Sums of the columns of a tile that is added three times."""
-    at = tl.arange(0, COLS)
-    tile = tl.load(value + tl.arange(0, ROWS)[:, None] * COLS + at[None, :])
-    if PACKED:
-        sums = tl.zeros((ROWS // 16, 8, COLS // 2), tl.uint32)
-    else:
-        sums = tl.zeros((ROWS // 16, 8, COLS), tl.float32)
-    for _ in range(3):
-        sums = t.add_rows(sums, tile)
-    tl.store(out + at, t.total_rows(sums))
-
-
-def column_sums_cases() -> None:
-    """In float32 and as pairs of bfloat16, which hold these small integers exactly."""
-    value = torch.randint(-20, 21, (32, 16), generator=torch.Generator().manual_seed(0)).float()
-    for packed in (False, True):
-        out = torch.full((16,), torch.nan)
-        columns_three_times[(1,)](value, out, 32, 16, packed)
-        assert torch.equal(out, 3 * value.sum(0)), (packed, out, value.sum(0))
-
-
 def normalized_cases() -> None:
     check_part(normalized_part, draw(x=(7, 12)))
 
@@ -281,7 +257,6 @@ def nll_cases() -> None:
         values = draw(logits=(rows, width)) | {"targets": torch.arange(rows) * (width - 1) // (rows - 1)}
         for cap in ("2", "30", "1000"):
             check_part(nll_part, values, "", cap, 2e-6 + 1e-7 * float(cap))
-        check_part(nll_part, values, "", "11.5 3.8")
     values["logits"][0] = 1e4 * values["logits"][0].sign()  # the hyperbolic tangent saturates: no NaN, no gradient
     got = run_part(nll_part, t.TritonLayer(), values, set(), "30")
     assert got["output 0"].isfinite().all() and not got["gradient of logits"][0].any(), got
@@ -328,7 +303,7 @@ GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER,
 
 def model_results(cfg: t.Config, parts: t.PlainLayer, is_graph: bool) -> Values:
     """nll, every parameter's gradient and, in order, what an observer sees, of a model with random parameters."""
-    model = t.GPT(cfg, 1, plain_attention(cfg), CPU, parts)
+    model = t.GPT(cfg, 1, t.PLAIN_ATTENTION, CPU, parts)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -387,7 +362,7 @@ def layers_in_bfloat16() -> None:
 
 CASES: dict[str, list[Callable[[], None]]] = {
     "parts": [enter_cases, heads_cases, zero_gain_cases, exclusive_cases, leave_cases, feed_forward_cases,
-              column_sums_cases, normalized_cases, nll_cases, sign_cases],
+              normalized_cases, nll_cases, sign_cases],
     "layers": [probed_layers, layers_in_bfloat16],
     "models": [partial(compare_models, variables, False) for variables in MODELS],
     "graphs": [partial(compare_models, variables, True) for variables in GRAPHS],
@@ -444,7 +419,7 @@ def compiled_for_hopper() -> None:
     stacks = compiled_for(90)
     every = {name for name in vars(t) if name.endswith("_tiles")}
     assert stacks.keys() == every | {"unit_tiles for beta"}, (every, stacks)
-    assert stacks.pop("unit_tiles for beta") <= 208 and not any(stacks.values()), stacks
+    assert stacks.pop("unit_tiles for beta") <= 96 and not any(stacks.values()), stacks
 
 
 def compiled_elsewhere() -> None:

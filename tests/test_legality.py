@@ -16,7 +16,7 @@ from records.pack import pack
 SOURCE = Path(t.__file__).read_text(encoding="utf-8")
 C1, C2, C3, C4, LEAK = CHECKS
 
-CROSS_ENTROPY = 'return F.cross_entropy(soft_cap(logits, cap, shift), targets, reduction="none")'
+CROSS_ENTROPY = 'return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")'
 SCORED = "        sums += torch.stack("
 PLANNED = "    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)\n"
 MAIN = 'if __name__ == "__main__":\n'

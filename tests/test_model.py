@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as t
-from conftest import VOCAB, codes_of, plain_attention, tiny_config, tiny_model, unscaled
+from conftest import VOCAB, codes_of, tiny_config, tiny_model, unscaled
 
 CPU = torch.device("cpu")
 BOS, LENGTH, FLIPPED = 1, 24, 13
-ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "LN_SCALE": 1, "SKIP_GATES_ENABLED": 1, "BIGRAM_SIGNS": 1}
+ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "LN_SCALE": 1, "SKIP_GATES_ENABLED": 1}
 SPARSE_GATE = {"GATED_ATTN_ENABLED": 0, "SPARSE_ATTN_GATE_SCALE": 0.5}
 FEATURES: dict[str, dict[str, Any]] = {
     "default": {}, "all on": ALL_ON, "value residual": {"VALUE_RESIDUAL": 1}, "gated": {"GATED_ATTN_ENABLED": 1},
@@ -135,24 +135,6 @@ def test_bigram_hash_and_smear_equal_their_definitions() -> None:
         torch.testing.assert_close(smeared[row, place], (1 - share) * x[row, place] + share * x[row, place - 1])
 
 
-def test_bigram_signs_depend_on_the_pair_and_are_fixed() -> None:
-    """Signs from a seed, not from the weights; equal for equal pairs, and one row where no token comes before."""
-    model, other = tiny_model(BIGRAM_SIGNS=1), tiny_model(seed=5, BIGRAM_SIGNS=1, SEED=7)
-    assert torch.equal(model.signs, other.signs) and model.signs.shape == (8192, 16)
-    assert set(model.signs.unique().tolist()) == {-1, 1} and abs(model.signs.mean()) < 0.02
-    ids = random_ids()
-    signs = t.bigram_signs(ids, BOS, model.signs)
-    for row, place in itertools.product(range(2), range(LENGTH)):
-        alone = place == 0 or int(ids[row, place]) == BOS
-        pair = 0 if alone else int(ids[row, place]) ^ int(ids[row, place - 1])
-        assert torch.equal(signs[row, place], model.signs[pair])
-    seen: list[tuple[str, Tensor]] = []
-    with torch.no_grad():
-        model.embed(ids, lambda name, x: seen.append((name, x)))
-    buckets = t.bigram_hash(ids, BOS, model.cfg.bigram_vocab_size)
-    assert torch.equal(dict(seen)["bigram_proj"], model.rest["bigram_table"][buckets] * signs)
-
-
 # --- attention ------------------------------------------------------------------------------------
 
 
@@ -185,7 +167,7 @@ def test_grouped_attention_equals_repeated_heads(kv_heads: int) -> None:
     scores = q.transpose(1, 2) @ keys.mT / math.sqrt(q.shape[-1])
     visible = torch.ones(16, 16, dtype=torch.bool).tril()
     expected = (scores.masked_fill(~visible, -math.inf).softmax(-1) @ values).transpose(1, 2)
-    torch.testing.assert_close(t.sdpa(t.SDPBackend.MATH)(q, k, v), expected)
+    torch.testing.assert_close(t.PLAIN_ATTENTION(q, k, v), expected)
 
 
 @pytest.mark.parametrize("dims", [2, 4, 8])
@@ -232,19 +214,19 @@ def test_rotary_base_slows_down_beyond_the_trained_length() -> None:
     assert (torch.acos(longer[1, 0, 1:]) < torch.acos(trained[1, 0, 1:])).all()
 
 
-def bidirectional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def bidirectional(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
     heads = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(*heads, enable_gqa=True).transpose(1, 2)
 
 
-def tiled_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def tiled_heads(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
     """Causal, but query head h reads value head h % KV instead of its neighbours'."""
     k, v = (x.repeat(1, 1, q.shape[2] // x.shape[2], 1) for x in (k, v))
-    return t.sdpa(t.SDPBackend.MATH)(q, k, v)
+    return t.PLAIN_ATTENTION(q, k, v)
 
 
-def no_key_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return t.sdpa(t.SDPBackend.MATH)(q, k.detach() + 0 * k, v)
+def no_key_gradient(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+    return t.PLAIN_ATTENTION(q, k.detach() + 0 * k, v)
 
 
 def dense(run: t.Runtime) -> t.Runtime:
@@ -252,21 +234,21 @@ def dense(run: t.Runtime) -> t.Runtime:
     return t.replace(run, cfg=t.replace(run.cfg, doc_attention=False))
 
 
-WRONG = [bidirectional, tiled_heads, no_key_gradient, lambda q, k, v: t.sdpa(t.SDPBackend.MATH)(q, k, v) * math.nan]
+WRONG = [bidirectional, tiled_heads, no_key_gradient, lambda *inputs: t.PLAIN_ATTENTION(*inputs) * math.nan]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=["bidirectional", "tiled heads", "key gradient", "nan"])
 def test_wrong_kernels_are_refused_and_the_reason_logged(
-    wrong: t.Attend, run: t.Runtime, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: Callable[..., Tensor], run: t.Runtime, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that is wrong forwards or backwards is passed over by auto, and an error where it was named."""
     run = dense(run)
-    assert t.fault(*t.probe_attention(wrong, run.cfg, CPU))
-    monkeypatch.setitem(t.ATTENTION, "flash", lambda: wrong)
+    assert t.fault(*t.probe_attention(t.Attention(wrong), run.cfg, CPU))
+    monkeypatch.setitem(t.ATTENTION, "flash", lambda: t.Attention(wrong))
     t.choose_back_end(run, t.attention_back_ends(run.cfg), run.cfg.attn_backend)
     log = (in_tmp / "logs/tiny.txt").read_text()
     assert re.search(r"attn_backend:math .*flash: wrong", log)
-    monkeypatch.setitem(t.ATTENTION, "math", lambda: wrong)
+    monkeypatch.setitem(t.ATTENTION, "math", lambda: t.Attention(wrong))
     with pytest.raises(t.UserError, match="flash.*math"):
         t.choose_back_end(run, t.attention_back_ends(run.cfg), run.cfg.attn_backend)
 
@@ -279,7 +261,7 @@ def test_one_wrong_row_of_attention_is_refused_in_every_precision(
     """The last token's output of 256, or a gradient of the wrong sign; the plain definition is allowed its own error."""
     monkeypatch.setattr(t, "compute_dtype", lambda _: dtype)
     cfg = t.Config.from_env({"RUN_ID": "default", "DOC_ATTENTION": str(doc_attention)})
-    plain = plain_attention(cfg)
+    plain = t.PLAIN_ATTENTION
 
     def last_row_lost(*inputs: Any) -> Tensor:
         y = plain(*inputs)
@@ -289,8 +271,7 @@ def test_one_wrong_row_of_attention_is_refused_in_every_precision(
         return plain(2 * q.detach() - q, *inputs)
 
     for attend, is_right in ((plain, True), (last_row_lost, False), (wrong_sign, False)):
-        attend = t.DocumentAttention(plain.mask, attend) if doc_attention else attend
-        error, allowed = t.probe_attention(attend, cfg, CPU)
+        error, allowed = t.probe_attention(plain._replace(attend=attend), cfg, CPU)
         assert (not t.fault(error, allowed)) == is_right, (attend, error, allowed)
 
 
@@ -372,7 +353,7 @@ def test_attention_with_every_feature_equals_its_definition(gate: dict[str, floa
     normalized, first_v = t.rms_norm(x), torch.randn(LENGTH, 2, 8, generator=generator)
     begun = model.begin(ids, model.weights(False), order_of(model), None)
     z, _ = model.attention(t.Rows(x, normalized), 3, first_v, begun)
-    got = model.parts.leave(t.Rows(x, normalized), z, begun.banks["out"][3], model.layers[3].norm_scale)
+    got = model.parts.leave(t.Rows(x, normalized), z, begun.banks["out"][3], model.norm_scales[3])
     expected = textbook_attention(model, normalized, ids[0], 3, first_v)
     torch.testing.assert_close(got.x - x, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(got.twin, t.rms_norm(got.x) / 4**0.5)  # LN_SCALE of the fourth layer
@@ -418,11 +399,31 @@ def test_value_residual_hands_on_the_first_layer_s_values(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("last", "layers"), [(0, []), (1, [4]), (3, [2, 3, 4]), (5, [0, 1, 2, 3, 4])])
 def test_exclusive_attention_is_in_the_last_layers(last: int, layers: list[int]) -> None:
-    """Layer specs: the last XSA_LAST_N, value embedding rows in the order of VE_LAYERS, 1/sqrt(depth) scales."""
-    specs = t.layer_specs(tiny_config(NUM_LAYERS=5, XSA_LAST_N=last, VE_LAYERS="3,1", LN_SCALE=1))
-    assert [i for i, spec in enumerate(specs) if spec.xsa] == layers
-    assert [spec.value_embed for spec in specs] == [None, 1, None, 0, None]
-    assert [spec.norm_scale for spec in specs] == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5, 5**-0.5])
+    """The last XSA_LAST_N; value embeddings as VE_LAYERS has them, and norms by 1/sqrt(depth)."""
+    model, scales, extras, exclusive = tiny_model(NUM_LAYERS=5, XSA_LAST_N=last, VE_LAYERS="3,1", LN_SCALE=1), [], [], []
+
+    class Noting(t.PlainLayer):
+        """Notes what each layer is given."""
+
+        def enter(self, *inputs: Any) -> t.Entered:
+            scales.append(inputs[-1])
+            return super().enter(*inputs)
+
+        def heads(self, *inputs: Any) -> tuple[Tensor, ...]:
+            extras.append(inputs[4])
+            return super().heads(*inputs)
+
+        def exclusive(self, *inputs: Any) -> Tensor:
+            exclusive.append(len(scales) - 1)
+            return super().exclusive(*inputs)
+
+    model.parts, ids = Noting(), random_ids()
+    logits_of(model, ids)
+    assert exclusive == layers
+    assert scales == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5, 5**-0.5])
+    assert [extra is not None for extra in extras] == [False, True, False, True, False]
+    of_layer_3, of_layer_1 = model.rest["ve_scale"]
+    torch.testing.assert_close(extras[3] * of_layer_1, extras[1] * of_layer_3)
 
 
 # --- layers -----------------------------------------------------------------------------------------
@@ -479,7 +480,6 @@ def test_unet_skips_pair_first_with_last(layers: int, gated: bool) -> None:
 PARAMETERS_OF = {
     "smear": ({"SMEAR_GATE_ENABLED": 0}, {"smear_gate"}),
     "bigram": ({"BIGRAM_VOCAB_SIZE": 0}, {"bigram_table", "bigram_proj", "bigram_scale"}),
-    "bigram signs": ({"BIGRAM_SIGNS": 0}, set()),
     "value embedding": ({"VE_ENABLED": 0}, {"ve_table", "ve_proj", "ve_scale"}),
     "value residual": ({"VALUE_RESIDUAL": 0}, {"value_mix"}),
     "gate": ({"GATED_ATTN_ENABLED": 0}, {"gate_weight", "gate_bias"}),
@@ -511,7 +511,7 @@ def test_a_feature_that_is_off_has_no_parameters_and_no_effect(off: dict[str, An
 
 def count_parameters(**settings: Any) -> int:
     cfg = t.Config.from_env({name: str(value) for name, value in {**settings, "COMPILE": 0, "ORTHO_INIT": 0}.items()})
-    model = t.GPT(cfg, BOS, plain_attention(cfg), CPU)
+    model = t.GPT(cfg, BOS, t.PLAIN_ATTENTION, CPU)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -546,7 +546,7 @@ def test_initial_weights_depend_on_seed_alone() -> None:
 
 def test_an_untrained_model_is_close_to_uniform() -> None:
     """Zero output projections and a small embedding: the first loss is ln V."""
-    model = t.GPT(tiny_config(), BOS, plain_attention(tiny_config()), CPU)
+    model = t.GPT(tiny_config(), BOS, t.PLAIN_ATTENTION, CPU)
     assert float(nll_of(model, random_ids()).mean()) == pytest.approx(math.log(VOCAB), abs=0.05)
 
 
@@ -613,19 +613,6 @@ def test_logits_are_softcapped() -> None:
     assert 2.9 < big.abs().max() <= 3 and big.dtype == torch.float32
     head = 1e-3 * torch.randn(VOCAB, 32)
     torch.testing.assert_close(model.logits(hidden, {"head": head}), hidden @ head.T, rtol=1e-2, atol=1e-4)
-
-
-def test_a_shift_makes_the_cap_the_sigmoid_of_modded_nanogpt() -> None:
-    """23 sigmoid((z + 5) / 7.5) of the logits times 15 / 11.5, but for a constant; in the loss too."""
-    model = tiny_model(LOGIT_SOFTCAP=11.5, LOGIT_SHIFT=11.5 / 3)
-    hidden, head = torch.randn(1, 50, 32), torch.randn(VOCAB, 32)
-    expected = 23 * torch.sigmoid((hidden @ head.T * 15 / 11.5 + 5) / 7.5)
-    torch.testing.assert_close(model.logits(hidden, {"head": head}), expected - 11.5, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        weights, tokens = model.weights(False), random_ids()
-        logits = model.logits(model.hidden(tokens[:, :-1], weights, order_of(model)), weights)
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        torch.testing.assert_close(nll_of(model, tokens).flatten(), losses)
 
 
 # --- the export's grid and late QAT ---------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import codes_of, plain_attention, tiny_config, tiny_model, unscaled
+from conftest import codes_of, tiny_config, tiny_model, unscaled
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -262,7 +262,7 @@ def test_the_steps_of_qat_see_banks_on_a_sane_grid(run: t.Runtime, changes: dict
     """In the training loop itself, clip left to the export or not: rounded, but by a few percent, not to nothing."""
     paths = {"DATA_PATH": run.cfg.data_path, "TOKENIZER_PATH": run.cfg.tokenizer_path}
     run = replace(run, cfg=tiny_config(**paths, ITERATIONS=2, WARMUP_STEPS=0, **changes))
-    model = t.GPT(run.cfg, 1, plain_attention(run.cfg), torch.device("cpu"))
+    model = t.GPT(run.cfg, 1, t.PLAIN_ATTENTION, torch.device("cpu"))
     trainer, errors = t.Trainer(run, model), []
     plain_step = trainer.step
 

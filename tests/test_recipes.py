@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, plain_attention, tiny_model
+from conftest import TINY, tiny_model
 
 import train_gpt as t
 
@@ -42,7 +42,7 @@ def recipe_env(name: str, **changes: Any) -> dict[str, str]:
 def output(env: dict[str, str]) -> torch.Tensor:
     """Logits of a randomized model of a configuration; equal names and shapes get equal values."""
     cfg = t.Config.from_env(env)
-    model = t.GPT(cfg, 1, plain_attention(cfg), torch.device("cpu"))
+    model = t.GPT(cfg, 1, t.PLAIN_ATTENTION, torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             seed = sum(map(ord, name))

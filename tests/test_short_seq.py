@@ -109,7 +109,7 @@ def test_a_short_step_is_one_over_the_pieces(features: dict[str, Any], accum: in
     short, by_hand, whole = (t.Trainer(run, tiny_model(SHORT_SEQ_LEN=16)) for _ in range(3))
     if features:
         for trainer in (short, by_hand, whole):
-            trainer.model.attend, trainer.model.cfg = t.math_documents(), cfg
+            trainer.model.cfg = cfg
     seen, at_once, fetch = watched(short), watched(whole), by_hand.loader.fetch
 
     def fetch_pieces(number: int) -> tuple[Tensor, ...]:

@@ -65,8 +65,8 @@ def is_kernel(function: Function) -> bool:
 
 
 def is_operator(function: Function) -> bool:
-    """Operators of torch.library and their fakes: a signature is flat, no object may group tensors with gradients."""
-    return any(re.search(r"(^torch\.library\.custom_op\(|\.register_fake$)", ast.unparse(decorator))
+    """Operators of torch.library: a signature is flat, no object may group tensors with gradients."""
+    return any(re.search(r"^(torch\.library\.custom_op\(|operator$)", ast.unparse(decorator))
                for decorator in function.decorator_list)  # fmt: skip
 
 
@@ -265,12 +265,12 @@ def kernel(a, b, c, d, e, f, g):
 
 
 @torch.library.custom_op("a::operator", mutates_args=())
-def operator(a: int, b: int, c: int, d: int, e: int, f: int, g: int) -> None:
+def one(a: int, b: int, c: int, d: int, e: int, f: int, g: int) -> None:
     pass
 
 
-@operator.register_fake
-def _(a: int, b: int, c: int, d: int, e: int, f: int, g: int) -> None:
+@operator
+def same(a: int, b: int, c: int, d: int, e: int, f: int, g: int) -> None:
     pass
 
 
@@ -280,7 +280,7 @@ def main(a: int, b: int, c: int, *, d: int, e: int, f: int) -> "Config":
     elif b:
         pass
     elif c:
-        for _ in kernel:
+        for _ in (kernel, one, same):
             with d:
                 return os.environ.size
 
