@@ -18,7 +18,8 @@ class Folder:
     """The files of a submission and what was read from them."""
 
     path: Path
-    problems: list[str] = field(default_factory=list)  # files that are there and cannot be read
+    problems: list[str] = field(default_factory=list)  # submission*.json that cannot be read
+    unreadable: list[str] = field(default_factory=list)  # logs that cannot be read
 
     @cached_property
     def json_files(self) -> list[Path]:
@@ -71,7 +72,12 @@ class Folder:
         """Run logs, by seed: train_seed*.log, else train.log, else any log with a score."""
         seeded = sorted(self.path.glob("train_seed*.log")) or sorted(self.path.glob("train_s[0-9]*.log"))
         chosen = seeded or [path for path in [self.path / "train.log"] if path.is_file()]
-        runs = [read_text(path) for path in chosen or sorted([*self.path.glob("*.log"), *self.path.glob("train*.txt")])]
+        runs = []
+        for path in chosen or sorted([*self.path.glob("*.log"), *self.path.glob("train*.txt")]):
+            try:
+                runs.append(read_text(path))
+            except ToolError as error:
+                self.unreadable.append(str(error).removeprefix(f"{path.parent}/"))
         return [run for run in runs if chosen or run.score or run.train]
 
     @cached_property

@@ -41,6 +41,7 @@ def files(folder: Folder) -> Iterator[CheckResult]:
     yield said("file train_gpt.py", script is not None, f"{script.name if script else ''}{others}", "missing: put the "
                "exact file that ran there")
     logs = ", ".join(run.path.name for run in folder.logs)
+    yield from (CheckResult("readable logs", "fail", problem) for problem in folder.unreadable)
     yield said("file logs", bool(folder.logs), logs, "no train_seed<SEED>.log or train.log: put the log of every seed "
                "there")
     empty = [run.path.name for run in folder.logs if not run.score]

@@ -43,6 +43,7 @@ API = ("Config", "Log", "Ranks", "Runtime", "UserError", "ValidationSet", "build
 DRIFT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # a script that grew another shape
 OFFICIAL_TARGETS = 62_021_631  # sp1024 validation tokens as the records log them, less one; where no log says
 TIMEOUT_SECONDS = 300
+DOCUMENT_WINDOWS = "document windows"
 BOS, VOCAB, HEAD_DIM, LENGTH, NOISE = 1, 32, 8, 24, 0.3
 TOLERANCE = 1e-5  # nats; a leak in a model this random moves scores by 1e-2 and more
 
@@ -78,10 +79,11 @@ class Subject:
 
         Test-time training and n-grams are one of them, `online`: it learns from what it has scored.
         """
-        def fixed(stride: int) -> Callable[[Any], list[Any]]:
-            return lambda validation: [self.script.evaluate(self.run, self.model, validation, stride)]
+        def fixed(stride: int, *by_document: bool) -> Callable[[Any], list[Any]]:
+            return lambda validation: [self.script.evaluate(self.run, self.model, validation, stride, *by_document)]
 
         found = {name: fixed(stride) for name, stride in strides(self.run.cfg).items()}
+        found |= {DOCUMENT_WINDOWS: fixed(self.run.cfg.eval_stride, True)} if DOCUMENT_WINDOWS in self.plans else {}
         found |= {"online": self.online} if learners(self.run.cfg) else {}
         return found | ({"documents": self.documents} if by_documents(self.run.cfg) else {})
 
@@ -107,6 +109,16 @@ class Subject:
 def strides(cfg: Any) -> dict[str, int]:
     """The evaluations by a fixed model that a configuration asks for: name -> stride."""
     return {"plain": cfg.eval_len, **({"sliding": cfg.eval_stride} if cfg.eval_stride else {})}
+
+
+def window_plans(script: ModuleType, cfg: Any, validation: Any) -> dict[str, np.ndarray]:
+    """The windows by which a fixed model is scored: name of the evaluation -> rows (start, first target, end)."""
+    targets = len(validation.tokens) - 1
+    plans = {name: script.plan_windows(targets, cfg.eval_len, stride) for name, stride in strides(cfg).items()}
+    if hasattr(script, "plan_document_windows") and cfg.eval_stride and cfg.doc_attention:
+        spans = script.document_spans(validation)
+        plans[DOCUMENT_WINDOWS] = script.plan_document_windows(spans, cfg.eval_len, cfg.eval_stride)
+    return plans
 
 
 def learners(cfg: Any) -> list[str]:
@@ -197,8 +209,7 @@ def build_subject(path: Path, values: Mapping[str, Any], targets: int) -> Subjec
     tokens[[0, 7, 8, cfg.eval_len + 2, 2 * cfg.eval_len + 5, count - 6]] = BOS
     counts = torch.randint(0, 9, (count,), generator=generator, dtype=torch.int32)
     validation = script.ValidationSet(tokens, counts, BOS)
-    plans = {name: script.plan_windows(count - 1, cfg.eval_len, stride) for name, stride in strides(cfg).items()}
-    return Subject(script, full, run, model, validation, plans, targets)
+    return Subject(script, full, run, model, validation, window_plans(script, cfg, validation), targets)
 
 
 def other_token(token: int) -> int:
@@ -267,7 +278,29 @@ def check_causal(subject: Subject) -> str:
                 raise NotImplementedError(f"{name} evaluation: no score depends on tokens {position}..")
             flips += 1
     check_inputs(subject)
+    check_document_plan(subject)
     return f"{flips} flips of all later tokens move no earlier score ({', '.join(subject.plans)}; PyTorch attention)"
+
+
+def check_document_plan(subject: Subject) -> None:
+    """Windows that follow the documents are a function of the text: what comes later moves none of the earlier."""
+    if DOCUMENT_WINDOWS not in subject.plans:
+        return
+    tokens, plan, length = subject.validation.tokens, subject.plans[DOCUMENT_WINDOWS], subject.run.cfg.eval_len
+    for position in range(1, len(tokens) - length):  # the last window ends with the text wherever documents begin
+        changed = tokens.clone()
+        changed[position:] = BOS
+        text = replace(subject.validation, tokens=changed)
+        other = window_plans(subject.script, subject.run.cfg, text)[DOCUMENT_WINDOWS]
+        before, after = (starts_by_target(rows, position - 1) for rows in (plan, other))
+        if before != after:
+            raise Illegal(f"document windows: tokens {position}.. decide which context earlier targets are scored "
+                          "with; a window may follow from what stands before its first target alone")
+
+
+def starts_by_target(plan: np.ndarray, targets: int) -> list[int]:
+    """First input of the window that scores each of the first `targets`."""
+    return [int(start) for start, first, end in plan.tolist() for _ in range(first, min(end, targets))]
 
 
 def scoring_batch(subject: Subject) -> tuple[Tensor, Tensor, dict[str, Tensor], tuple[int, ...]]:
@@ -466,6 +499,15 @@ def check_plan(script: ModuleType, targets: int, length: int, stride: int) -> No
         raise Illegal(f"plan_windows({targets}, {length}, {stride}): {fault}; each target counts exactly once")
 
 
+def awkward_spans() -> list[np.ndarray]:
+    """Documents (first target, end) of odd lengths: one alone, many of one token, one longer than any window."""
+    import numpy as np
+
+    lengths = [[40], [1] * 40, [1, 100, 2, 33, 1], [9, 8, 7, 32, 31, 33]]
+    ends = [np.cumsum(row) for row in lengths]
+    return [np.stack([end - row, end], 1) for end, row in zip(ends, lengths, strict=True)]
+
+
 def check_coverage(subject: Subject) -> str:
     """C4: the plan of awkward and real lengths, and the windows and sums of the evaluation itself."""
     import numpy as np
@@ -475,6 +517,11 @@ def check_coverage(subject: Subject) -> str:
     real = [(subject.targets, subject.full.eval_len, stride) for stride in strides(subject.full).values()]
     for case in [*awkward, *real]:
         check_plan(subject.script, *case)
+    for spans in awkward_spans() if DOCUMENT_WINDOWS in subject.plans else ():
+        for length, stride in ((8, 3), (8, 8), (32, 1)):
+            if fault := plan_fault(subject.script.plan_document_windows(spans, length, stride), spans.max(), length):
+                raise Illegal(f"plan_document_windows of {len(spans)} documents, {length}, {stride}: {fault}; each "
+                              "target counts exactly once")
     validation = subject.validation
     want = len(validation.tokens) - 1, int(validation.token_bytes[1:].sum())
     windowed = {name: call for name, call in subject.evaluations().items() if name != "documents"}

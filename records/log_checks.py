@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 from records.checks import (
+    DATA_SETS,
     FORBIDDEN,
     LIMIT_BYTES,
     LIMIT_SECONDS,
     OFFICIAL_DOCUMENTS,
+    SAME_RATIO,
     CheckResult,
+    bytes_per_token,
+    data_set,
     is_leaky,
     known_data,
     promises,
@@ -55,6 +60,48 @@ def scores(folder: Folder) -> Iterator[CheckResult]:
         what = f"{key} {value} and the mean of {len(scored)} log(s), {mean:.8f} ({scored[-1].score.name})"
         remedy = "" if fine else ": they differ; write the mean of the last scored lines"
         yield CheckResult(f"score {key}", "pass" if fine else "fail", what + remedy)
+
+
+def stated_pairs(folder: Folder) -> Iterator[tuple[str, float, float]]:
+    """(where it stands, val_loss, val_bpb) of every place that has both: submission.json, scores and curves."""
+    rows = {"submission.json": folder.data or {}}
+    rows |= {f"submission.json, seed {seed}": row for seed, row in folder.seed_results.items()}
+    for where, row in rows.items():
+        yield where, row.get("val_loss"), row.get("val_bpb")
+    for run in folder.logs:
+        yield from ((f"{run.path.name}, {score.name}", score.val_loss, score.val_bpb) for score in run.scores)
+        yield from ((f"{run.path.name}, step {point.step}", point.loss, point.bpb) for point in run.val)
+
+
+def score_ratio(folder: Folder) -> CheckResult:
+    """val_loss / (ln 2 x val_bpb) is the bytes per token of the validation text: one constant of the data set.
+
+    It shows a score that was not computed from its loss, or with the bytes of another text.
+    """
+    name, expected, found = "bytes per token", {}, {}
+    for run in folder.logs:
+        tokens = run.counts.get("val_tokens", 0)
+        if known := data_set(tokens):
+            expected[known.name] = known.bytes_per_token
+        elif "val_bytes" in run.counts:
+            expected["the log's val_bytes"] = run.counts["val_bytes"] / max(tokens - 1, 1)
+    for where, loss, bpb in stated_pairs(folder):
+        if all(isinstance(value, int | float) and 0 < value < math.inf for value in (loss, bpb)):
+            found[where] = bytes_per_token(loss, bpb)
+    if not found:
+        return CheckResult(name, "skip", "no score with both val_loss and val_bpb")
+    wanted = expected or {known.name: known.bytes_per_token for known in DATA_SETS}
+    odd = {where: ratio for where, (ratio, inexact) in found.items() if not any(
+        abs(ratio / right - 1) <= SAME_RATIO + inexact for right in wanted.values())}
+    right = ", ".join(f"{value:.4f} ({what})" for what, value in wanted.items())
+    if odd and (expected or folder.is_record_track):
+        where, ratio = next(iter(odd.items()))
+        return CheckResult(name, "fail", f"{len(odd)} of {len(found)} scores do not belong to their loss, first "
+                           f"{where}: val_loss / (ln 2 x val_bpb) is {ratio:.4f}, the data has {right}; score the "
+                           "artifact again with the right tokenizer, bytes and text")
+    if odd:
+        return CheckResult(name, "skip", f"{min(odd.values()):.4f} to {max(odd.values()):.4f}, of no data known here")
+    return CheckResult(name, "pass", f"{len(found)} scores agree with {right if expected else 'an official set'}")
 
 
 def code_size(folder: Folder, run: RunLog) -> CheckResult:
@@ -170,11 +217,26 @@ def provenance(folder: Folder, run: RunLog) -> CheckResult:
         return CheckResult(name, "fail", f"the log is of sha256 {logged[:16]}, the shipped {folder.script.name} is "
                            f"{shipped[:16]}: ship logs/<RUN_ID>.py of the run, or run this file again")
     if run.source_text:
-        same = run.source_text.strip() == (folder.source or "").strip()
+        same = run.source_text.rstrip().endswith((folder.source or "no script").strip())
         return CheckResult(name, "pass" if same else "fail", "the source at the log's head is the shipped "
                            "script" if same else
                            "the source at the log's head is not the shipped script: ship the file that ran")
     return CheckResult(name, "skip", "the log has neither a sha256 nor the source; only sizes can be compared")
+
+
+def resumed(run: RunLog) -> Iterator[CheckResult]:
+    """A run that was killed and went on says so, and all that was spent before counts, lost steps included."""
+    if not (run.resumes or run.values.get("resume")):
+        return
+    name, lost = f"resumed {run.path.name}", sum(resume.lost for resume in run.resumes)
+    most = max((resume.seconds for resume in run.resumes), default=0.0)
+    places = ", ".join(str(resume.step) for resume in run.resumes) or "the end of training"
+    text = f"the run was interrupted and went on at step {places}; {lost:.1f} s were lost and count as training"
+    if run.train_seconds is not None and run.train_seconds < most:
+        yield CheckResult(name, "fail", f"{text}, but the log ends with {run.train_seconds:.1f} s where {most:.1f} s "
+                          "were spent at the last resumption: run the seed again")
+    else:
+        yield CheckResult(name, "pass", text)
 
 
 def times(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
@@ -242,8 +304,14 @@ def tokenizer(folder: Folder) -> Iterator[CheckResult]:
     counts = [run.counts["val_tokens"] for run in folder.logs if "val_tokens" in run.counts]
     if not counts:
         return
-    shipped = ", ".join(path.name for path in folder.path.glob("*.model"))
-    if known_data(counts[0]) or shipped:
+    files = [path for pattern in ("*.model", "tokenizers/*.model") for path in folder.path.glob(pattern)]
+    shipped, logged = ", ".join(path.name for path in files), {run.facts.get("tokenizer_sha256") for run in folder.logs}
+    digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    if files and logged != {None} and not logged <= digests:
+        yield CheckResult("tokenizer", "fail", f"{shipped} is not the tokenizer of the logs (sha256 "
+                          f"{min(digests)[:12]}, there {', '.join(str(value)[:12] for value in logged)}): ship the one "
+                          "that the runs read")
+    elif known_data(counts[0]) or shipped:
         yield CheckResult("tokenizer", "pass", shipped or f"the official one of {known_data(counts[0])}")
     else:
         yield CheckResult("tokenizer", "fail", "the data is not official and no *.model is in the folder: put the "
@@ -330,9 +398,11 @@ def significance(folder: Folder, baseline: Path | None) -> Iterator[CheckResult]
 def check_logs(folder: Folder, baseline: Path | None) -> Iterator[CheckResult]:
     """All checks of this module."""
     yield from scores(folder)
+    yield score_ratio(folder)
     for run in folder.logs:
         yield provenance(folder, run)
         yield code_size(folder, run)
+        yield from resumed(run)
         for part in (size, times, data, true_names):
             yield from part(folder, run)
     yield from tokenizer(folder)

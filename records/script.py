@@ -18,17 +18,19 @@ from typing import Any
 
 from records import ToolError
 
-# What differs between runs of one configuration: who ran it, where, and with which seed.
+# What differs between runs of one configuration: who ran it, where, with which seed, and what became of older files.
 IDENTITY = ("run_id", "seed", "recipe", "data_dir", "data_path", "tokenizer_path", "device", "artifact_path",
-            "weights_path")  # fmt: skip
+            "weights_path", "resume", "overwrite")  # fmt: skip
 PATHS = ("data_dir", "data_path", "tokenizer_path")
 
-PROBE = """
+LOAD = """
 import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("probed_script", sys.argv[1])
 script = importlib.util.module_from_spec(spec)
 sys.modules["probed_script"] = script
 spec.loader.exec_module(script)
+"""
+PROBE = LOAD + """
 Config = script.Config
 try:
     cfg = Config.from_env(json.loads(sys.stdin.read()))
@@ -39,6 +41,16 @@ else:
     values = {name.lower(): getattr(cfg, name.lower()) for name in names}
     print(json.dumps({"values": values, "sources": dict(cfg.sources), "aliases": sorted(script.ALIASES),
                       "tokenizer_file": str(cfg.tokenizer_file)}))
+"""
+DATA_PROBE = LOAD + """
+try:
+    cfg = script.Config.from_env(json.loads(sys.stdin.read()))
+    ranks = script.Ranks(0, 1, script.torch.device("cpu"))
+    run = script.Runtime(cfg, ranks, script.Log(cfg, enabled=False), [])
+    answer = {"identity": dict(script.load_validation(run).identity)}
+except script.UserError as error:
+    answer = {"error": str(error)}
+print(json.dumps(answer))
 """
 
 
@@ -69,10 +81,23 @@ def resolve(script: Path, env: Mapping[str, str]) -> Resolved:
     return Resolved(**answer)
 
 
+def data_identity(script: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of the tokenizer's file and of the validation set that `script` reads in `env`, which it checks first."""
+    answer = json.loads(ask(DATA_PROBE, script, json.dumps(dict(env))))
+    if "error" in answer:
+        raise ToolError(f"the data is refused: {answer['error']}")
+    return answer["identity"]
+
+
 @functools.lru_cache(maxsize=32)
 def probe(script: Path, source: bytes, env: str) -> str:
     """What PROBE prints of a script with this `source`, as JSON; kept: a process that imports torch takes seconds."""
-    done = subprocess.run([sys.executable, "-c", PROBE, str(script)], input=env, text=True, capture_output=True)
+    return ask(PROBE, script, env)
+
+
+def ask(program: str, script: Path, env: str) -> str:
+    """The last line that a program prints of a script, in a process of its own; ToolError where that fails."""
+    done = subprocess.run([sys.executable, "-c", program, str(script)], input=env, text=True, capture_output=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
         raise ToolError(f"{script}: cannot be imported as a training script with a Config ({last})")

@@ -48,6 +48,14 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
         {C4}, {"np.append(0, ends[:-1]), ends], axis=1)": "np.append(0, ends[1:] - stride), ends], axis=1)"}),
     "tail dropped": ({C4}, {"np.append(np.arange(length, targets, stride), targets)":
                             "np.arange(length, targets + 1, stride)"}),
+    "document windows miss a target": (
+        {C4}, {"windows.append((begin, done, begin + length))": "windows.append((begin, done + 1, begin + length))",
+               "assert (int(targets), int(counted)) == expected, f": "assert expected, f"}),
+    "document windows look at the next document": (
+        {C1}, {'document = int(starts[np.searchsorted(starts, done, side="right") - 1])':
+               "document = int(starts[np.searchsorted(starts, done) % len(starts)])",
+               "begin = min(max(document, done + stride - length), targets - length)":
+               "begin = min(max(done if document < done + length else 0, done + stride - length), targets - length)"}),
     "windows scored twice": ({C4}, {PLANNED: f"{PLANNED}    windows = np.concatenate([windows, windows[-1:]])\n",
                                     "assert (int(targets), int(counted)) == expected, f": "assert expected, f"}),
     "best of two scores": ({C4}, {MAIN: f"scored = evaluate\ndef evaluate(*args):\n    score = scored(*args)\n"
@@ -180,7 +188,7 @@ def test_a_packed_submission_is_tested_with_its_log(run: t.Runtime, tmp_path: Pa
     folder.mkdir()
     (folder / "train_gpt.py").write_text(pack(SOURCE))
     (folder / "train_seed1337.log").write_text(
-        (tmp_path / "train_seed1337.log").read_text() + "val_tokens: 4003 val_documents: 8 val_bytes: 9 by test\n"
+        (tmp_path / "logs/tiny.txt").read_text() + "val_tokens: 4003 val_documents: 8 val_bytes: 9 by test\n"
     )
     values, targets = logged(folder)
     assert targets == 4002 and values["bigram_vocab_size"] == 64 and values["ve_layers"] == [2, 3]

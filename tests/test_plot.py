@@ -132,7 +132,7 @@ ERRORS = {
     "damaged line": (GOOD + "{]\n" + GOOD, ":2: not a JSON object"),
     "missing field": (GOOD + '{"event": "train", "step": 2}\n', ":2: the 'train' event"),
     "no number": (GOOD + '{"event": "score", "name": "x", "val_bpb": null}\n', ":2: the 'score' event"),
-    "not text": (b"\xff\xfe\x00", "cannot be read"),
+    "not text": (b"\x7fELF\x00", "cannot be read"),
 }
 
 
