@@ -22,11 +22,10 @@ import importlib.util
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -155,7 +154,8 @@ def tiny_settings(cfg: Any) -> dict[str, Any]:
     window = max(4, round(LENGTH * stretch))
     rotated = 2 * max(1, round(HEAD_DIM * cfg.rope_dims / cfg.head_dim / 2)) if cfg.rope_dims else 0
     return {
-        "device": "cpu", "compile": 0, "attn_backend": "auto", "recipe": "", "eval_only": 0, "export_only": 0, "resume": 0,
+        "device": "cpu", "compile": 0, "attn_backend": "auto", "recipe": "", "eval_only": 0, "export_only": 0,
+        "resume": 0,
         "artifact_path": "", "weights_path": "", "run_id": "legality", "vocab_size": VOCAB, "num_layers": layers,
         "num_heads": heads, "num_kv_heads": kv_heads, "model_dim": heads * HEAD_DIM, "rope_dims": rotated,
         "mlp_hidden": math.ceil(cfg.mlp_hidden / cfg.model_dim * heads * HEAD_DIM),
@@ -351,8 +351,8 @@ def check_parts(subject: Subject, name: str, window: np.ndarray) -> None:
                       for low, high in ((first, end), (first, middle), (middle, end)))
     if not math.isclose(whole, sum(halves), rel_tol=1e-6, abs_tol=TOLERANCE):
         raise Illegal(f"{name} evaluation in a window of {subject.run.cfg.eval_len} tokens: targets {first}..{end - 1} "
-                      f"scored together have {whole:.6f} nats, by halves {sum(halves):.6f}; something is fitted to what "
-                      "is scored")
+                      f"scored together have {whole:.6f} nats, by halves {sum(halves):.6f}; something is fitted to "
+                      "what is scored")
 
 
 def check_document_plan(subject: Subject) -> None:
@@ -481,8 +481,8 @@ def check_full_tables(subject: Subject) -> float:
     totals = np.exp(-np.array(nats)).sum(0)
     worst = float(totals[abs(totals - 1).argmax()])
     if not abs(worst - 1) <= 1e-4:
-        raise Illegal(f"n-grams after {MANY} tokens: the probabilities of all {VOCAB} tokens sum to {worst:.6g}; counts "
-                      "of the target must not share a bucket with other n-grams, or be divided by what they sum to")
+        raise Illegal(f"n-grams after {MANY} tokens: the probabilities of all {VOCAB} tokens sum to {worst:.6g}; "
+                      "counts of the target must not share a bucket with other n-grams, or be divided by what they sum to")
     return abs(worst - 1)
 
 

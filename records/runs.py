@@ -54,6 +54,12 @@ SECONDS = {  # seconds per unit of the group, pattern
     "budget_train": (1.0, r"^budget train: ([\d.]+)s"),
     "budget_eval": (1.0, r"^budget eval: ([\d.]+)s"),
 }
+# Training on validation text before the artifact is made, in the words that logs have for it.
+LEARNS = r"(?:ttt|test.?time.?(?:train|adapt)\w*|adapt\w*|fine.?tun\w*|slot)"
+MADE = r"(?:quant\w*|gptq|export|serializ\w*|compress\w*)"
+PRE_QUANT_TTT = (rf"(?i)^(?! )(.*(?:\bpre.?{MADE}\W*{LEARNS}|\b{LEARNS}\W*(?:\w+\W+){{0,3}}?(?:before|pre|prior.to)\W*"
+                 rf"(?:the\W+)?{MADE}|\b{LEARNS}\W+(?:\w+\W+){{0,2}}?(?:val|validation)\W+(?:\w+\W+){{0,3}}?before)"
+                 r"(?!.*\b(?:enabled|epochs)?[:=] ?(?:0|false|none|off)\b).*)$")
 OFF_THE_CLOCK = r"^(?:Deserialize: .*? done in |ttt_lora:compile warmup done \()([\d.]+)s"
 
 
@@ -125,8 +131,8 @@ class RunLog:
     @property
     def seed(self) -> int | None:
         """The seed, from the log or else from the file's name."""
-        named = re.search(r"(?:seed|_s)_?(\d+)", self.path.stem)
-        return self.counts.get("seed", int(named[1]) if named else None)
+        named = re.search(r"(?:seed[_-]?|_s)(\d+)|_(\d+)$", self.path.stem)
+        return self.counts.get("seed", int(named[1] or named[2]) if named else None)
 
     @property
     def score(self) -> Score | None:
@@ -163,8 +169,9 @@ class RunLog:
     @property
     def eval_seconds(self) -> float | None:
         """From opening the artifact to the score, or what the log has nearest to it."""
-        score = self.score.eval_seconds if self.score else None
-        return self.times.get("budget_eval", self.times.get("total_eval", score))
+        same = [score.eval_seconds for score in self.scores if self.score and score.eval_seconds is not None
+                and abs(score.val_bpb - self.score.val_bpb) < 5.1e-5]  # the last line may be another name of one before
+        return self.times.get("budget_eval", self.times.get("total_eval", max(same, default=None)))
 
     @property
     def step_avg(self) -> float | None:
@@ -189,7 +196,8 @@ def unlike(a: RunLog, b: RunLog) -> dict[str, tuple[Any, Any]]:
 
     Hyperparameters, the script, ranks, GPU, torch, and the size of model and data, which even terse logs show.
     """
-    ours, theirs = ({key: value for key, value in run.values.items() if key not in FOREIGN_IDENTITY} for run in (a, b))
+    ours, theirs = ({key: value for key, value in run.values.items() if key not in FOREIGN_IDENTITY
+                     and not key.endswith(("_files", "_path", "_dir"))} for run in (a, b))
     found = differences(ours, theirs) if ours and theirs else {}
     for names, kind in ((SAME_COUNTS, "counts"), (SAME_FACTS, "facts")):
         pairs = {name: (getattr(a, kind).get(name), getattr(b, kind).get(name)) for name in names}
@@ -379,7 +387,7 @@ def read_facts(run: RunLog, text: str) -> None:
         "dataset": r"^train_loader:dataset: ?(\S+)", "attention": r"^attn_backend: ?(\S+)",
         "inactive": r"^never activated: (.*)$", "driver": r"Driver Version: *([\d.]+)",
         **{name: rf"^(?:.* )?{name}:([0-9a-f]{{64}})" for name in SAME_DATA},
-        "pre_quant_ttt": r"(?i)^(?! )(.*\bpre.?quant(?:ization)?.?ttt.*)$",
+        "pre_quant_ttt": PRE_QUANT_TTT,
     }  # fmt: skip
     for name, pattern in patterns.items():
         if (found := last_match(pattern, text)) is not None:

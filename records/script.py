@@ -181,10 +181,13 @@ def unpacked(text: str) -> str | None:
 
 
 def is_source(plain: bytes) -> bool:
-    """Whether some bytes are the text of a Python program."""
+    """Whether some bytes are the text of a Python program, perhaps of a newer Python than this one."""
     try:
-        return bool(syntax(plain.decode("utf-8")).body)
-    except (UnicodeDecodeError, SyntaxError, ValueError):
+        text = plain.decode("utf-8")
+        return bool(syntax(text).body)
+    except SyntaxError:
+        return len(re.findall(r"^(?:import |from \S+ import |def |class )", text, re.MULTILINE)) > 1
+    except (UnicodeDecodeError, ValueError):
         return False
 
 
@@ -192,9 +195,13 @@ def names_read(text: str) -> set[str]:
     """Names that a script takes from the environment, read off its syntax tree.
 
     Strings that are a name in capitals (os.environ.get("SEED")), the fields of a Config that is built by from_env,
-    and the words of its table SPELLINGS.
+    and the words of its table SPELLINGS. Of a script that this Python cannot parse, all strings that are such a name.
     """
-    tree = syntax(unpacked(text) or text)
+    text = unpacked(text) or text
+    try:
+        tree = syntax(text)
+    except SyntaxError:
+        return set(re.findall(r"""["']([A-Z][A-Z0-9_]+)["']""", text))
     names = {value for value in constants(tree) if isinstance(value, str) and re.fullmatch(r"[A-Z][A-Z0-9_]+", value)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and any(getattr(part, "name", "") == "from_env" for part in node.body):

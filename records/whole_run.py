@@ -143,7 +143,8 @@ def byte_fault(script: ModuleType, place: Place, cfg: Any) -> str:
     counts, tokens = validation.token_bytes.tolist(), validation.tokens.tolist()
     starts = [i for i, token in enumerate(tokens) if token == validation.bos_id]
     if tokens != encoded(place.corpus, place.corpus.val).tolist():
-        return f"of {len(place.corpus.val)} validation documents it scores {len(starts)}, or other tokens: the whole text"
+        return (f"of {len(place.corpus.val)} validation documents it scores {len(starts)}, or other tokens; the whole "
+                "text must be scored")
     for text, start, end in zip(place.corpus.val, starts, [*starts[1:], len(tokens)], strict=True):
         if (counted := sum(counts[start:end])) != (actual := len(text.encode())):
             return (f"a document of {actual} bytes counts as {counted}: bits per byte are off by "

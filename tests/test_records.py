@@ -551,11 +551,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {  # what is wrong -
                                  "pre-quantization TTT", "score first"),
     "every score times 0.83": (times_083, "bytes per token", "do not belong to their loss"),
     "invented bytes": (edit("train_seed*.log", r"val_bytes: \d+", "val_bytes: 12345"), "bytes per token", "val_bytes"),
-    "one seed with another tokenizer": (edit("train_seed7.log", r"^tokenizer_sha256:\w{8}", "tokenizer_sha256:00000000"),
+    "one seed with another tokenizer": (edit("train_seed7.log", r"^tokenizer_sha256:\w{8}", "tokenizer_sha256:" + "0" * 8),
                                         "one configuration", "tokenizer_sha256="),
     "another tokenizer shipped": (overwrite("tokenizer.model", b"x"), "tokenizer", "not the tokenizer of the logs"),
     "lost time of a resumed run left out": (
-        edit("train_seed7.log", r"^model_params", "resumed: step:4 train_time:900000ms of which lost:5000ms\nmodel_params"),
+        edit("train_seed7.log", r"^model_params", "resumed: step:4 train_time:900000ms of which lost:50ms\nmodel_params"),
         "resumed train_seed7.log", "were spent at the last resumption"),
     "a log that is no text": (overwrite("train_seed7.log", b"a\0b"), "readable logs", "NUL bytes"),
     "human file is no script": (overwrite("train_gpt_human.py", b"\xff\xfe"), "packed code", "not a Python script"),
@@ -715,8 +715,8 @@ Deserialize: decompression done in 20.4s
 diagnostic quantized val_loss:2.34727563 val_bpb:1.07254371 eval_time:49995ms
 ttt_lora:compile warmup done (137.6s)
 ttt_phased: total_docs:50000 prefix_docs:2500 suffix_docs:47500 num_phases:3 boundaries:[833, 1666, 2500]
-quantized_ttt_phased val_loss:2.31944212 val_bpb:1.05989454 eval_time:508785ms
-total_eval_time:508.8s
+quantized_ttt_phased val_loss:2.31944212 val_bpb:1.05989454 eval_time:408785ms
+total_eval_time:408.8s
 """
 
 
@@ -775,7 +775,7 @@ def test_family_b(tmp_path: Path) -> None:
     folder = published(tmp_path, "2026-04-27_Late", logs, data)
     run = read_run(folder / "train_seed42.log")
     assert (run.dialect, run.seed, run.steps) == ("B", 42, 4945) and run.score.name == "quantized_ttt_phased"
-    assert run.train_seconds == pytest.approx(596.292) and run.eval_seconds == 508.8
+    assert run.train_seconds == pytest.approx(596.292) and run.eval_seconds == 408.8
     assert run.off_the_clock == pytest.approx(158.0) and run.counts["val_documents"] == 50_000
     assert failures(folder) == {}
     edit("train_seed314.log", "matrix_lr: 0.026", "matrix_lr: 0.03")(folder)
@@ -795,8 +795,8 @@ PUBLISHED: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {  # (dialec
                                  "train time train_seed1.log", "calibration"),
     "A evaluated too long": ("A", edit("train_seed1.log", "eval_time:1401ms", "eval_time:688000ms"),
                              "eval time train_seed1.log", "688.0 s of 600 s"),
-    "B evaluated too long": ("B", edit("train_seed1.log", r"^total_eval_time:508.8s", "total_eval_time:797.0s"),
-                             "eval time train_seed1.log", "797.0 s of 600 s"),
+    "B evaluated too long": ("B", edit("train_seed1.log", r"^total_eval_time:408.8s", "total_eval_time:797.0s"),
+                             "eval time train_seed1.log", "955.0 s of 600 s with 158 s"),
     "A leaky shards": ("A", edit("train_seed*.log", "train_shards:80", "train_shards:1499"),
                        "train shards train_seed0.log", "most of validation in train"),
     "B leaky shards": ("B", edit("train_seed*.log", "train_shards: 80", "train_shards: 1499"),
