@@ -482,7 +482,8 @@ def check_full_tables(subject: Subject) -> float:
     worst = float(totals[abs(totals - 1).argmax()])
     if not abs(worst - 1) <= 1e-4:
         raise Illegal(f"n-grams after {MANY} tokens: the probabilities of all {VOCAB} tokens sum to {worst:.6g}; "
-                      "counts of the target must not share a bucket with other n-grams, or be divided by what they sum to")
+                      "counts of the target must not share a bucket with other n-grams, or be divided by their "
+                      "sum")
     return abs(worst - 1)
 
 

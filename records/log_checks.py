@@ -279,7 +279,7 @@ def times(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
         parts = f" ({hessians:.1f} s of them calibration, which reads training data)" if hessians else ""
         one = f", {trained - LIMIT_SECONDS:.3f} s over, less than a step" if LIMIT_SECONDS < trained <= allowed else ""
         advice = ": stop earlier, reserve time for calibration (GPTQ_RESERVE_SECONDS)"
-        remedy = "" if trained <= allowed else f", {trained - LIMIT_SECONDS:.1f} s over{advice}"
+        remedy = "" if trained <= allowed else f", {trained - LIMIT_SECONDS:.3f} s over{advice}"
         yield CheckResult(name, "fail" if remedy else "pass", f"{trained:.1f} s of {LIMIT_SECONDS:.0f} "
                           f"s{parts}{one}{remedy}")
     name = f"eval time {run.path.name}"

@@ -56,10 +56,11 @@ SECONDS = {  # seconds per unit of the group, pattern
 }
 # Training on validation text before the artifact is made, in the words that logs have for it.
 LEARNS = r"(?:ttt|test.?time.?(?:train|adapt)\w*|adapt\w*|fine.?tun\w*|slot)"
-MADE = r"(?:quant\w*|gptq|export|serializ\w*|compress\w*)"
-PRE_QUANT_TTT = (rf"(?i)^(?! )(.*(?:\bpre.?{MADE}\W*{LEARNS}|\b{LEARNS}\W*(?:\w+\W+){{0,3}}?(?:before|pre|prior.to)\W*"
-                 rf"(?:the\W+)?{MADE}|\b{LEARNS}\W+(?:\w+\W+){{0,2}}?(?:val|validation)\W+(?:\w+\W+){{0,3}}?before)"
-                 r"(?!.*\b(?:enabled|epochs)?[:=] ?(?:0|false|none|off)\b).*)$")
+MADE = r"(?:quant(?:iz\w*)?|gptq|export|serializ\w*|compress\w*)"
+BETWEEN = r"[\W_]*(?:[a-z]+[\W_]+){0,3}?"  # words between
+PRE_QUANT_TTT = (rf"(?i)^(?! )(.*(?:\bpre[\W_]?{MADE}[\W_]*{LEARNS}|\b{LEARNS}{BETWEEN}(?:before|pre|prior.to)[\W_]*"
+                 rf"(?:the\W+)?{MADE}|\b{LEARNS}{BETWEEN}(?:val|validation){BETWEEN}before)"
+                 r"(?!.*\b(?:\w*enabled|epochs)?[:=] ?(?:0|false|none|off)\b).*)$")
 OFF_THE_CLOCK = r"^(?:Deserialize: .*? done in |ttt_lora:compile warmup done \()([\d.]+)s"
 
 
