@@ -31,7 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from records import ToolError, whole_run
+from records import ToolError, foreign, whole_run
 from records.checks import CheckResult
 from records.runs import read_run
 from records.script import as_variable, unpacked
@@ -764,17 +764,13 @@ def examine(path: Path, values: Mapping[str, Any], targets: int) -> list[CheckRe
         torch.set_num_threads(threads)
 
 
-def untestable(script: Path) -> str:
-    """Why a script cannot be tested, read off its text: nothing of a foreign script is run. Empty if it can."""
+def definitions(script: Path) -> set[str]:
+    """Names of the functions and classes of a script, packed or not; ToolError says why it cannot be read."""
     try:
         text = script.read_text(encoding="utf-8")
-        body = ast.parse(unpacked(text) or text).body
+        return {getattr(node, "name", "") for node in ast.parse(unpacked(text) or text).body}
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError) as problem:
-        return f"{script.name} cannot be read ({problem})"
-    missing = sorted(set(API) - {getattr(node, "name", "") for node in body})
-    if not missing:
-        return ""
-    return f"{script.name} is not a script of this trainer (no {', '.join(missing[:4])}...): read it by hand"
+        raise ToolError(f"{script.name} cannot be read ({problem})") from None
 
 
 def logged(folder: Path) -> tuple[dict[str, Any], int]:
@@ -788,11 +784,19 @@ def logged(folder: Path) -> tuple[dict[str, Any], int]:
     return values, targets or OFFICIAL_TARGETS
 
 
-def legality_checks(folder: Path) -> list[CheckResult]:
-    """The conditions for a submission folder, one result each; its train_gpt.py runs in a process of its own."""
-    script = folder / "train_gpt.py"
-    if reason := untestable(script):
-        return skipped(reason)
+def legality_checks(folder: Path, script: Path | None = None) -> list[CheckResult]:
+    """The conditions for a submission folder, one result each; its script runs in a process of its own."""
+    script = script or folder / "train_gpt.py"
+    try:
+        names = definitions(script)
+    except ToolError as problem:
+        return skipped(str(problem))
+    if missing := sorted(set(API) - names):
+        reason = f"{script.name} is not a script of this trainer (no {', '.join(missing[:4])}...): read it by hand"
+        if not {"GPT", "Hyperparameters"} <= names:
+            return skipped(f"{reason}; it has no classes GPT and Hyperparameters to try in small")
+        found = {result.name: result for result in foreign.foreign_checks(script)}
+        return [found.get(result.name, result) for result in skipped(reason)]
     values, targets = logged(folder)
     job = json.dumps({"path": str(script.resolve()), "values": values, "targets": targets})
     root = str(Path(__file__).resolve().parent.parent)
