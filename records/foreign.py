@@ -1,7 +1,8 @@
 """The reviewers' conditions for scripts of other authors, where they have one of the common shapes.
 
-A shape is: `class Hyperparameters`, `class GPT`, `forward_logits(ids)` or `forward(ids, targets)`, and `eval_val_sliding`
-or `eval_val`. The model is built as the script itself builds it, with tiny widths in the variables that it reads.
+A shape is: `class Hyperparameters`, `class GPT`, `forward_logits(ids)` or `forward(ids, targets)`, and
+`eval_val_sliding` or `eval_val`. The model is built as the script itself builds it, with tiny widths in the variables
+that it reads.
 
 It is somebody else's code: it runs in a process without the user's environment, without network, in an empty folder and
 with limits of memory and time. What is missing is said; GPU kernels for attention are replaced by plain attention.
@@ -270,8 +271,8 @@ def each_once(script: Foreign) -> str:
     weight = min((share for share in shares.values() if share), default=0)
     double = [target for target, share in shares.items() if share > 1.4 * weight]
     if double:
-        raise Wrong(f"{name}: targets {double[0]}..{double[-1]} of {len(shares)} count {shares[double[0]] / weight:.0f} "
-                    "times; each target counts once")
+        raise Wrong(f"{name}: targets {double[0]}..{double[-1]} of {len(shares)} count "
+                    f"{shares[double[0]] / weight:.0f} times; each target counts once")
     tail = f", the last {len(missed)} are left out" if missed else ""
     if missed and missed != list(range(missed[0], len(shares))):
         raise Wrong(f"{name}: targets {missed[0]}.. are not scored, though later ones are")

@@ -1,4 +1,4 @@
-"""records/foreign.py: a script of another author in a common shape passes, and each condition that it breaks is seen."""
+"""records/foreign.py: a script of another author in a common shape passes, and what it breaks is seen."""
 
 from __future__ import annotations
 

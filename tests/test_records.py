@@ -883,9 +883,9 @@ LAYOUTS: dict[str, tuple[dict[str, tuple[int, float]], dict[str, Any], set[str]]
                              {"ternary_log_42.txt", "ternary_log_7.txt"}),
     "versions of which one is claimed": ({"train_v0.txt": (7, 1.20), "train_v1.txt": (7, 1.21)}, {"val_bpb": 1.21},
                                          {"train_v1.txt"}),
-    "reruns": ({"train_seed1_original.log": (1, 1.20), "train_seed1_rerun.log": (1, 1.19), "train_seed2.log": (2, 1.21)},
+    "reruns": ({"train_seed1_first.log": (1, 1.20), "train_seed1_rerun.log": (1, 1.19), "train_seed2.log": (2, 1.21)},
                {"val_bpb": 1.205, "seed_results": {"1": {"val_bpb": 1.2}, "2": {"val_bpb": 1.21}}},
-               {"train_seed1_original.log", "train_seed2.log"}),
+               {"train_seed1_first.log", "train_seed2.log"}),
     "a mean of rounded scores": ({"train_seed1.log": (1, 1.20004), "train_seed2.log": (2, 1.21004)},
                                  {"val_bpb": 1.205}, {"train_seed1.log", "train_seed2.log"}),
 }  # fmt: skip
@@ -1144,8 +1144,15 @@ def test_table(submission: Path, capsys: pytest.CaptureFixture[str], tmp_path: P
     board = capsys.readouterr().out
     assert board.index("0.9000") < board.index("9.5000")
     assert "[2026-01-03_Best](track_10min_16mb/2026-01-03_Best/README.md)" in board
-    assert "without a readable submission.json: track_10min_16mb/2026-01-04_Empty" in board
+    assert "not on the board: track_10min_16mb/2026-01-04_Empty: no submission.json, and no log with a score" in board
     assert main(["table", "--root", str(root), "--track", "10min_16mb"]) == 0 and "0.9000" in capsys.readouterr().out
+    nothing = dict.fromkeys(("val_bpb", "seeds", "seed_results", "date", "bytes_total", "artifact_bytes_max"))
+    claim(**nothing, name="x" * 99)(root / "track_10min_16mb/2026-01-02_Worse")
+    assert main(["table", "--root", str(root)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "x" * 99 in line]  # whole in a pipe
+    runs = [read_run(log) for log in submission.glob("*.log")]
+    told = f"{np.mean([run.score.val_bpb for run in runs]):.4f}", f"{max(run.total_bytes for run in runs):,}"
+    assert all(text in line for text in told)
 
 
 def test_a_reference_rate_is_stored() -> None:
