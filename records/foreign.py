@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 NAMES = ("C1 causal", "C2 normalised", "C3 score before update", "C4 each target once")
 SECONDS, MEMORY = 240, 16 * 2**30
+MOST_LOCALS = 40
 VOCAB, LENGTH, STRIDE, NOISE, TOLERANCE = 64, 48, 8, 0.1, 1e-3
 TINY = {"VOCAB_SIZE": VOCAB, "MODEL_DIM": 128, "EMBEDDING_DIM": 128, "NUM_HEADS": 8, "NUM_KV_HEADS": 4,
         "TRAIN_SEQ_LEN": LENGTH, "EVAL_SEQ_LEN": LENGTH, "EVAL_STRIDE": STRIDE, "VAL_BATCH_SIZE": 16 * LENGTH,
@@ -100,6 +101,27 @@ def model_call(tree: ast.Module) -> ast.Call:
     return max(calls, key=lambda call: len(call.keywords))
 
 
+def with_locals(tree: ast.Module, call: ast.Call, space: dict[str, Any], names: dict[str, Any]) -> Any:
+    """The value of a call that stands in a function, whose simple local names are worked out where they are missing."""
+    assigned = {node.targets[0].id: node.value for node in ast.walk(tree)
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+    wanted: list[tuple[str, ast.expr]] = [("", call)]
+    for _ in range(MOST_LOCALS):
+        name, expression = wanted[-1]
+        try:
+            value = eval(compile(ast.Expression(expression), name or "GPT", "eval"), space, names)
+        except NameError as problem:
+            if problem.name not in assigned or any(problem.name == known for known, _ in wanted):
+                raise
+            wanted.append((problem.name, assigned[problem.name]))
+            continue
+        if not name:
+            return value
+        names[name] = value
+        wanted.pop()
+    raise NameError(f"more than {MOST_LOCALS} local names")
+
+
 @dataclass(frozen=True)
 class Foreign:
     """A script with its tiny model and what it is evaluated on."""
@@ -135,8 +157,7 @@ def build(path: Path, text: str) -> Foreign:
     names = {"args": settings, "h": settings, "hp": settings, "device": torch.device("cpu")}
     torch.manual_seed(0)
     try:
-        model = eval(compile(ast.Expression(model_call(syntax(text))), "GPT", "eval"), vars(module), names)
-        model = model.float().eval()
+        model = with_locals(syntax(text), model_call(syntax(text)), vars(module), names).float().eval()
     except (AttributeError, NameError, RuntimeError, TypeError, ValueError, AssertionError) as problem:
         raise Missing(f"its model cannot be built in small ({type(problem).__name__}: {str(problem)[:150]})") from None
     with torch.no_grad():
@@ -218,8 +239,10 @@ def evaluation(script: Foreign, model: nn.Module, tokens: Tensor) -> tuple[str, 
     luts = {"base_bytes_lut": ones, "has_leading_space_lut": off, "is_boundary_token_lut": off}
     known = {"args": script.settings, "h": script.settings, "model": model, "base_model": model, "rank": 0,
              "world_size": 1, "device": torch.device("cpu"), "grad_accum_steps": 1, "val_tokens": tokens, **luts,
-             "stride": STRIDE, "eval_seq_len": LENGTH, "seq_len": LENGTH,
-             "val_data": SimpleNamespace(val_tokens=tokens, val_bytes=None, caseops_enabled=False, **luts)}  # fmt: skip
+             "stride": STRIDE, "eval_stride": STRIDE, "eval_seq_len": LENGTH, "seq_len": LENGTH,
+             "val_data": SimpleNamespace(val_tokens=tokens, val_bytes=torch.ones_like(tokens), caseops_enabled=False,
+                                         val_token_bytes=torch.ones_like(tokens), **luts)}  # fmt: skip
+    known |= {"logits_fn": model.forward_logits} if hasattr(model, "forward_logits") else {}
     function = getattr(script.module, name)
     wanted = inspect.signature(function).parameters.values()
     lacking = [p.name for p in wanted if p.name not in known and p.default is p.empty]

@@ -59,7 +59,8 @@ def eval_val_sliding(args, base_model, rank, world_size, device, val_tokens, bas
 
 def main():
     args = Hyperparameters()
-    model = GPT(args.vocab_size, dim=args.dim, heads=args.heads)
+    width = args.dim
+    model = GPT(args.vocab_size, dim=width, heads=args.heads)
 '''
 BROKEN = {  # what is broken -> (condition, replacement)
     "attention looks ahead": (NAMES[0], "causal=True", "causal=False"),
