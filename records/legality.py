@@ -423,6 +423,7 @@ def check_normalised(subject: Subject) -> str:
                 raise Illegal(f"{name} evaluation: the probabilities of all {VOCAB} tokens at target {target} sum to "
                               f"{total:.6g}; the score must come from one distribution fixed before the token is seen")
     check_logits(subject)
+    check_fixed_scores(subject)
     if learners(subject.run.cfg):
         worst = max(worst, check_online_normalised(subject))
     if getattr(subject.run.cfg, "ngram_enabled", False):
@@ -453,31 +454,48 @@ def check_online_normalised(subject: Subject) -> float:
     return float(abs(totals - 1).max())
 
 
-def check_full_tables(subject: Subject) -> float:
-    """The same for n-grams after a long text, where hash tables are full and a target's bucket holds other n-grams.
-
-    The model is a uniform one, so that only counts decide; each candidate stands at many targets at once, further apart
-    than any n-gram.
-    """
-    import numpy as np
+def uniform(subject: Subject) -> Subject:
+    """A model to which all tokens are equally likely, and a long text."""
     import torch
 
-    script, cfg = subject.script, replace(subject.run.cfg, ttt_enabled=False, eval_stride=subject.run.cfg.eval_len,
-                                          ttt_chunk_tokens=MANY // 4, val_batch_size=4 * MANY)  # fmt: skip
-    model = copy.copy(subject.model)
-    level = torch.tensor(math.log(VOCAB))
+    cfg = replace(subject.run.cfg, ttt_enabled=False, eval_stride=subject.run.cfg.eval_len,
+                  ttt_chunk_tokens=MANY // 4, val_batch_size=4 * MANY)
+    model, level = copy.copy(subject.model), torch.tensor(math.log(VOCAB))
     vars(model).update(micro_batch=4 * MANY, fast_nll=lambda ids, *_: level.expand(ids.shape),
                        fast_nll_and_entropy=lambda ids, *_: (level.expand(ids.shape), level.expand(ids.shape)))
     tokens = torch.randint(4, VOCAB, (MANY,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     tokens[0] = BOS
+    text = subject.script.ValidationSet(tokens, torch.ones_like(tokens), BOS)
+    return replace(subject, run=replace(subject.run, cfg=cfg), model=model, validation=text)
+
+
+def check_fixed_scores(subject: Subject) -> None:
+    """A fixed model to which all tokens are equally likely scores a long text by ln V a target, whatever was scored."""
+    long = uniform(subject)
+    for name, evaluation in long.evaluations().items():
+        if name in subject.plans:
+            (score,) = evaluation(long.validation)
+            if not math.isclose(score.loss, math.log(VOCAB), rel_tol=1e-6):
+                raise Illegal(f"{name} evaluation of {MANY} tokens: {score.loss:.6f} nats a target, but a model to which "
+                              f"all {VOCAB} tokens are equally likely has {math.log(VOCAB):.6f}: something else scores")
+
+
+def check_full_tables(subject: Subject) -> float:
+    """The same for n-grams after a long text, where hash tables are full and a target's bucket holds other n-grams.
+
+    Only counts decide; each candidate stands at many targets at once, further apart than any n-gram.
+    """
+    import numpy as np
+
+    long = uniform(subject)
+    tokens = long.validation.tokens
     tried = MANY - MANY // 8 + SPACING * np.arange(MANY // 16 // SPACING)  # in the last chunk: none of them is counted
     nats = []
     for candidate in range(VOCAB):
         changed = tokens.clone()
         changed[tried] = candidate
-        text = script.ValidationSet(changed, torch.ones_like(changed), BOS)
-        long = replace(subject, run=replace(subject.run, cfg=cfg), model=model, validation=text)
-        nats.append(nats_of_targets(long, (tried - 1).tolist()))
+        text = replace(long.validation, tokens=changed)
+        nats.append(nats_of_targets(replace(long, validation=text), (tried - 1).tolist()))
     totals = np.exp(-np.array(nats)).sum(0)
     worst = float(totals[abs(totals - 1).argmax()])
     if not abs(worst - 1) <= 1e-4:

@@ -69,6 +69,7 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
                "begin = min(max(done if document < done + length else 0, done + stride - length), targets - length)"}),
     "windows scored twice": ({C4}, {PLANNED: f"{PLANNED}    windows = np.concatenate([windows, windows[-1:]])\n",
                                     "assert (int(targets), int(counted)) == expected, f": "assert expected, f"}),
+    "a cache of long texts": ({C2}, {SCORED: "        nll = nll - 0.1 * (validation.targets > 9999)\n" + SCORED}),
     "SLOT in long windows": ({C1}, {SCORED: f"{SLOT}{SCORED}"}),
     "SLOT on the whole of long windows": ({C1}, {SCORED: SLOT.replace(" * scored", "") + SCORED}),
     "the next token in long windows": ({C1}, {"logits = product(self.hidden(ids, weights, order).flatten(0, 1)":
