@@ -476,8 +476,8 @@ def check_fixed_scores(subject: Subject) -> None:
         if name in subject.plans:
             (score,) = evaluation(long.validation)
             if not math.isclose(score.loss, math.log(VOCAB), rel_tol=1e-6):
-                raise Illegal(f"{name} evaluation of {MANY} tokens: {score.loss:.6f} nats a target, but a model to "
-                              f"which all {VOCAB} tokens are equally likely has {math.log(VOCAB):.6f}: something else scores")
+                raise Illegal(f"{name} evaluation of {MANY} tokens: {score.loss:.6f} nats a target under a model to "
+                              f"which all tokens are equally likely, not ln {VOCAB}: something else scores")
 
 
 def check_full_tables(subject: Subject) -> float:
