@@ -30,7 +30,7 @@ def legality(folder: Folder) -> Iterator[CheckResult]:
     except ModuleNotFoundError as error:
         yield CheckResult("C1-C4", "skip", f"{error}: python -m pip install -r requirements.txt")
         return
-    yield from legality_checks(folder.path)
+    yield from legality_checks(folder.path, folder.script)
 
 
 def check_folder(path: Path, args: argparse.Namespace) -> Iterator[CheckResult]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,15 +20,24 @@ LIMIT_BYTES = 16_000_000  # decimal: 16 MB, not 16 MiB
 LIMIT_SECONDS = 600.0  # training with calibration, and again evaluation
 TRACKS = ("10min_16mb", "non_record_16mb")
 OFFICIAL_DOCUMENTS = 50_000
-LEAKY_SHARDS = 1499  # train shards of 10M tokens: a preparation script that left most of validation in train
+LEAKY_SHARDS = 1000  # more are shards of 10M tokens, of a preparation script that left most of validation in train
 
-# Validation tokens as published logs print them, whole sequences only -> the data they belong to.
-KNOWN_VAL_TOKENS = {
-    62_021_632: "sp1024", 63_779_840: "sp1024 of March 17", 45_508_608: "sp4096", 45_514_752: "sp4096",
-    40_540_160: "sp8192", 40_538_112: "sp8192", 47_851_520: "sp8192 CaseOps", 151_130_112: "byte260",
-    151_076_864: "raw bytes",
-}  # fmt: skip
-TAIL_TOKENS = 4096  # by so much may a count differ: logs cut the tail to whole sequences
+class DataSet(NamedTuple):
+    """A validation split that published logs name: its tokens as they count them, and bytes of text per token."""
+
+    name: str
+    tokens: int
+    bytes_per_token: float
+
+
+DATA_SETS = (
+    DataSet("sp1024", 62_021_846, 2.43593), DataSet("sp1024 of March 17", 63_780_000, 2.44230),
+    DataSet("sp4096", 45_508_608, 3.31967), DataSet("sp4096", 45_514_752, 3.31928),
+    DataSet("sp8192", 40_540_803, 3.72664), DataSet("sp8192 CaseOps", 47_853_344, 3.15735),
+    DataSet("byte260", 151_130_891, 0.99967), DataSet("raw bytes", 151_080_891, 1.0),
+)  # fmt: skip
+TAIL_TOKENS = 32_768  # by so much may a count be smaller: logs cut the tail to whole sequences
+SAME_RATIO = 2e-4  # how far published scores lie from their set's bytes per token, relative, less their own rounding
 
 
 def is_leaky(shards: int, tokens: int, dataset: str) -> bool:
@@ -36,12 +46,30 @@ def is_leaky(shards: int, tokens: int, dataset: str) -> bool:
     It made shards of 10M tokens; of the official data, small shards are enough to tell, however many were fetched.
     """
     small = 0 < tokens <= 10_000_000 * shards
-    return shards == LEAKY_SHARDS or small and (shards > 1000 or shards > 1 and "fineweb10B" in dataset)
+    return shards > LEAKY_SHARDS and (small or not tokens) or small and shards > 1 and "fineweb10B" in dataset
+
+
+def data_set(val_tokens: int) -> DataSet | None:
+    """The official set with so many validation tokens, or None."""
+    near = [known for known in DATA_SETS if -160 <= known.tokens - val_tokens <= TAIL_TOKENS]
+    return min(near, key=lambda known: abs(known.tokens - val_tokens), default=None)
 
 
 def known_data(val_tokens: int) -> str | None:
-    """The official data with so many validation tokens, or None."""
-    return next((name for count, name in KNOWN_VAL_TOKENS.items() if abs(val_tokens - count) <= TAIL_TOKENS), None)
+    """The name of the official data with so many validation tokens, or None."""
+    found = data_set(val_tokens)
+    return found.name if found else None
+
+
+def last_digit(value: float) -> float:
+    """Half of the last digit that a number shows, of at most eight decimals."""
+    text = repr(float(value))
+    return 0.5 * 10.0 ** -min(len(text.partition(".")[2]) if "e" not in text else 8, 8)
+
+
+def bytes_per_token(loss: float, bpb: float) -> tuple[float, float]:
+    """What a loss in nats per token and a score in bits per byte say of the text, and how exact that is, relative."""
+    return loss / math.log(2) / bpb, last_digit(loss) / loss + last_digit(bpb) / bpb
 
 
 def uses(values: Mapping[str, Any], feature: str) -> bool:

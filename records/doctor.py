@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from records import ToolError
 from records.check import report
-from records.checks import OFFICIAL_DOCUMENTS, CheckResult, is_leaky, known_data
+from records.checks import OFFICIAL_DOCUMENTS, CheckResult, data_set, is_leaky
 from records.overlap import overlap
 from records.runs import config_hash
 
@@ -64,7 +64,7 @@ def versions() -> Iterator[CheckResult]:
 def configuration(t: Any, env: Mapping[str, str]) -> tuple[Any, CheckResult]:
     """(Config or None, result): what the script makes of the environment."""
     try:
-        cfg = t.Config.from_env(env)
+        cfg = t.adopt_architecture(t.Config.from_env(env))
     except t.UserError as error:
         return None, CheckResult("configuration", "fail", str(error))
     changed = {name.upper(): vars(cfg)[name] for name, source in cfg.sources.items() if source != "default"}
@@ -95,7 +95,8 @@ def machine(cfg: train_gpt.Config) -> Iterator[CheckResult]:
 def runtime(t: Any, cfg: train_gpt.Config) -> Iterator[train_gpt.Runtime]:
     """A runtime whose logs go to a folder that is removed; paths of the data stay valid."""
     home = Path.cwd()
-    paths = {"data_path": str(cfg.shard_folder.resolve()), "tokenizer_path": str(cfg.tokenizer_file.resolve())}
+    paths = {"data_path": str(cfg.shard_folder.resolve()), "tokenizer_path": str(cfg.tokenizer_file.resolve()),
+             "weights_path": "", "artifact_path": str(cfg.artifact_file.resolve()) if cfg.eval_only else ""}
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
         os.chdir(place)
         try:
@@ -105,10 +106,15 @@ def runtime(t: Any, cfg: train_gpt.Config) -> Iterator[train_gpt.Runtime]:
             os.chdir(home)
 
 
+def logged(run: train_gpt.Runtime, pattern: str) -> str:
+    """What the run's log says where a pattern with one group last matches."""
+    log = Path("logs", f"{run.cfg.log_name}.txt").read_text(encoding="utf-8")
+    return re.findall(pattern, log, re.MULTILINE)[-1]
+
+
 def chosen(run: train_gpt.Runtime, variable: str) -> str:
-    """The back end that was last chosen for a variable, and why, as the log says."""
-    log = Path("logs", f"{run.cfg.run_id}.txt").read_text()
-    return re.findall(rf"^{variable.lower()}:(.*)$", log, re.MULTILINE)[-1]
+    """The back end that was last chosen for a variable, and why."""
+    return logged(run, rf"^{variable.lower()}:(.*)$")
 
 
 def back_ends(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
@@ -128,30 +134,55 @@ def back_ends(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
 
 
 def data(t: Any, run: train_gpt.Runtime) -> Iterator[CheckResult]:
-    """Shards, documents and bytes, as the run would read them."""
+    """Shards, documents, bytes and tokenizer, as the run would read and refuse them."""
     cfg = run.cfg
     try:
-        train, val = t.TokenStream(cfg, "train"), t.TokenStream(cfg, "val")
-        table = t.ByteTable(cfg.tokenizer_file, cfg.vocab_size)
-        tokens = val.read(0, val.total)
-        tested = table.self_test(tokens[:300_000])
+        validation = t.load_validation(run)
+        train = None if cfg.eval_only else t.TokenStream(cfg, "train")
+        if train:
+            t.check_tokenizer(cfg, train, validation.identity["tokenizer_sha256"])
     except t.UserError as error:
         yield CheckResult("data", "fail", str(error))
         return
-    shards, documents = len(train.paths), int((tokens == table.bos_id).sum())
-    leaky = is_leaky(shards, train.total, cfg.shard_folder.name)
-    remedy = ": shards of 10M tokens are the mark of data whose train split holds validation; fetch the official ones"
-    yield CheckResult("train shards", "fail" if leaky else "pass", f"{shards}, {train.total} "
-                      f"tokens{remedy if leaky else ''}")
-    official = known_data(val.total)
+    tokens = validation.tokens.cpu().numpy()
+    official, documents = data_set(len(tokens)), int((tokens == validation.bos_id).sum())
+    kind = official.name if official else "not the official FineWeb split: scores are not comparable with the board"
     if official and documents != OFFICIAL_DOCUMENTS:
-        yield CheckResult("validation", "fail", f"{documents} documents in {official}, not {OFFICIAL_DOCUMENTS}")
+        yield CheckResult("validation", "fail", f"{documents} documents in {kind}, not {OFFICIAL_DOCUMENTS}")
     else:
-        kind = official or "not the official FineWeb split: scores are not comparable with the leaderboard"
-        yield CheckResult("validation", "pass" if official else "skip", f"{val.total} tokens, {documents} documents; "
+        yield CheckResult("validation", "pass" if official else "skip", f"{len(tokens)} tokens, {documents} documents; "
                           f"{kind}")
-    yield CheckResult("byte table", "pass", f"exact on {tested} decoded documents")
-    yield overlap(train, tokens, table.bos_id)
+    digests = " ".join(f"{key}:{value[:16]}" for key, value in validation.identity.items())
+    yield CheckResult("tokenizer", "pass", f"{logged(run, r'^val_tokens: .*; (.*)[)]$')}; {digests}")
+    if train is None:
+        yield artifact(t, cfg, validation)
+        return
+    leaky = is_leaky(len(train.shards), train.total, cfg.shard_folder.name)
+    remedy = ": shards of 10M tokens are the mark of data whose train split holds validation; fetch the official ones"
+    yield CheckResult("train shards", "fail" if leaky else "pass", f"{len(train.shards)}, {train.total} "
+                      f"tokens{remedy if leaky else ''}")
+    yield overlap(train, tokens, validation.bos_id)
+
+
+def artifact(t: Any, cfg: train_gpt.Config, validation: train_gpt.ValidationSet) -> CheckResult:
+    """Whether the artifact that EVAL_ONLY=1 scores belongs to this tokenizer and validation set."""
+    path = cfg.artifact_file
+    try:
+        header = t.read_header(path.read_bytes(), path)[0]
+        t.refuse_other_data(header["identity"], validation, f"ARTIFACT_PATH={path}", "val_sha256")
+    except t.UserError as error:
+        return CheckResult("artifact", "fail", str(error))
+    return CheckResult("artifact", "pass", f"{path} was made with this tokenizer and validation set")
+
+
+def outputs(t: Any, cfg: train_gpt.Config) -> CheckResult:
+    """What the run would write over; it refuses to."""
+    try:
+        t.refuse_to_replace(cfg)
+    except (t.UserError, OSError) as error:
+        return CheckResult("outputs", "fail", str(error))
+    return CheckResult("outputs", "pass", f"nothing stands at {', '.join(map(str, cfg.outputs.values()))} that the run "
+                       "may not replace")
 
 
 def size(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT) -> CheckResult:
@@ -276,6 +307,7 @@ def examine(args: argparse.Namespace) -> Iterator[CheckResult]:
     if cfg is None:
         return
     yield from machine(cfg)
+    yield outputs(t, cfg)
     with runtime(t, cfg) as run:
         yield from back_ends(t, run)
         yield from data(t, run)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from records import ToolError
-from records.runs import RunLog, read_text
+from records.runs import RunLog, text_runs
 from records.script import unpacked
 
 
@@ -18,7 +21,8 @@ class Folder:
     """The files of a submission and what was read from them."""
 
     path: Path
-    problems: list[str] = field(default_factory=list)  # files that are there and cannot be read
+    problems: list[str] = field(default_factory=list)  # submission*.json that cannot be read
+    unreadable: list[str] = field(default_factory=list)  # logs that cannot be read
 
     @cached_property
     def json_files(self) -> list[Path]:
@@ -44,10 +48,13 @@ class Folder:
 
     @cached_property
     def script(self) -> Path | None:
-        """train_gpt.py, else the only other train_*.py."""
+        """The script of the logs: of several train_*.py the one whose bytes they count, else train_gpt.py, else any."""
+        found = [path for path in sorted(self.path.glob("train_*.py")) if not path.stem.endswith(("_human", "_decode"))]
+        counted = {run.counts.get("code_bytes", run.counts.get("code_bytes_raw")) for run in self.logs}
+        counted |= {(self.data or {}).get("bytes_code")}
         exact = self.path / "train_gpt.py"
-        others = sorted(path for path in self.path.glob("train_*.py") if not path.stem.endswith("_human"))
-        return exact if exact.is_file() else others[0] if others else None
+        likely = sorted(found, key=lambda path: (path.stat().st_size not in counted, path != exact))
+        return exact if exact.is_file() and exact.stat().st_size in counted else likely[0] if likely else None
 
     @cached_property
     def source(self) -> str | None:
@@ -67,12 +74,79 @@ class Folder:
         return unpacked(self.source) or self.source
 
     @cached_property
+    def pool(self) -> list[RunLog]:
+        """Every run that any log in the folder or below holds."""
+        found = []
+        for path in sorted(path for suffix in ("log", "txt") for path in self.path.rglob(f"*.{suffix}")):
+            if path.name.startswith("requirements"):
+                continue
+            try:
+                runs = text_runs(path)
+            except ToolError as error:
+                self.unreadable.append(str(error).removeprefix(f"{path.parent}/"))
+                continue
+            telling = [run for run in runs if run.score or run.train or run.val]
+            found += telling or (runs[:1] if self.is_own(path) else [])
+        return found
+
+    @cached_property
+    def claimed(self) -> list[RunLog]:
+        """The runs whose scores submission.json claims: by seed where it has rows, else those of its val_bpb."""
+        rows = {seed: row["val_bpb"] for seed, row in self.seed_results.items() if is_number(row.get("val_bpb"))}
+        named = list({id(run): run for seed in rows if (run := self.run_of(seed, rows))}.values())
+        if named:
+            standard = next((runs for runs in self.series() if is_standard(runs[0].path)), [])
+            return named + [run for run in standard if run not in named and not is_rerun(run, named)
+                            and not any(is_copy(run, other) for other in named)]
+        bpb, series = claimed_bpb(self.data or {}), self.series()
+        fitting = [runs for runs in series if fits(bpb, [run.score.val_bpb for run in runs if run.score])]
+        single = [run for run in self.pool if run.score and near(bpb, run.score.val_bpb)]
+        return next(iter(fitting), []) or single[:1] or next(iter(series), [])
+
+    @property
     def logs(self) -> list[RunLog]:
-        """Run logs, by seed: train_seed*.log, else train.log, else any log with a score."""
-        seeded = sorted(self.path.glob("train_seed*.log")) or sorted(self.path.glob("train_s[0-9]*.log"))
-        chosen = seeded or [path for path in [self.path / "train.log"] if path.is_file()]
-        runs = [read_text(path) for path in chosen or sorted([*self.path.glob("*.log"), *self.path.glob("train*.txt")])]
-        return [run for run in runs if chosen or run.score or run.train]
+        """The claimed runs, and for those that only score an artifact the runs that trained it."""
+        trained = [run for run in self.pool if run.train and run.artifact_bytes]
+        made = [next((run for run in trained if run.seed == scorer.seed), None) for scorer in self.claimed
+                if not scorer.train and not scorer.artifact_bytes]
+        return [*self.claimed, *(run for run in made if run and run not in self.claimed)]
+
+    @property
+    def others(self) -> list[RunLog]:
+        """Runs in the folder that nothing claims."""
+        return [run for run in self.pool if run not in self.logs and not any(is_copy(run, log) for log in self.logs)]
+
+    def run_of(self, seed: str, rows: Mapping[str, float]) -> RunLog | None:
+        """The run behind a claimed row: of its score and seed, else of its seed, else of its score alone."""
+        same = [run for run in self.pool if str(run.seed) == seed]
+        right = [run for run in self.pool if run.score and near(rows[seed], run.score.val_bpb)]
+        ordered = [*(run for run in right if run in same), *(run for run in same if is_standard(run.path)),
+                   *(run for run in right if str(run.seed) not in rows), *same]
+        return ordered[0] if ordered else None
+
+    def series(self) -> list[list[RunLog]]:
+        """Runs whose files are called alike, of different seeds: first train_seed*.log with train.log, then by size."""
+        alike: dict[str, list[RunLog]] = {}
+        for run in self.pool:
+            name = re.sub(r"[0-9]+", "", run.path.name)
+            group = alike.setdefault("" if self.is_own(run.path) else f"{run.path.parent}/{name}", [])
+            twin = next((other for other in group if other.path == run.path or is_copy(run, other)), None)
+            if twin is None:
+                group.append(run)
+            elif self.better(run, twin):
+                group[group.index(twin)] = run
+        kept = [runs for key, runs in alike.items() if not key or len({run.seed for run in runs}) == len(runs)]
+        kept += [[run] for runs in alike.values() if runs not in kept for run in runs]
+        return sorted(kept, key=lambda runs: (runs is not alike.get(""), runs[0].path.parent != self.path, -len(runs)))
+
+    def is_own(self, path: Path) -> bool:
+        """Whether a log has the name and place that submissions give to the logs of their runs."""
+        return path.parent == self.path and is_standard(path)
+
+    def better(self, run: RunLog, other: RunLog) -> bool:
+        """Whether of two runs in one file this one counts: the claimed score, else a score, else the later one."""
+        bpb = claimed_bpb(self.data or {})
+        return not (other.score and (near(bpb, other.score.val_bpb) or not run.score))
 
     @cached_property
     def readme(self) -> str:
@@ -112,6 +186,47 @@ class Folder:
         seeds = (self.data or {}).get("seeds")
         listed = seeds if isinstance(seeds, list) else list(self.seed_results)
         return [int(seed) for seed in listed if str(seed).lstrip("-").isdigit()]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def tolerance(claimed: float) -> float:
+    """Half of the last digit that a claimed number shows, between four and seven decimals."""
+    digits = len(repr(float(claimed)).partition(".")[2]) if "e" not in repr(float(claimed)) else 7
+    return 0.51 * 10.0 ** -min(max(digits, 4), 7)
+
+
+def near(claimed: Any, logged: float) -> bool:
+    """Whether a claimed number is a logged one, as far as its digits go."""
+    return is_number(claimed) and abs(claimed - logged) <= tolerance(claimed)
+
+
+def means(values: Sequence[float]) -> list[float]:
+    """The mean of some scores, also as it is where each was rounded first."""
+    return [statistics.fmean(round(value, digits) for value in values) for digits in (8, 6, 5, 4)] if values else []
+
+
+def fits(claimed: Any, values: Sequence[float]) -> bool:
+    """Whether a claimed number is the mean of scores or one of them."""
+    return any(near(claimed, value) for value in [*means(values), *values])
+
+
+def is_standard(path: Path) -> bool:
+    """Whether a log is called as submissions call them."""
+    return bool(re.fullmatch(r"train\.log|train_s(eed)?\d.*\.log", path.name))
+
+
+def is_copy(run: RunLog, other: RunLog) -> bool:
+    """Whether one of two logs is train.log and the other the same run under its seed's name."""
+    is_twice = "train.log" in (run.path.name, other.path.name)
+    return is_twice and bool(run.score) and run.score == other.score and run.seed == other.seed
+
+
+def is_rerun(run: RunLog, named: Sequence[RunLog]) -> bool:
+    """Whether a log is of a seed that another one stands for, with another score."""
+    return any(run.seed == other.seed and run.score != other.score for other in named)
 
 
 def claimed_bpb(data: dict[str, Any]) -> float | None:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from records.checks import CheckResult
+from records.checks import OFFICIAL_DOCUMENTS, CheckResult
 from records.folder import Folder
 from records.runs import read_text
 from records.script import names_read, syntax, unpacked
@@ -23,7 +23,8 @@ STUB_BYTES = 2000  # a script shorter than this that executes another file is a 
 FOREIGN = re.compile(r"^(NCCL_|CUDA_|TORCH|PYTORCH_|TRITON_|OMP_|MKL_|GLOO_|PYTHON|HF_|HUGGINGFACE_|WANDB_|LD_|MASTER_|"
                      r"MATCHED_FINEWEB_|NPROC|NUM_GPUS|PATH$|HOME$|TMPDIR$|UV_|PIP_|FLASH_ATTENTION_|MAX_JOBS$)")
 SOURCE_KEPT = r"linecache|\bopen\(|write_text|write_bytes|import_module|run_path|spec_from"  # inspect finds the source
-COMMAND = re.compile(r"(torchrun|python[\d.]*|accelerate|deepspeed)\b.*\btrain\w*\.py|train_gpt\.py")
+COMMAND = re.compile(r"(torchrun|python[\d.]*|accelerate|deepspeed)\b.*\btrain\w*\.py|train_gpt\.py|"
+                     r"\b(ba)?sh +\S*\w+\.sh\b")  # or a script of the folder's that starts it
 
 
 def files(folder: Folder) -> Iterator[CheckResult]:
@@ -41,6 +42,7 @@ def files(folder: Folder) -> Iterator[CheckResult]:
     yield said("file train_gpt.py", script is not None, f"{script.name if script else ''}{others}", "missing: put the "
                "exact file that ran there")
     logs = ", ".join(run.path.name for run in folder.logs)
+    yield from (CheckResult("readable logs", "fail", problem) for problem in folder.unreadable)
     yield said("file logs", bool(folder.logs), logs, "no train_seed<SEED>.log or train.log: put the log of every seed "
                "there")
     empty = [run.path.name for run in folder.logs if not run.score]
@@ -170,6 +172,8 @@ def packed(folder: Folder) -> CheckResult:
         names = [{node.name for node in ast.walk(syntax(text)) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
                  for text in (inner, human.read_text(encoding="utf-8"))]
     except (SyntaxError, ValueError) as error:
+        if inner.strip() == human.read_text(encoding="utf-8", errors="replace").strip():
+            return CheckResult("packed code", "pass", f"{sizes}; train_gpt_human.py is what they hold")
         return CheckResult("packed code", "fail", f"{human.name} is not a Python script ({error}): put the source "
                            "there that was packed")
     if names[0] != names[1]:
@@ -181,12 +185,15 @@ def packed(folder: Folder) -> CheckResult:
 
 def imports(folder: Folder) -> CheckResult:
     """Modules that the folder would have to bring along."""
-    found: set[str] = set()
-    for node in ast.walk(syntax(folder.inner_source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add("." if node.level else (node.module or "").split(".")[0])
+    source, found = folder.inner_source, set()
+    try:
+        for node in ast.walk(syntax(source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add("." if node.level else (node.module or "").split(".")[0])
+    except SyntaxError:  # packed for a newer Python
+        found |= set(re.findall(r"^\s*(?:from|import) +(\w+|\.)", source, re.MULTILINE))
     helpers = sorted(name for name in found if (folder.path / f"{name}.py").is_file())
     own = sorted(found & {"records", "data", "benchmarks", "tests", "."})
     if own:
@@ -217,16 +224,17 @@ def command_variables(readme: str) -> list[str]:
 def readme_command(folder: Folder) -> CheckResult:
     """The run command sets only variables that the script reads."""
     name = "README command"
-    if not folder.readme or not folder.source:
+    page = re.sub(r"\\([_*.])", r"\1", folder.readme)  # Markdown's escapes
+    if not page or not folder.source:
         return CheckResult(name, "skip", "README or script is missing")
-    if not COMMAND.search(folder.readme):
+    if not COMMAND.search(page):
         return CheckResult(name, "fail", "no run command: add `SEED=42 torchrun --standalone --nproc_per_node=8 "
                            "train_gpt.py` in a code block")
-    variables = command_variables(folder.readme)
-    try:
-        known = names_read(folder.inner_source)
-    except SyntaxError:
-        return CheckResult(name, "skip", "the script does not parse on this Python")
+    variables, known = command_variables(page), names_read(folder.inner_source)
+    for path in [*folder.path.glob("*.sh"), *folder.path.glob("*.py")]:  # starters, preparation of the data
+        text = path.read_text(encoding="utf-8", errors="replace")
+        starter = r"\$\{?([A-Z][A-Z0-9_]+)" if path.suffix == ".sh" else r"environ\S*[(\[]\s*[\"']([A-Z][A-Z0-9_]+)"
+        known |= set(re.findall(starter, text)) if path != folder.script else set()
     unread = [variable for variable in variables if variable not in known and not FOREIGN.match(variable)]
     if unread:
         return CheckResult(name, "fail", f"sets {', '.join(unread)}, which {folder.script.name} never reads: correct "
@@ -264,10 +272,29 @@ def re_evaluation(folder: Folder) -> CheckResult:
     return CheckResult("artifact", "pass", f"{path.name}, {size} bytes, as a log says")
 
 
+def preparation(folder: Folder) -> Iterator[CheckResult]:
+    """A script that makes the data splits off all official validation documents, not the first of them."""
+    for path in sorted(folder.path.glob("*prepare*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        default = re.search(r"--val[-_]docs\b[^)\n]*?default *= *([\d_]+)", text)
+        given = [int(count.replace(",", "").replace("_", "")) for count in
+                 re.findall(r"--val[-_]docs[= ]+([\d_,]+)", folder.readme)]
+        documents = given or ([int(default[1])] if default else [])
+        for count in documents[:1]:
+            name = f"data preparation {path.name}"
+            if count < OFFICIAL_DOCUMENTS:
+                yield CheckResult(name, "fail", f"--val-docs {count} leaves {OFFICIAL_DOCUMENTS - count} of the "
+                                  f"{OFFICIAL_DOCUMENTS} validation documents in the training shards that it makes: "
+                                  f"set the default to {OFFICIAL_DOCUMENTS}, or say --val-docs in README's command")
+            else:
+                yield CheckResult(name, "pass", f"--val-docs {count}")
+
+
 def check_files(folder: Folder) -> Iterator[CheckResult]:
     """All checks of this module."""
     for part in (files, schema, place, script):
         yield from part(folder)
+    yield from preparation(folder)
     yield readme_command(folder)
     yield from claim_line(folder)
     yield re_evaluation(folder)

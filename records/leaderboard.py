@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
+import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +14,7 @@ from records.checks import TRACKS
 from records.folder import Folder, claimed_bpb
 
 ROOT = Path(__file__).resolve().parent
+WIDTH_OF_A_PIPE = 250  # columns: more than any name takes
 
 
 class Entry(NamedTuple):
@@ -37,16 +41,34 @@ HEADER = ["#", "val_bpb", "sd", "seeds", "bytes", "author", "date", "name"]
 
 
 def entry(path: Path) -> Entry | None:
-    """A folder's entry; None without a submission.json that claims a score."""
+    """A folder's entry, from its claims and, where they say nothing, its logs; None without a score in either."""
     folder = Folder(path)
     data: dict[str, Any] = folder.data or {}
-    bpb = claimed_bpb(data)
+    logged = [run.score.val_bpb for run in folder.claimed if run.score]
+    bpb = claimed_bpb(data) or (statistics.fmean(logged) if logged else None)
     if bpb is None:
         return None
     sd, size = data.get("val_bpb_std"), data.get("bytes_total", data.get("artifact_bytes_max"))
-    return Entry(path.parent.name.removeprefix("track_"), bpb, sd if isinstance(sd, float) else None,
-                 len(folder.claimed_seeds) or 1, size if isinstance(size, int) else None, str(data.get("author", "")),
-                 str(data.get("date", ""))[:10], str(data.get("name", data.get("run_name", path.name))), path.name)
+    sizes = [run.total_bytes for run in folder.logs if run.total_bytes]
+    dated = re.match(r"\d{4}-\d{2}-\d{2}", path.name)
+    return Entry(path.parent.name.removeprefix("track_"), bpb, sd if isinstance(sd, float) else spread_of(logged),
+                 max(len(folder.claimed_seeds), len(logged), 1),
+                 size if isinstance(size, int) else max(sizes, default=None),
+                 str(data.get("author", "")), str(data.get("date", dated[0] if dated else ""))[:10],
+                 str(data.get("name", data.get("run_name", path.name))), path.name)
+
+
+def spread_of(scores: Sequence[float]) -> float | None:
+    """Standard deviation over seeds, where there are some."""
+    return statistics.stdev(scores) if len(scores) > 1 else None
+
+
+def why_without(path: Path) -> str:
+    """Why a folder has no place on the board."""
+    folder = Folder(path)
+    if folder.data is None:
+        return "; ".join(folder.problems) or "no submission.json, and no log with a score"
+    return "submission.json claims no val_bpb, and no log has a score"
 
 
 def entries(root: Path, track: str | None) -> tuple[list[Entry], list[str]]:
@@ -54,7 +76,7 @@ def entries(root: Path, track: str | None) -> tuple[list[Entry], list[str]]:
     folders = sorted(path for path in root.glob(f"track_{track or '*'}/*") if path.is_dir())
     found = [(path, entry(path)) for path in folders]
     board = sorted((item for _, item in found if item), key=lambda item: (item.track, item.bpb))
-    return board, [str(path.relative_to(root)) for path, item in found if item is None]
+    return board, [f"{path.relative_to(root)}: {why_without(path)}" for path, item in found if item is None]
 
 
 def markdown(rows: Sequence[Entry]) -> str:
@@ -83,7 +105,7 @@ def show(title: str, rows: Sequence[Entry]) -> None:
                          no_wrap=column not in ("author", "name"))
     for place, row in enumerate(rows, 1):
         board.add_row(*row.cells(place))
-    Console().print(board)
+    Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE).print(board)  # nothing is folded in a pipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,5 +127,5 @@ def run(args: argparse.Namespace) -> int:
     if not board:
         print(f"no submission with a score below {args.root}; `python -m records new` makes one")
     for name in without:
-        print(f"without a readable submission.json: {name}")
+        print(f"not on the board: {name}")
     return 0

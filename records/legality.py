@@ -4,7 +4,8 @@
     C2  the scores are those of one normalised distribution over the whole vocabulary
     C3  a token is scored before anything changes because of it
     C4  one pass from left to right, every target scored exactly once
-    and a document's previous-token features show nothing of another document
+    and, in a whole run in small, bytes are those of the text, the artifact follows from the training text alone and
+    the scores are the artifact's; a document's previous-token features show nothing of another document
 
 The script is imported in a process of its own, without a GPU. Its model gets the submission's feature flags, read from
 the logs in the folder, at widths that take seconds; its evaluation is called as the run called it.
@@ -13,23 +14,24 @@ the logs in the folder, at widths that take seconds; its evaluation is called as
 from __future__ import annotations
 
 import ast
+import bisect
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from records import ToolError
+from records import ToolError, foreign, whole_run
 from records.checks import CheckResult
 from records.runs import read_run
 from records.script import as_variable, unpacked
@@ -42,8 +44,11 @@ API = ("Config", "Log", "Ranks", "Runtime", "UserError", "ValidationSet", "build
        "plan_windows", "score_windows")
 DRIFT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # a script that grew another shape
 OFFICIAL_TARGETS = 62_021_631  # sp1024 validation tokens as the records log them, less one; where no log says
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 900
+DOCUMENT_WINDOWS = "document windows"
 BOS, VOCAB, HEAD_DIM, LENGTH, NOISE = 1, 32, 8, 24, 0.3
+LONG = 2048  # tokens of a window at most where a script may do other things than in a short one
+MANY, SPACING = 40_000, 64  # tokens that fill hash tables, and how far apart the targets stand that are tried on them
 TOLERANCE = 1e-5  # nats; a leak in a model this random moves scores by 1e-2 and more
 
 
@@ -78,10 +83,11 @@ class Subject:
 
         Test-time training and n-grams are one of them, `online`: it learns from what it has scored.
         """
-        def fixed(stride: int) -> Callable[[Any], list[Any]]:
-            return lambda validation: [self.script.evaluate(self.run, self.model, validation, stride)]
+        def fixed(stride: int, *by_document: bool) -> Callable[[Any], list[Any]]:
+            return lambda validation: [self.script.evaluate(self.run, self.model, validation, stride, *by_document)]
 
         found = {name: fixed(stride) for name, stride in strides(self.run.cfg).items()}
+        found |= {DOCUMENT_WINDOWS: fixed(self.run.cfg.eval_stride, True)} if DOCUMENT_WINDOWS in self.plans else {}
         found |= {"online": self.online} if learners(self.run.cfg) else {}
         return found | ({"documents": self.documents} if by_documents(self.run.cfg) else {})
 
@@ -107,6 +113,16 @@ class Subject:
 def strides(cfg: Any) -> dict[str, int]:
     """The evaluations by a fixed model that a configuration asks for: name -> stride."""
     return {"plain": cfg.eval_len, **({"sliding": cfg.eval_stride} if cfg.eval_stride else {})}
+
+
+def window_plans(script: ModuleType, cfg: Any, validation: Any) -> dict[str, np.ndarray]:
+    """The windows by which a fixed model is scored: name of the evaluation -> rows (start, first target, end)."""
+    targets = len(validation.tokens) - 1
+    plans = {name: script.plan_windows(targets, cfg.eval_len, stride) for name, stride in strides(cfg).items()}
+    if hasattr(script, "plan_document_windows") and cfg.eval_stride and cfg.doc_attention:
+        spans = script.document_spans(validation)
+        plans[DOCUMENT_WINDOWS] = script.plan_document_windows(spans, cfg.eval_len, cfg.eval_stride)
+    return plans
 
 
 def learners(cfg: Any) -> list[str]:
@@ -139,6 +155,7 @@ def tiny_settings(cfg: Any) -> dict[str, Any]:
     rotated = 2 * max(1, round(HEAD_DIM * cfg.rope_dims / cfg.head_dim / 2)) if cfg.rope_dims else 0
     return {
         "device": "cpu", "compile": 0, "attn_backend": "auto", "recipe": "", "eval_only": 0, "export_only": 0,
+        "resume": 0,
         "artifact_path": "", "weights_path": "", "run_id": "legality", "vocab_size": VOCAB, "num_layers": layers,
         "num_heads": heads, "num_kv_heads": kv_heads, "model_dim": heads * HEAD_DIM, "rope_dims": rotated,
         "mlp_hidden": math.ceil(cfg.mlp_hidden / cfg.model_dim * heads * HEAD_DIM),
@@ -168,23 +185,35 @@ def document_settings(cfg: Any) -> dict[str, Any]:
             "ttt_batch_size": 2}
 
 
+def tiny_values(script: ModuleType, full: Any) -> dict[str, Any]:
+    """Every field of a tiny likeness of `full`."""
+    known = [name.lower() for name in script.Config.variables()]
+    settings = tiny_settings(full)
+    return {name: settings.get(name, getattr(full, name)) for name in known}
+
+
 def configurations(script: ModuleType, values: Mapping[str, Any]) -> tuple[Any, Any]:
     """(the submission's Config, its tiny likeness) from logged values, which the script's defaults complete."""
     known = {name.lower() for name in script.Config.variables()}
     ours = {name: value for name, value in values.items() if name in known and name != "recipe"}
     environ = {name.upper(): as_variable(value) for name, value in ours.items()}
-    paths = {"ARTIFACT_PATH": "", "WEIGHTS_PATH": "", "EVAL_ONLY": "0", "EXPORT_ONLY": "0"}
-    full = script.Config.from_env({**environ, **paths})
-    shrunk = {name.upper(): as_variable(value) for name, value in tiny_settings(full).items() if name in known}
-    return full, script.Config.from_env({**environ, **shrunk})
+    here = {"ARTIFACT_PATH": "", "WEIGHTS_PATH": "", "EVAL_ONLY": "0", "EXPORT_ONLY": "0", "RESUME": "0"}
+    full = script.Config.from_env({**environ, **here})
+    tiny = {name.upper(): as_variable(value) for name, value in tiny_values(script, full).items()}
+    return full, script.Config.from_env(tiny)
 
 
 def build_subject(path: Path, values: Mapping[str, Any], targets: int) -> Subject:
-    """Everything the checks need. The model's parameters are random, so that no path hides behind a zero."""
-    import torch
-
+    """Everything the checks need, of the script at `path`."""
     script = load_script(path)
     full, cfg = configurations(script, values)
+    return tiny_subject(script, full, cfg, targets)
+
+
+def tiny_subject(script: ModuleType, full: Any, cfg: Any, targets: int) -> Subject:
+    """A model whose parameters are random, so that no path hides behind a zero, and a text of a few windows."""
+    import torch
+
     ranks = script.Ranks(0, 1, torch.device("cpu"))
     run = script.Runtime(cfg, ranks, script.Log(cfg, enabled=False), [])
     model = script.build_model(run, cfg, BOS)
@@ -197,8 +226,19 @@ def build_subject(path: Path, values: Mapping[str, Any], targets: int) -> Subjec
     tokens[[0, 7, 8, cfg.eval_len + 2, 2 * cfg.eval_len + 5, count - 6]] = BOS
     counts = torch.randint(0, 9, (count,), generator=generator, dtype=torch.int32)
     validation = script.ValidationSet(tokens, counts, BOS)
-    plans = {name: script.plan_windows(count - 1, cfg.eval_len, stride) for name, stride in strides(cfg).items()}
-    return Subject(script, full, run, model, validation, plans, targets)
+    return Subject(script, full, run, model, validation, window_plans(script, cfg, validation), targets)
+
+
+def long_subject(subject: Subject) -> Subject:
+    """The same with the submission's own depth, vocabulary and window (LONG at most): no feature waits for the size."""
+    full, script = subject.full, subject.script
+    length = min(full.eval_len, LONG)
+    sizes = {"vocab_size": full.vocab_size, "num_layers": full.num_layers, "xsa_last_n": full.xsa_last_n,
+             "ve_layers": full.ve_layers, "train_seq_len": min(full.train_seq_len, length), "eval_seq_len": length,
+             "eval_stride": min(full.eval_stride, length), "val_batch_size": length, "ttt_enabled": 0,
+             "ngram_enabled": 0, "ttt_lora_enabled": 0}  # fmt: skip
+    names = {name.upper(): as_variable(value) for name, value in {**tiny_values(script, full), **sizes}.items()}
+    return tiny_subject(script, full, script.Config.from_env(names), subject.targets)
 
 
 def other_token(token: int) -> int:
@@ -266,8 +306,74 @@ def check_causal(subject: Subject) -> str:
             if subject.nats(changed, plan) == subject.nats(tokens, plan):
                 raise NotImplementedError(f"{name} evaluation: no score depends on tokens {position}..")
             flips += 1
+        check_parts(subject, name, plan[len(plan) // 2])
     check_inputs(subject)
+    check_document_plan(subject)
+    check_long_windows(subject)
     return f"{flips} flips of all later tokens move no earlier score ({', '.join(subject.plans)}; PyTorch attention)"
+
+
+def check_long_windows(subject: Subject) -> None:
+    """The same once for a window of the submission's own length, and for its model with the targets held."""
+    import torch
+
+    big = long_subject(subject)
+    tokens, length = big.validation.tokens, big.run.cfg.eval_len
+    for name, plan in big.plans.items():
+        start, first, end = plan[len(plan) // 2].tolist()
+        middle = (first + end + 1) // 2
+        changed = tokens.clone()
+        changed[middle + 1 :] = tokens[middle + 1 :].clone().apply_(other_token)
+        before = plan[:1] * 0 + [start, first, middle]  # target i is token i + 1
+        check_parts(big, name, plan[len(plan) // 2])
+        moved = abs(big.nats(changed, before) - big.nats(tokens, before))
+        if not moved <= 100 * TOLERANCE:  # a sum over a thousand targets
+            raise Illegal(f"{name} evaluation in a window of {length} tokens: changing tokens {middle + 1}.. moves the "
+                          f"scores of the targets before them by {moved:.2g} nats; something is fitted to the window "
+                          "that is scored, or looks ahead")
+    inputs, targets = tokens[:length].long()[None], tokens[1 : length + 1].long()[None]
+    order = list(big.script.phases(big.run.cfg).values())[-1].order
+    with torch.no_grad():
+        weights = big.model.weights(False)
+        plain = big.model.nll(inputs, targets, weights, order)[0]
+        inputs[:, length // 2 :] = tokens[length // 2 : length].clone().apply_(other_token).long()
+        moved = float((big.model.nll(inputs, targets, weights, order)[0] - plain)[: length // 2].abs().max())
+    if not moved <= TOLERANCE * 10:
+        raise Illegal(f"the model in a window of {length} tokens: inputs from the middle on move scores before it by "
+                      f"{moved:.2g} nats")
+
+
+def check_parts(subject: Subject, name: str, window: np.ndarray) -> None:
+    """A window's targets scored together have the nats that its two halves have apart."""
+    tokens, (start, first, end) = subject.validation.tokens, window.tolist()
+    middle = (first + end + 1) // 2
+    whole, *halves = (subject.nats(tokens, window[None] * 0 + [start, low, high])
+                      for low, high in ((first, end), (first, middle), (middle, end)))
+    if not math.isclose(whole, sum(halves), rel_tol=1e-6, abs_tol=TOLERANCE):
+        raise Illegal(f"{name} evaluation in a window of {subject.run.cfg.eval_len} tokens: targets {first}..{end - 1} "
+                      f"scored together have {whole:.6f} nats, by halves {sum(halves):.6f}; something is fitted to "
+                      "what is scored")
+
+
+def check_document_plan(subject: Subject) -> None:
+    """Windows that follow the documents are a function of the text: what comes later moves none of the earlier."""
+    if DOCUMENT_WINDOWS not in subject.plans:
+        return
+    tokens, plan, length = subject.validation.tokens, subject.plans[DOCUMENT_WINDOWS], subject.run.cfg.eval_len
+    for position in range(1, len(tokens) - length):  # the last window ends with the text wherever documents begin
+        changed = tokens.clone()
+        changed[position:] = BOS
+        text = replace(subject.validation, tokens=changed)
+        other = window_plans(subject.script, subject.run.cfg, text)[DOCUMENT_WINDOWS]
+        before, after = (starts_by_target(rows, position - 1) for rows in (plan, other))
+        if before != after:
+            raise Illegal(f"document windows: tokens {position}.. decide which context earlier targets are scored "
+                          "with; a window may follow from what stands before its first target alone")
+
+
+def starts_by_target(plan: np.ndarray, targets: int) -> list[int]:
+    """First input of the window that scores each of the first `targets`."""
+    return [int(start) for start, first, end in plan.tolist() for _ in range(first, min(end, targets))]
 
 
 def scoring_batch(subject: Subject) -> tuple[Tensor, Tensor, dict[str, Tensor], tuple[int, ...]]:
@@ -317,8 +423,11 @@ def check_normalised(subject: Subject) -> str:
                 raise Illegal(f"{name} evaluation: the probabilities of all {VOCAB} tokens at target {target} sum to "
                               f"{total:.6g}; the score must come from one distribution fixed before the token is seen")
     check_logits(subject)
+    check_fixed_scores(subject)
     if learners(subject.run.cfg):
         worst = max(worst, check_online_normalised(subject))
+    if getattr(subject.run.cfg, "ngram_enabled", False):
+        worst = max(worst, check_full_tables(subject))
     if by_documents(subject.run.cfg):
         worst = max(worst, check_documents_normalised(subject))
     names = ", ".join(subject.evaluations())
@@ -343,6 +452,76 @@ def check_online_normalised(subject: Subject) -> float:
             raise Illegal(f"online evaluation: the probabilities of all {VOCAB} tokens at target {target} sum to "
                           f"{total:.6g}; a mixture must come from one distribution, of counts that exclude the target")
     return float(abs(totals - 1).max())
+
+
+def uniform(subject: Subject) -> Subject:
+    """A model to which all tokens are equally likely, and a long text."""
+    import torch
+
+    cfg = replace(subject.run.cfg, ttt_enabled=False, eval_stride=subject.run.cfg.eval_len,
+                  ttt_chunk_tokens=MANY // 4, val_batch_size=4 * MANY)
+    model, level = copy.copy(subject.model), torch.tensor(math.log(VOCAB))
+    vars(model).update(micro_batch=4 * MANY, fast_nll=lambda ids, *_: level.expand(ids.shape),
+                       fast_nll_and_entropy=lambda ids, *_: (level.expand(ids.shape), level.expand(ids.shape)))
+    tokens = torch.randint(4, VOCAB, (MANY,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    tokens[0] = BOS
+    text = subject.script.ValidationSet(tokens, torch.ones_like(tokens), BOS)
+    return replace(subject, run=replace(subject.run, cfg=cfg), model=model, validation=text)
+
+
+def check_fixed_scores(subject: Subject) -> None:
+    """A fixed model to which all tokens are equally likely scores a long text by ln V a target, whatever was scored."""
+    long = uniform(subject)
+    for name, evaluation in long.evaluations().items():
+        if name in subject.plans:
+            (score,) = evaluation(long.validation)
+            if not math.isclose(score.loss, math.log(VOCAB), rel_tol=1e-6):
+                raise Illegal(f"{name} evaluation of {MANY} tokens: {score.loss:.6f} nats a target under a model to "
+                              f"which all tokens are equally likely, not ln {VOCAB}: something else scores")
+
+
+def check_full_tables(subject: Subject) -> float:
+    """The same for n-grams after a long text, where hash tables are full and a target's bucket holds other n-grams.
+
+    Only counts decide; each candidate stands at many targets at once, further apart than any n-gram.
+    """
+    import numpy as np
+
+    long = uniform(subject)
+    tokens = long.validation.tokens
+    tried = MANY - MANY // 8 + SPACING * np.arange(MANY // 16 // SPACING)  # in the last chunk: none of them is counted
+    nats = []
+    for candidate in range(VOCAB):
+        changed = tokens.clone()
+        changed[tried] = candidate
+        text = replace(long.validation, tokens=changed)
+        nats.append(nats_of_targets(replace(long, validation=text), (tried - 1).tolist()))
+    totals = np.exp(-np.array(nats)).sum(0)
+    worst = float(totals[abs(totals - 1).argmax()])
+    if not abs(worst - 1) <= 1e-4:
+        raise Illegal(f"n-grams after {MANY} tokens: the probabilities of all {VOCAB} tokens sum to {worst:.6g}; "
+                      "counts of the target must not share a bucket with other n-grams, or be divided by their "
+                      "sum")
+    return abs(worst - 1)
+
+
+def nats_of_targets(subject: Subject, targets: list[int]) -> list[float]:
+    """Nats of single targets in the last chunk of the evaluation that learns, each scored by itself at its time."""
+    script, original, found = subject.script, subject.script.score_windows, {}
+
+    def recorder(run: Any, model: Any, text: Any, windows: np.ndarray, *rest: Any, **named: Any) -> Tensor:
+        for start, first, end in windows.tolist():
+            for target in targets[bisect.bisect_left(targets, first) : bisect.bisect_left(targets, end)]:
+                single = original(run, model, text, windows[:1] * 0 + [start, target, target + 1], *rest, **named)
+                found[target] = float(single[-1])
+        return original(run, model, text, windows, *rest, **named)
+
+    script.score_windows = recorder
+    try:
+        subject.online(subject.validation)
+    finally:
+        script.score_windows = original
+    return [found[target] for target in targets]
 
 
 def check_documents_normalised(subject: Subject) -> float:
@@ -466,6 +645,15 @@ def check_plan(script: ModuleType, targets: int, length: int, stride: int) -> No
         raise Illegal(f"plan_windows({targets}, {length}, {stride}): {fault}; each target counts exactly once")
 
 
+def awkward_spans() -> list[np.ndarray]:
+    """Documents (first target, end) of odd lengths: one alone, many of one token, one longer than any window."""
+    import numpy as np
+
+    lengths = [[40], [1] * 40, [1, 100, 2, 33, 1], [9, 8, 7, 32, 31, 33]]
+    ends = [np.cumsum(row) for row in lengths]
+    return [np.stack([end - row, end], 1) for end, row in zip(ends, lengths, strict=True)]
+
+
 def check_coverage(subject: Subject) -> str:
     """C4: the plan of awkward and real lengths, and the windows and sums of the evaluation itself."""
     import numpy as np
@@ -475,6 +663,11 @@ def check_coverage(subject: Subject) -> str:
     real = [(subject.targets, subject.full.eval_len, stride) for stride in strides(subject.full).values()]
     for case in [*awkward, *real]:
         check_plan(subject.script, *case)
+    for spans in awkward_spans() if DOCUMENT_WINDOWS in subject.plans else ():
+        for length, stride in ((8, 3), (8, 8), (32, 1)):
+            if fault := plan_fault(subject.script.plan_document_windows(spans, length, stride), spans.max(), length):
+                raise Illegal(f"plan_document_windows of {len(spans)} documents, {length}, {stride}: {fault}; each "
+                              "target counts exactly once")
     validation = subject.validation
     want = len(validation.tokens) - 1, int(validation.token_bytes[1:].sum())
     windowed = {name: call for name, call in subject.evaluations().items() if name != "documents"}
@@ -519,12 +712,38 @@ def check_documents(subject: Subject) -> str:
 # All of them
 # ---------------------------------------------------------------------------------------
 
+def check_bytes(subject: Subject) -> str:
+    """The bytes that the script counts are those of the text, for a tokenizer that keeps text as it is."""
+    with whole_run.place_to_run(subject.script) as place:
+        cfg = place.config(tiny_values(subject.script, subject.full), "bytes")
+        if fault := whole_run.byte_fault(subject.script, place, cfg):
+            raise Illegal(fault)
+    return f"exact on {len(place.corpus.val)} documents of another tokenizer"
+
+
+def check_whole_run(subject: Subject) -> str:
+    """Train, export and evaluate in small; again with another validation text; score the artifact alone."""
+    with whole_run.place_to_run(subject.script) as place:
+        values, corpus = tiny_values(subject.script, subject.full), place.corpus
+        first = whole_run.trained(place, place.config(values, "first"), True)
+        only = {"eval_only": 1, "artifact_path": "logs/first.pgolf"}
+        again = whole_run.trained(place, place.config(values, "again", **only), True)
+        sizes = sum(len(text.encode()) for text in corpus.val), len(whole_run.encoded(corpus, corpus.val)) - 1
+        place.set_validation(corpus.other_val)
+        other = whole_run.trained(place, place.config(values, "other"), False)
+    if fault := whole_run.artifact_fault(first, other) or whole_run.score_fault(first, again, *sizes):
+        raise Illegal(fault)
+    return f"the artifact is the same with another validation text, and gives the {len(first.scores)} logged scores"
+
+
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "C1 causal": check_causal,
     "C2 normalised": check_normalised,
     "C3 score before update": check_score_first,
     "C4 each target once": check_coverage,
     "document leak": check_documents,
+    "bytes of the text": check_bytes,
+    "whole run": check_whole_run,
 }
 
 
@@ -563,17 +782,13 @@ def examine(path: Path, values: Mapping[str, Any], targets: int) -> list[CheckRe
         torch.set_num_threads(threads)
 
 
-def untestable(script: Path) -> str:
-    """Why a script cannot be tested, read off its text: nothing of a foreign script is run. Empty if it can."""
+def definitions(script: Path) -> set[str]:
+    """Names of the functions and classes of a script, packed or not; ToolError says why it cannot be read."""
     try:
         text = script.read_text(encoding="utf-8")
-        body = ast.parse(unpacked(text) or text).body
+        return {getattr(node, "name", "") for node in ast.parse(unpacked(text) or text).body}
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError) as problem:
-        return f"{script.name} cannot be read ({problem})"
-    missing = sorted(set(API) - {getattr(node, "name", "") for node in body})
-    if not missing:
-        return ""
-    return f"{script.name} is not a script of this trainer (no {', '.join(missing[:4])}...): read it by hand"
+        raise ToolError(f"{script.name} cannot be read ({problem})") from None
 
 
 def logged(folder: Path) -> tuple[dict[str, Any], int]:
@@ -587,11 +802,19 @@ def logged(folder: Path) -> tuple[dict[str, Any], int]:
     return values, targets or OFFICIAL_TARGETS
 
 
-def legality_checks(folder: Path) -> list[CheckResult]:
-    """The conditions for a submission folder, one result each; its train_gpt.py runs in a process of its own."""
-    script = folder / "train_gpt.py"
-    if reason := untestable(script):
-        return skipped(reason)
+def legality_checks(folder: Path, script: Path | None = None) -> list[CheckResult]:
+    """The conditions for a submission folder, one result each; its script runs in a process of its own."""
+    script = script or folder / "train_gpt.py"
+    try:
+        names = definitions(script)
+    except ToolError as problem:
+        return skipped(str(problem))
+    if missing := sorted(set(API) - names):
+        reason = f"{script.name} is not a script of this trainer (no {', '.join(missing[:4])}...): read it by hand"
+        if not {"GPT", "Hyperparameters"} <= names:
+            return skipped(f"{reason}; it has no classes GPT and Hyperparameters to try in small")
+        found = {result.name: result for result in foreign.foreign_checks(script)}
+        return [found.get(result.name, result) for result in skipped(reason)]
     values, targets = logged(folder)
     job = json.dumps({"path": str(script.resolve()), "values": values, "targets": targets})
     root = str(Path(__file__).resolve().parent.parent)

@@ -3,58 +3,112 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 from records.checks import (
+    DATA_SETS,
     FORBIDDEN,
     LIMIT_BYTES,
     LIMIT_SECONDS,
     OFFICIAL_DOCUMENTS,
+    SAME_RATIO,
     CheckResult,
+    bytes_per_token,
+    data_set,
     is_leaky,
     known_data,
     promises,
     uses,
 )
-from records.folder import Folder, claimed_bpb
+from records.folder import Folder, claimed_bpb, is_number, means, near, tolerance
 from records.freeze import named
-from records.runs import RunLog, unlike
+from records.runs import SAME_COUNTS, SAME_FACTS, RunLog, unlike
 from records.statistics import compare, described, read_baseline, summarize
 
 SEEDS_FOR_A_RECORD = 3
-
-
-def tolerance(claimed: float) -> float:
-    """Half of the last digit that a claimed number shows, between four and seven decimals."""
-    digits = len(repr(float(claimed)).partition(".")[2]) if "e" not in repr(float(claimed)) else 7
-    return 0.51 * 10.0 ** -min(max(digits, 4), 7)
+LONGEST_STEP = 2.0  # a last step over the mean of the run: published logs reach 1.6
 
 
 def scores(folder: Folder) -> Iterator[CheckResult]:
     """The scores of the logs are those of submission.json, per seed and in the mean."""
-    scored = [run for run in folder.logs if run.score]
+    scored = [run for run in folder.claimed if run.score]
     claimed = claimed_bpb(folder.data) if folder.data else None
-    if claimed is None or not scored:
+    rows = [row for row in folder.seed_results.values() if is_number(row.get("val_bpb"))]
+    if not scored or claimed is None and not rows:
         yield CheckResult("score", "skip", "no val_bpb claimed or no score logged")
         return
     for run in scored:
         row = folder.seed_results.get(str(run.seed), {})
         for key in ("val_bpb", "val_loss"):
             value, logged = row.get(key), getattr(run.score, key)
-            if isinstance(value, int | float) and abs(value - logged) > tolerance(value):
+            if is_number(value) and not near(value, logged):
                 yield CheckResult(f"score of seed {run.seed}", "fail", f"submission.json says {key} {value}, "
                                   f"{run.path.name} ends with {run.score.name} {logged:.8f}: copy the log's number")
-    for key, value in (("val_bpb", claimed), ("val_loss", folder.data.get("val_loss"))):
-        mean = statistics.fmean(getattr(run.score, key) for run in scored)
-        if not isinstance(value, int | float):
-            continue
-        fine = abs(value - mean) <= tolerance(value)
-        what = f"{key} {value} and the mean of {len(scored)} log(s), {mean:.8f} ({scored[-1].score.name})"
-        remedy = "" if fine else ": they differ; write the mean of the last scored lines"
-        yield CheckResult(f"score {key}", "pass" if fine else "fail", what + remedy)
+    for key, value in (("val_bpb", claimed), ("val_loss", (folder.data or {}).get("val_loss"))):
+        if is_number(value):
+            yield headline(key, value, scored, [row[key] for row in rows if is_number(row.get(key))])
+
+
+def headline(key: str, value: float, scored: list[RunLog], rows: list[float]) -> CheckResult:
+    """The submission's own number: the mean of the logs, of what it says per seed, or (older forms) one log's."""
+    logged = [getattr(run.score, key) for run in scored]
+    name, text = f"score {key}", f"{key} {value} and the mean of {len(logged)} log(s), {statistics.fmean(logged):.8f}"
+    if any(near(value, mean) for mean in means(logged)) or (
+            len(rows) == len(scored) and near(value, statistics.fmean(rows))):
+        return CheckResult(name, "pass", f"{text} ({scored[-1].score.name})")
+    single = [run for run, score in zip(scored, logged, strict=True) if near(value, score)]
+    if single and not rows:
+        return CheckResult(name, "pass", f"{value} is the {key} of {single[0].path.name} alone; the mean of "
+                           f"{len(logged)} logs is {statistics.fmean(logged):.8f}, which is what compares")
+    return CheckResult(name, "fail", f"{text} ({scored[-1].score.name}): they differ; write the mean of the last "
+                       "scored lines")
+
+
+def stated_pairs(folder: Folder) -> Iterator[tuple[str, float, float]]:
+    """(where it stands, val_loss, val_bpb) of every place that has both: submission.json, scores and curves."""
+    rows = {"submission.json": folder.data or {}}
+    rows |= {f"submission.json, seed {seed}": row for seed, row in folder.seed_results.items()}
+    for where, row in rows.items():
+        yield where, row.get("val_loss"), row.get("val_bpb")
+    for run in folder.logs:
+        yield from ((f"{run.path.name}, {score.name}", score.val_loss, score.val_bpb) for score in run.scores)
+        yield from ((f"{run.path.name}, step {point.step}", point.loss, point.bpb) for point in run.val)
+
+
+def score_ratio(folder: Folder) -> CheckResult:
+    """val_loss / (ln 2 x val_bpb) is the bytes per token of the validation text: one constant of the data set.
+
+    It shows a score that was not computed from its loss, or with the bytes of another text.
+    """
+    name, expected, found = "bytes per token", {}, {}
+    for run in folder.logs:
+        tokens = run.counts.get("val_tokens", 0)
+        if known := data_set(tokens):
+            expected[known.name] = known.bytes_per_token
+        elif "val_bytes" in run.counts:
+            expected["the log's val_bytes"] = run.counts["val_bytes"] / max(tokens - 1, 1)
+    for where, loss, bpb in stated_pairs(folder):
+        if all(isinstance(value, int | float) and 0 < value < math.inf for value in (loss, bpb)):
+            found[where] = bytes_per_token(loss, bpb)
+    if not found:
+        return CheckResult(name, "skip", "no score with both val_loss and val_bpb")
+    wanted = expected or {known.name: known.bytes_per_token for known in DATA_SETS}
+    odd = {where: ratio for where, (ratio, inexact) in found.items() if not any(
+        abs(ratio / right - 1) <= SAME_RATIO + inexact for right in wanted.values())}
+    right = ", ".join(f"{value:.4f} ({what})" for what, value in wanted.items())
+    if odd and (expected or folder.is_record_track):
+        where, ratio = next(iter(odd.items()))
+        return CheckResult(name, "fail", f"{len(odd)} of {len(found)} scores do not belong to their loss, first "
+                           f"{where}: val_loss / (ln 2 x val_bpb) is {ratio:.4f}, the data has {right}; score the "
+                           "artifact again with the right tokenizer, bytes and text")
+    if odd:
+        return CheckResult(name, "skip", f"{min(odd.values()):.4f} to {max(odd.values()):.4f}, of no data known here")
+    return CheckResult(name, "pass", f"{len(found)} scores agree with {right if expected else 'an official set'}")
 
 
 def code_size(folder: Folder, run: RunLog) -> CheckResult:
@@ -65,6 +119,8 @@ def code_size(folder: Folder, run: RunLog) -> CheckResult:
     shipped = folder.script.stat().st_size
     if counted == shipped:
         return CheckResult(name, "pass", f"{counted}, the size of {folder.script.name}")
+    if abs(counted - shipped) == 1 and provenance(folder, run).status == "pass":
+        return CheckResult(name, "pass", f"{counted}, the size of {folder.script.name} but for its last line's end")
     raw = run.counts.get("code_bytes_raw")
     wrapper = " (the log counts a compressed form that is not the shipped file)" if raw == shipped else ""
     return CheckResult(name, "fail", f"the log counts {counted} bytes, the shipped {folder.script.name} has "
@@ -98,9 +154,10 @@ def claimed_sizes(folder: Folder) -> Iterator[CheckResult]:
     data, totals = folder.data or {}, [run.total_bytes for run in folder.logs if run.total_bytes]
     claimed, code = data.get("bytes_total"), data.get("bytes_code")
     if isinstance(claimed, int) and totals:
-        fine = claimed in (totals if len(totals) == 1 else [max(totals)])
+        fine = claimed in totals or claimed == round(statistics.fmean(totals))
         remedy = "" if fine else ": write the largest total of the logs"
-        yield CheckResult("bytes_total", "pass" if fine else "fail", f"claimed {claimed}, logged {max(totals)}{remedy}")
+        yield CheckResult("bytes_total", "pass" if fine else "fail", f"claimed {claimed}, logged {max(totals)} at most"
+                          f"{remedy}")
     if isinstance(claimed, int) and claimed > LIMIT_BYTES:
         yield CheckResult("bytes_total limit", "fail", f"{claimed} claimed: over {LIMIT_BYTES} decimal bytes")
     if isinstance(code, int) and folder.script:
@@ -123,13 +180,22 @@ def claims(folder: Folder) -> CheckResult:
         row, sizes = folder.seed_results.get(str(run.seed), {}), [run.artifact_bytes, run.total_bytes]
         rows = {"artifact_bytes": sizes, "bytes_total": sizes[1:], "steps": [run.steps]}  # the first is used for both
         pairs += [(f"{name} of seed {run.seed}", row.get(name), right) for name, right in rows.items()]
+    pairs = [pair for pair in pairs if pair[1] is not None and pair[2] and None not in pair[2]]
     for name, claimed, right in pairs:
-        if claimed is not None and None not in right and claimed not in right:
+        if claimed not in right:
             wrong.append(f"{name} {claimed}, not {', '.join(map(str, dict.fromkeys(right)))}")
     if wrong:
         return CheckResult("claims", "fail", f"submission.json has {'; '.join(wrong)}: copy the numbers of the logs, "
                            "or let `python -m records new` write it")
-    return CheckResult("claims", "pass", "sizes, steps, data and digests that submission.json names are the logs'")
+    if not pairs:
+        return CheckResult("claims", "skip", "submission.json names no size, step count or digest that a log has")
+    return CheckResult("claims", "pass", f"{', '.join(name for name, *_ in pairs)[:200]}: those of the logs")
+
+
+def has_code(run: RunLog, feature: str) -> bool:
+    """Whether the source in a log does anything with the hyperparameters of a feature; true where it has no source."""
+    names = [name for name in run.values if feature and re.search(feature, name)]
+    return not run.source_text or not names or any(re.search(rf"\.{name}\b", run.source_text) for name in names)
 
 
 def compliance(folder: Folder) -> Iterator[CheckResult]:
@@ -149,9 +215,12 @@ def compliance(folder: Folder) -> Iterator[CheckResult]:
               "three_seeds": [len({run.seed for run in logs}) >= SEEDS_FOR_A_RECORD] if logs else []}
     for run in logs:
         for key, holds in promises(run.values).items() if run.values else ():
-            proven.setdefault(key, []).append(holds)
+            proven.setdefault(key, []).append(holds or not has_code(run, FORBIDDEN.get(key, "")))
     broken = sorted(key for key, holds in proven.items() if given.get(key) is True and not all(holds))
     known = sum(bool(holds) and key in given for key, holds in proven.items())
+    if not known:
+        yield CheckResult("compliance", "skip", f"none of {len(given)} promises can be read off the logs")
+        return
     yield CheckResult("compliance", "fail" if broken else "pass", f"submission.json promises {', '.join(broken)}, the "
                       "logs say otherwise: correct it" if broken else f"{known} of {len(given)} promises are those of "
                       "the logs; the others are for a reviewer")
@@ -170,11 +239,26 @@ def provenance(folder: Folder, run: RunLog) -> CheckResult:
         return CheckResult(name, "fail", f"the log is of sha256 {logged[:16]}, the shipped {folder.script.name} is "
                            f"{shipped[:16]}: ship logs/<RUN_ID>.py of the run, or run this file again")
     if run.source_text:
-        same = run.source_text.strip() == (folder.source or "").strip()
+        same = run.source_text.rstrip().endswith((folder.source or "no script").strip())
         return CheckResult(name, "pass" if same else "fail", "the source at the log's head is the shipped "
                            "script" if same else
                            "the source at the log's head is not the shipped script: ship the file that ran")
     return CheckResult(name, "skip", "the log has neither a sha256 nor the source; only sizes can be compared")
+
+
+def resumed(run: RunLog) -> Iterator[CheckResult]:
+    """A run that was killed and went on says so, and all that was spent before counts, lost steps included."""
+    if not (run.resumes or run.values.get("resume")):
+        return
+    name, lost = f"resumed {run.path.name}", sum(resume.lost for resume in run.resumes)
+    most = max((resume.seconds for resume in run.resumes), default=0.0)
+    places = ", ".join(str(resume.step) for resume in run.resumes) or "the end of training"
+    text = f"the run was interrupted and went on at step {places}; {lost:.1f} s were lost and count as training"
+    if run.train_seconds is not None and run.train_seconds < most:
+        yield CheckResult(name, "fail", f"{text}, but the log ends with {run.train_seconds:.1f} s where {most:.1f} s "
+                          "were spent at the last resumption: run the seed again")
+    else:
+        yield CheckResult(name, "pass", text)
 
 
 def times(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
@@ -188,21 +272,25 @@ def times(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
     if trained is None:
         yield CheckResult(name, "skip", "the log has no time of training")
     else:
-        # scripts that stop at the first step after the limit run over by less than one step
-        allowed = LIMIT_SECONDS + (0.0 if "budget_train" in run.times else run.step_avg or 0.0)
+        # scripts that stop at the first step after the limit run over by less than that step
+        step = 0.0 if "budget_train" in run.times else LONGEST_STEP * (run.step_avg or 0.0)
+        allowed = LIMIT_SECONDS + step
         hessians = run.times.get("hessians", 0.0)
         parts = f" ({hessians:.1f} s of them calibration, which reads training data)" if hessians else ""
-        remedy = "" if trained <= allowed else ": stop earlier, reserve time for calibration (GPTQ_RESERVE_SECONDS)"
+        one = f", {trained - LIMIT_SECONDS:.3f} s over, less than a step" if LIMIT_SECONDS < trained <= allowed else ""
+        advice = ": stop earlier, reserve time for calibration (GPTQ_RESERVE_SECONDS)"
+        remedy = "" if trained <= allowed else f", {trained - LIMIT_SECONDS:.3f} s over{advice}"
         yield CheckResult(name, "fail" if remedy else "pass", f"{trained:.1f} s of {LIMIT_SECONDS:.0f} "
-                          f"s{parts}{remedy}")
+                          f"s{parts}{one}{remedy}")
     name = f"eval time {run.path.name}"
     if evaluated is None:
         yield CheckResult(name, "skip", "the log has no time of evaluation")
         return
-    off = f"; {run.off_the_clock:.0f} s of loading and compiling are not in it" if run.off_the_clock else ""
-    over = evaluated > LIMIT_SECONDS
-    remedy = ": raise EVAL_STRIDE or adapt on fewer tokens" if over else ""
-    yield CheckResult(name, "fail" if over else "pass", f"{evaluated:.1f} s of {LIMIT_SECONDS:.0f} s{off}{remedy}")
+    off, whole = run.off_the_clock, evaluated + run.off_the_clock
+    parts = f" with {off:.0f} s of loading and compiling that the log's timer leaves out" if off else ""
+    over = whole > LIMIT_SECONDS
+    remedy = ": raise EVAL_STRIDE, adapt on fewer tokens, or compile less" if over else ""
+    yield CheckResult(name, "fail" if over else "pass", f"{whole:.1f} s of {LIMIT_SECONDS:.0f} s{parts}{remedy}")
 
 
 def data(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
@@ -242,8 +330,14 @@ def tokenizer(folder: Folder) -> Iterator[CheckResult]:
     counts = [run.counts["val_tokens"] for run in folder.logs if "val_tokens" in run.counts]
     if not counts:
         return
-    shipped = ", ".join(path.name for path in folder.path.glob("*.model"))
-    if known_data(counts[0]) or shipped:
+    files = [path for pattern in ("*.model", "tokenizers/*.model") for path in folder.path.glob(pattern)]
+    shipped, logged = ", ".join(path.name for path in files), {run.facts.get("tokenizer_sha256") for run in folder.logs}
+    digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    if files and logged != {None} and not logged <= digests:
+        yield CheckResult("tokenizer", "fail", f"{shipped} is not the tokenizer of the logs (sha256 "
+                          f"{min(digests)[:12]}, there {', '.join(str(value)[:12] for value in logged)}): ship the one "
+                          "that the runs read")
+    elif known_data(counts[0]) or shipped:
         yield CheckResult("tokenizer", "pass", shipped or f"the official one of {known_data(counts[0])}")
     else:
         yield CheckResult("tokenizer", "fail", "the data is not official and no *.model is in the folder: put the "
@@ -275,11 +369,11 @@ def true_names(folder: Folder, run: RunLog) -> Iterator[CheckResult]:
 
 def seeds(folder: Folder) -> Iterator[CheckResult]:
     """Distinct seeds of one configuration and one script; every claimed seed has its log."""
-    found = [run.seed for run in folder.logs]
+    found = [run.seed for run in folder.claimed]
     known = [seed for seed in found if seed is not None]
     missing = sorted(set(folder.claimed_seeds) - set(known)) if known else []
     double = sorted({seed for seed in known if known.count(seed) > 1})
-    if missing and len(folder.logs) < len(folder.claimed_seeds):
+    if missing and len(found) < len(folder.claimed_seeds):
         yield CheckResult("seeds", "fail", f"submission.json names seed(s) {missing} without a log: add "
                           "train_seed<SEED>.log")
     elif double:
@@ -289,24 +383,28 @@ def seeds(folder: Folder) -> Iterator[CheckResult]:
                           f"{SEEDS_FOR_A_RECORD} (python -m records seeds)")
     elif found:
         yield CheckResult("seeds", "pass", f"{len(found)}: {known}")
-    if len(folder.logs) > 1:
-        yield one_configuration(folder.logs)
+    for group in (folder.claimed, [run for run in folder.logs if run not in folder.claimed]):
+        if len(group) > 1:
+            yield one_configuration(group)
 
 
 def one_configuration(logs: list[RunLog]) -> CheckResult:
     """All logs have the same hyperparameters (or the same visible sizes where none are logged) and the same script."""
     name, first = "one configuration", logs[0]
-    for other in logs[1:]:
+    for first, other in itertools.combinations(logs, 2):
         if changed := unlike(first, other):
             return CheckResult(name, "fail", f"{first.path.name} and {other.path.name} differ in {named(changed)}: a "
                                "mean needs seeds of one configuration, script and data; run the odd one again")
+    shown = [bool(run.values or run.counts.keys() & {*SAME_COUNTS} or run.facts.keys() & {*SAME_FACTS}) for run in logs]
+    if not all(shown):
+        return CheckResult(name, "skip", f"{shown.count(False)} of {len(logs)} logs say nothing of their configuration")
     basis = "hyperparameters" if first.values else "the settings they show (the logs have no full list)"
     return CheckResult(name, "pass", f"{len(logs)} logs agree in {basis}")
 
 
 def significance(folder: Folder, baseline: Path | None) -> Iterator[CheckResult]:
     """Spread over seeds, and the test against a baseline where one is given."""
-    scored = [run.score for run in folder.logs if run.score]
+    scored = [run.score for run in folder.claimed if run.score]
     if not scored:
         return
     bpbs, losses = [score.val_bpb for score in scored], [score.val_loss for score in scored]
@@ -327,12 +425,22 @@ def significance(folder: Folder, baseline: Path | None) -> Iterator[CheckResult]
     yield CheckResult("significance", "pass" if passes else "fail", "; ".join(test.line() for test in tests) + remedy)
 
 
+def other_logs(folder: Folder) -> Iterator[CheckResult]:
+    """Logs that nothing in submission.json claims are named, so that none passes for evidence."""
+    if folder.others:
+        names = ", ".join(dict.fromkeys(str(run.path.relative_to(folder.path)) for run in folder.others))
+        yield CheckResult("other logs", "skip", f"{len(folder.others)} run(s) that submission.json does not claim, not "
+                          f"checked: {names[:300]}")
+
+
 def check_logs(folder: Folder, baseline: Path | None) -> Iterator[CheckResult]:
     """All checks of this module."""
     yield from scores(folder)
+    yield score_ratio(folder)
     for run in folder.logs:
         yield provenance(folder, run)
         yield code_size(folder, run)
+        yield from resumed(run)
         for part in (size, times, data, true_names):
             yield from part(folder, run)
     yield from tokenizer(folder)
@@ -341,3 +449,4 @@ def check_logs(folder: Folder, baseline: Path | None) -> Iterator[CheckResult]:
     yield from compliance(folder)
     yield from seeds(folder)
     yield from significance(folder, baseline)
+    yield from other_logs(folder)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GREY = "#666666"
+GREY, PALE = "#666666", "#c8c8c8"
 MINUTES_FROM_SECONDS = 180.0  # a time axis longer than this is in minutes
+CHARACTERS_PER_INCH = 12.0  # of the legends' font
+WIDEST = 60  # characters of a line of the legend; longer names are broken
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Curve:
 
     def legend(self) -> str:
         """The run's name and its scores, one to a line."""
-        return "\n".join([self.name, *(f"  {score.name}  {score.val_bpb:.4f} bpb" for score in self.log.scores)])
+        lines = [self.name, *(f"  {score.name}  {score.val_bpb:.4f} bpb" for score in self.log.scores)]
+        wrap = textwrap.TextWrapper(WIDEST, subsequent_indent="    ", drop_whitespace=False, break_on_hyphens=False)
+        return "\n".join(part for line in lines for part in wrap.wrap(line))
 
 
 class XAxis(NamedTuple):
@@ -67,11 +72,23 @@ def read_curves(paths: Sequence[Path]) -> list[Curve]:
     for i, path in enumerate(files):
         name = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}"
         run = read_run(path)
-        if not run.train:
+        if not (run.train or run.val):
             raise ToolError(f"{path}: no train events. Either the run ended before its first logged step (read the end "
                             "of its .txt log) or it logged none: set TRAIN_LOG_EVERY=10 and run it again")
-        curves.append(Curve(name, COLOURS[i % len(COLOURS)], run))
-    return curves
+        curves.append(Curve(name, COLOURS[i] if i < len(COLOURS) else GREY, run))
+    return coloured(curves)
+
+
+def coloured(curves: Sequence[Curve]) -> list[Curve]:
+    """Of more runs than there are colours the best have them, and are drawn over the grey rest."""
+    if len(curves) <= len(COLOURS):
+        return list(curves)
+    def score(curve: Curve) -> float:
+        return curve.log.score.val_bpb if curve.log.score else math.inf
+
+    ranked = sorted(curves, key=score)
+    best = [replace(curve, colour=colour) for curve, colour in zip(ranked, COLOURS, strict=False)]
+    return [replace(curve, colour=PALE) for curve in ranked[len(COLOURS) :]] + best
 
 
 # ---------------------------------------------------------------------------------------
@@ -191,8 +208,10 @@ def add_legends(figure: Figure, runs: Sequence[Curve]) -> None:
     """The kinds of line above the panels, the runs with their scores below."""
     from matplotlib.lines import Line2D
 
-    kinds = {"training, logged": {"linestyle": "-", "marker": ".", "linewidth": 0.5, "alpha": 0.5},
-             "training, moving mean": {"linewidth": 1.5}}
+    kinds = {}
+    if any(run.log.train for run in runs):
+        kinds = {"training, logged": {"linestyle": "-", "marker": ".", "linewidth": 0.5, "alpha": 0.5},
+                 "training, moving mean": {"linewidth": 1.5}}
     if any(run.log.val for run in runs):
         kinds["validation"] = val_style(GREY)
     if any(run.log.score for run in runs):
@@ -201,8 +220,15 @@ def add_legends(figure: Figure, runs: Sequence[Curve]) -> None:
         kinds["change of phase"] = {"linestyle": ":", "linewidth": 1}
     handles = [Line2D([], [], **{"color": GREY, **kind}) for kind in kinds.values()]
     figure.legend(handles, list(kinds), loc="outside upper center", ncols=len(kinds), fontsize=8, frameon=False)
-    figure.legend([Line2D([], [], color=run.colour, linewidth=3) for run in runs], [run.legend() for run in runs],
-                  loc="outside lower center", ncols=min(3, len(runs)), fontsize=8, frameon=False)
+    named = [run for run in runs if run.colour != PALE]
+    lines, texts = [Line2D([], [], color=run.colour, linewidth=3) for run in named], [run.legend() for run in named]
+    if len(named) < len(runs):
+        lines.append(Line2D([], [], color=PALE, linewidth=3))
+        texts.append(f"{len(runs) - len(named)} other runs")
+    longest = max(len(line) for text in texts for line in text.splitlines())
+    columns = int(CHARACTERS_PER_INCH * figure.get_figwidth() / (longest + 6))
+    figure.legend(lines, texts, loc="outside lower center", ncols=max(1, min(3, columns, len(texts))), fontsize=8,
+                  frameon=False)
 
 
 def draw(runs: Sequence[Curve], chosen: str | None) -> Figure:
@@ -211,7 +237,8 @@ def draw(runs: Sequence[Curve], chosen: str | None) -> Figure:
 
     columns = x_axes(runs, chosen)
     rows = [draw_loss, draw_bpb] if any(run.log.val or run.log.score for run in runs) else [draw_loss]
-    figure = Figure(figsize=(2.0 + 5.2 * len(columns), 1.1 + 3.0 * len(rows)), layout="constrained")
+    below = 0.14 * sum(len(run.legend().splitlines()) for run in runs if run.colour != PALE)  # at most, in one column
+    figure = Figure(figsize=(2.0 + 5.2 * len(columns), 1.1 + 3.0 * len(rows) + below), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), sharex="col", sharey="row", squeeze=False)
     for i, draw_row in enumerate(rows):
         for axes, x in zip(grid[i], columns):
@@ -252,5 +279,6 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture format
         raise ToolError(f"{args.out}: cannot be written ({error})") from None
     points = sum(len(run.log.train) for run in runs)
-    print(f"{args.out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {points} training points")
+    rest = f"; the {len(COLOURS)} best are named" if len(runs) > len(COLOURS) else ""
+    print(f"{args.out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {points} training points{rest}")
     return 0

@@ -7,6 +7,7 @@ source, so every pattern is anchored to a line's start and wants digits where th
 from __future__ import annotations
 
 import ast
+import codecs
 import hashlib
 import json
 import math
@@ -24,6 +25,9 @@ SCORE = re.compile(rf"^[\d:. -]*([A-Za-z][\w ().+-]*?)(?: stride:\d+)?[ :]+val_l
                    rf"val_bpb[:=] ?{NUMBER}(.*)$")
 DIAGNOSTIC = re.compile(r"diagnostic|pre.?quant|post_ema|before|^swa|^ema", re.IGNORECASE)
 SOURCE_END = re.compile(r"^={100}$", re.MULTILINE)
+RUN_START = re.compile(r"^(?:source: sha256:[0-9a-f]{64} .*\n)?Running Python \d", re.MULTILINE)
+STEP_LINE = r"^(?:step:)?\d+/\d+ (?:train|val)_loss"
+RESUMED = r"^resumed: step:(\d+) train_time:(\d+)ms of which lost:(\d+)ms$"
 
 # name of the quantity -> pattern with one group; of several matches the last counts
 COUNTS = {
@@ -33,6 +37,7 @@ COUNTS = {
     "train_shards": r"^(?:.* )?train_shards: ?(\d+)",
     "train_tokens": r"^train_loader:.* tokens:(\d+)",
     "val_tokens": r"^(?:val_loader:.* tokens:|val_tokens: ?)(\d+)",
+    "val_bytes": r"^val_tokens:.* val_bytes: ?(\d+)",
     "val_documents": r"^(?:val_tokens:.* val_documents: ?|ttt_phased: total_docs:)(\d+)",
     "code_bytes": r"^Code size(?! \((?:un)?compressed\))[^:]*: ?(\d+) bytes",
     "code_bytes_raw": r"^Code size \(uncompressed\): ?(\d+) bytes",
@@ -49,6 +54,13 @@ SECONDS = {  # seconds per unit of the group, pattern
     "budget_train": (1.0, r"^budget train: ([\d.]+)s"),
     "budget_eval": (1.0, r"^budget eval: ([\d.]+)s"),
 }
+# Training on validation text before the artifact is made, in the words that logs have for it.
+LEARNS = r"(?:ttt|test.?time.?(?:train|adapt)\w*|adapt\w*|fine.?tun\w*|slot)"
+MADE = r"(?:quant(?:iz\w*)?|gptq|export|serializ\w*|compress\w*)"
+BETWEEN = r"[\W_]*(?:[a-z]+[\W_]+){0,3}?"  # words between
+PRE_QUANT_TTT = (rf"(?i)^(?! )(.*(?:\bpre[\W_]?{MADE}[\W_]*{LEARNS}|\b{LEARNS}{BETWEEN}(?:before|pre|prior.to)[\W_]*"
+                 rf"(?:the\W+)?{MADE}|\b{LEARNS}{BETWEEN}(?:val|validation){BETWEEN}before)"
+                 r"(?!.*\b(?:\w*enabled|epochs)?[:=] ?(?:0|false|none|off)\b).*)$")
 OFF_THE_CLOCK = r"^(?:Deserialize: .*? done in |ttt_lora:compile warmup done \()([\d.]+)s"
 
 
@@ -56,7 +68,8 @@ OFF_THE_CLOCK = r"^(?:Deserialize: .*? done in |ttt_lora:compile warmup done \()
 FOREIGN_IDENTITY = ("logfile", "rank", "local_rank", "is_main_process", "model_path", "quantized_model_path",
                     "artifact_dir", "datasets_dir", "train_files", "val_files", "train_log_every")  # fmt: skip
 SAME_COUNTS = ("world_size", "model_params", "train_shards", "train_tokens", "val_tokens")
-SAME_FACTS = ("sha256", "device", "torch", "settings")
+SAME_DATA = {"tokenizer_sha256": "tokenizer", "val_sha256": "validation set"}  # fact -> what it is the SHA-256 of
+SAME_FACTS = ("sha256", "device", "torch", "settings", *SAME_DATA)
 
 
 class Point(NamedTuple):
@@ -74,6 +87,14 @@ class Mark(NamedTuple):
     step: int
     seconds: float
     name: str
+
+
+class Resume(NamedTuple):
+    """Where a run that was killed went on: the step, seconds counted there, and those of them that were lost."""
+
+    step: int
+    seconds: float
+    lost: float
 
 
 class Score(NamedTuple):
@@ -99,19 +120,20 @@ class RunLog:
     train: list[Point] = field(default_factory=list)
     val: list[Point] = field(default_factory=list)
     phases: list[Mark] = field(default_factory=list)
+    resumes: list[Resume] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)  # hyperparameters with the identity
     sources: dict[str, str] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)  # words: sha256, torch, device, dataset, attention ...
     steps: int | None = None
-    source_text: str = ""  # the dump at the head of some logs
+    source_text: str = ""  # what stands before the run in some logs, its source last
     off_the_clock: float = 0.0  # seconds of loading and compiling that the evaluation timer left out
     finished: bool = False
 
     @property
     def seed(self) -> int | None:
         """The seed, from the log or else from the file's name."""
-        named = re.search(r"(?:seed|_s)_?(\d+)", self.path.stem)
-        return self.counts.get("seed", int(named[1]) if named else None)
+        named = re.search(r"(?:seed[_-]?|_s)(\d+)|_(\d+)$", self.path.stem)
+        return self.counts.get("seed", int(named[1] or named[2]) if named else None)
 
     @property
     def score(self) -> Score | None:
@@ -148,8 +170,9 @@ class RunLog:
     @property
     def eval_seconds(self) -> float | None:
         """From opening the artifact to the score, or what the log has nearest to it."""
-        score = self.score.eval_seconds if self.score else None
-        return self.times.get("budget_eval", self.times.get("total_eval", score))
+        same = [score.eval_seconds for score in self.scores if self.score and score.eval_seconds is not None
+                and abs(score.val_bpb - self.score.val_bpb) < 5.1e-5]  # the last line may be another name of one before
+        return self.times.get("budget_eval", self.times.get("total_eval", max(same, default=None)))
 
     @property
     def step_avg(self) -> float | None:
@@ -174,7 +197,8 @@ def unlike(a: RunLog, b: RunLog) -> dict[str, tuple[Any, Any]]:
 
     Hyperparameters, the script, ranks, GPU, torch, and the size of model and data, which even terse logs show.
     """
-    ours, theirs = ({key: value for key, value in run.values.items() if key not in FOREIGN_IDENTITY} for run in (a, b))
+    ours, theirs = ({key: value for key, value in run.values.items() if key not in FOREIGN_IDENTITY
+                     and not key.endswith(("_files", "_path", "_dir"))} for run in (a, b))
     found = differences(ours, theirs) if ours and theirs else {}
     for names, kind in ((SAME_COUNTS, "counts"), (SAME_FACTS, "facts")):
         pairs = {name: (getattr(a, kind).get(name), getattr(b, kind).get(name)) for name in names}
@@ -212,23 +236,36 @@ def text_of(path: Path) -> str:
                         "in; see what is there with `ls logs/`") from None
     except OSError as error:
         raise ToolError(f"{path}: cannot be read ({error})") from None
-    if b"\0" in raw:
-        raise ToolError(f"{path}: cannot be read as a text file (it holds NUL bytes)")
-    return raw.decode("utf-8", "replace").replace("\r\n", "\n")
+    codec = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    if codec == "utf-8-sig" and b"\0" in raw:
+        raise ToolError(f"{path}: cannot be read as a text file (it holds NUL bytes); save it as UTF-8")
+    return raw.decode(codec, "replace").replace("\r\n", "\n")
 
 
 def read_jsonl(path: Path) -> RunLog:
     """The last run in a JSON-lines log."""
     run = RunLog(path, "jsonl")
     for number, event in read_events(path):
+        before = run
         if event.get("event") == "config":
             run = RunLog(path, "jsonl")
         try:
             take_event(run, event)
+            if run.values.get("resume") and run is not before:
+                go_on(run, before)
         except (KeyError, TypeError, ValueError) as error:
             raise ToolError(f"{path}:{number}: the {event.get('event')!r} event is not what train_gpt.py writes "
                             f"({error!r})") from None
     return run
+
+
+def go_on(run: RunLog, before: RunLog) -> None:
+    """Put what a run logged before it was resumed in front, less what it did again from its checkpoint on."""
+    first = run.resumes[0].step if run.resumes else math.inf
+    for name in ("train", "val", "phases"):
+        getattr(run, name)[:0] = [point for point in getattr(before, name) if point.step <= first]
+    run.resumes[:0] = before.resumes
+    run.steps, run.times = run.steps or before.steps, {**before.times, **run.times}
 
 
 def take_event(run: RunLog, event: dict[str, Any]) -> None:
@@ -240,12 +277,17 @@ def take_event(run: RunLog, event: dict[str, Any]) -> None:
         run.counts.update(seed=event["values"]["seed"], world_size=event["world_size"])
     elif kind == "data":
         known = {"tokens": f"{event['split']}_tokens", "shards": f"{event['split']}_shards",
-                 "documents": f"{event['split']}_documents"}  # fmt: skip
+                 "documents": f"{event['split']}_documents", "bytes": f"{event['split']}_bytes"}  # fmt: skip
         run.counts.update({name: event[key] for key, name in known.items() if key in event})
+        run.facts.update({name: str(event[name]) for name in SAME_DATA if name in event})
     elif kind == "model":
         run.counts["model_params"] = event["parameters"]
     elif kind in ("train", "val", "phase"):
         take_step(run, event, int(event["step"]), float(event["train_time_ms"]) / 1000)
+    elif kind == "resume":
+        run.resumes.append(Resume(int(event["step"]), event["train_time_ms"] / 1000, event["lost_ms"] / 1000))
+        for name in ("train", "val", "phases"):
+            setattr(run, name, [point for point in getattr(run, name) if point.step <= event["step"]])
     elif kind == "score":
         run.scores.append(Score(str(event["name"]), float(event["val_loss"]), float(event["val_bpb"]),
                                 event["eval_time_ms"] / 1000))
@@ -282,14 +324,35 @@ def last_match(pattern: str, text: str) -> str | None:
 
 
 def read_text(path: Path) -> RunLog:
-    """A text log of ours or of either published family."""
-    raw = text_of(path)
-    head = SOURCE_END.search(raw)
-    is_dump = bool(head) and "import " in raw[: head.start()]
-    text = raw[head.end() :] if is_dump else raw
-    if is_dump and not re.search(r"^(?:step:)?\d+/\d+ (?:train|val)_loss", text, re.MULTILINE):
-        text = raw  # a line of = somewhere else
-    run = RunLog(path, dialect_of(text), source_text=raw[: head.start()] if is_dump else "")
+    """The last run in a text log of ours or of either published family."""
+    return text_runs(path)[-1]
+
+
+def text_runs(path: Path) -> list[RunLog]:
+    """All runs that a text log holds: scripts that open it to append leave several, and one that was resumed is one."""
+    raw, runs = text_of(path), []
+    rules = [rule.end() for rule in SOURCE_END.finditer(raw)]
+    starts = [found.start() for found in RUN_START.finditer(raw)] or rules[:1] or [0]
+    dump = raw[: starts[0]]
+    is_dump = "import " in dump and bool(re.search(STEP_LINE, raw[starts[0] :], re.MULTILINE))
+    starts[0] = starts[0] if is_dump else 0
+    for start, end in zip(starts, [*starts[1:], len(raw)], strict=True):
+        text = raw[start:end]
+        if is_dump and dump[:400] in text:  # the next run's source stands before its start
+            text = text[: text.index(dump[:400])]
+        if is_dump and not runs:  # settings may stand before the source
+            text = "".join(part for part in SOURCE_END.split(dump) if "import " not in part) + text
+        run = read_run_text(path, text)
+        run.source_text = raw[:start].rstrip().removesuffix("=" * 100) if is_dump else ""
+        if run.values.get("resume") and runs:
+            go_on(run, runs.pop())
+        runs.append(run)
+    return runs
+
+
+def read_run_text(path: Path, text: str) -> RunLog:
+    """One run of a text log."""
+    run = RunLog(path, dialect_of(text))
     for name, pattern in COUNTS.items():
         if (found := last_match(pattern, text)) is not None:
             run.counts[name] = int(found)
@@ -302,6 +365,8 @@ def read_text(path: Path) -> RunLog:
     read_facts(run, text)
     read_curves(run, text)
     read_scores(run, text)
+    run.resumes = [Resume(int(step), int(spent) / 1000, int(lost) / 1000)
+                   for step, spent, lost in re.findall(RESUMED, text, re.MULTILINE)]
     run.finished = run.score is not None
     return run
 
@@ -322,7 +387,8 @@ def read_facts(run: RunLog, text: str) -> None:
         "python": r"^Running Python (\S+)", "device": r"^device:\w+ \((.*?)\) ",
         "dataset": r"^train_loader:dataset: ?(\S+)", "attention": r"^attn_backend: ?(\S+)",
         "inactive": r"^never activated: (.*)$", "driver": r"Driver Version: *([\d.]+)",
-        "pre_quant_ttt": r"(?i)^(?! )(.*\bpre.?quant(?:ization)?.?ttt.*)$",
+        **{name: rf"^(?:.* )?{name}:([0-9a-f]{{64}})" for name in SAME_DATA},
+        "pre_quant_ttt": PRE_QUANT_TTT,
     }  # fmt: skip
     for name, pattern in patterns.items():
         if (found := last_match(pattern, text)) is not None:

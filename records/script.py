@@ -18,17 +18,19 @@ from typing import Any
 
 from records import ToolError
 
-# What differs between runs of one configuration: who ran it, where, and with which seed.
+# What differs between runs of one configuration: who ran it, where, with which seed, and what became of older files.
 IDENTITY = ("run_id", "seed", "recipe", "data_dir", "data_path", "tokenizer_path", "device", "artifact_path",
-            "weights_path")  # fmt: skip
+            "weights_path", "resume", "overwrite")  # fmt: skip
 PATHS = ("data_dir", "data_path", "tokenizer_path")
 
-PROBE = """
+LOAD = """
 import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("probed_script", sys.argv[1])
 script = importlib.util.module_from_spec(spec)
 sys.modules["probed_script"] = script
 spec.loader.exec_module(script)
+"""
+PROBE = LOAD + """
 Config = script.Config
 try:
     cfg = Config.from_env(json.loads(sys.stdin.read()))
@@ -40,6 +42,16 @@ else:
     aliases = sorted(vars(script).get("ALIASES", ()))
     print(json.dumps({"values": values, "sources": dict(cfg.sources), "aliases": aliases,
                       "tokenizer_file": str(cfg.tokenizer_file)}))
+"""
+DATA_PROBE = LOAD + """
+try:
+    cfg = script.Config.from_env(json.loads(sys.stdin.read()))
+    ranks = script.Ranks(0, 1, script.torch.device("cpu"))
+    run = script.Runtime(cfg, ranks, script.Log(cfg, enabled=False), [])
+    answer = {"identity": dict(script.load_validation(run).identity)}
+except script.UserError as error:
+    answer = {"error": str(error)}
+print(json.dumps(answer))
 """
 
 
@@ -70,10 +82,23 @@ def resolve(script: Path, env: Mapping[str, str]) -> Resolved:
     return Resolved(**answer)
 
 
+def data_identity(script: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of the tokenizer's file and of the validation set that `script` reads in `env`, which it checks first."""
+    answer = json.loads(ask(DATA_PROBE, script, json.dumps(dict(env))))
+    if "error" in answer:
+        raise ToolError(f"the data is refused: {answer['error']}")
+    return answer["identity"]
+
+
 @functools.lru_cache(maxsize=32)
 def probe(script: Path, source: bytes, env: str) -> str:
     """What PROBE prints of a script with this `source`, as JSON; kept: a process that imports torch takes seconds."""
-    done = subprocess.run([sys.executable, "-c", PROBE, str(script)], input=env, text=True, capture_output=True)
+    return ask(PROBE, script, env)
+
+
+def ask(program: str, script: Path, env: str) -> str:
+    """The last line that a program prints of a script, in a process of its own; ToolError where that fails."""
+    done = subprocess.run([sys.executable, "-c", program, str(script)], input=env, text=True, capture_output=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
         raise ToolError(f"{script}: cannot be imported as a training script with a Config ({last})")
@@ -157,10 +182,13 @@ def unpacked(text: str) -> str | None:
 
 
 def is_source(plain: bytes) -> bool:
-    """Whether some bytes are the text of a Python program."""
+    """Whether some bytes are the text of a Python program, perhaps of a newer Python than this one."""
     try:
-        return bool(syntax(plain.decode("utf-8")).body)
-    except (UnicodeDecodeError, SyntaxError, ValueError):
+        text = plain.decode("utf-8")
+        return bool(syntax(text).body)
+    except SyntaxError:
+        return len(re.findall(r"^(?:import |from \S+ import |def |class )", text, re.MULTILINE)) > 1
+    except (UnicodeDecodeError, ValueError):
         return False
 
 
@@ -168,9 +196,13 @@ def names_read(text: str) -> set[str]:
     """Names that a script takes from the environment, read off its syntax tree.
 
     Strings that are a name in capitals (os.environ.get("SEED")), the fields of a Config that is built by from_env,
-    and the words of the table SPELLINGS of older versions.
+    and the words of the table SPELLINGS of older versions. Of one that this Python cannot parse, all strings that are such a name.
     """
-    tree = syntax(unpacked(text) or text)
+    text = unpacked(text) or text
+    try:
+        tree = syntax(text)
+    except SyntaxError:
+        return set(re.findall(r"""["']([A-Z][A-Z0-9_]+)["']""", text))
     names = {value for value in constants(tree) if isinstance(value, str) and re.fullmatch(r"[A-Z][A-Z0-9_]+", value)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and any(getattr(part, "name", "") == "from_env" for part in node.body):

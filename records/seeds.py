@@ -2,28 +2,35 @@
 
 The configuration is resolved once and baked into a copy of the script; that copy is what runs, so the seeds cannot
 differ in anything else. A series that broke off is continued: finished seeds of the same script and configuration are
-kept, and one of another stops the command before anything is paid for. Statistics over all seeds come last.
+kept, and one of another, or of other data, stops the command before anything is paid for. Statistics over all seeds
+come last. A series belongs to one process at a time, and its runs end with that process.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import platform
+import re
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from records import ToolError
 from records.freeze import bake, named, prove
 from records.pack import pack
-from records.runs import RunLog, config_hash, read_jsonl, unlike
-from records.script import IDENTITY, Resolved, as_variable, differences, resolve
+from records.runs import SAME_DATA, RunLog, config_hash, read_jsonl, unlike
+from records.script import IDENTITY, Resolved, as_variable, data_identity, differences, resolve
 from records.statistics import Baseline, Summary, compare, described, read_baseline, summarize
 
 LOGS = Path("logs")
+GUARD = Path(__file__).with_name("guard.py")
 
 
 class Series(NamedTuple):
@@ -34,6 +41,7 @@ class Series(NamedTuple):
     launch: list[str]
     env: dict[str, str]
     finished: dict[int, RunLog]  # seeds that need not run again
+    lock: int  # file that is locked while any process of the series lives
 
     def log(self, seed: int) -> Path:
         return LOGS / f"{self.name}_seed{seed}.jsonl"
@@ -50,35 +58,64 @@ def script_index(launch: Sequence[str]) -> int:
 
 def refuse_single(values: Mapping[str, object]) -> None:
     """ToolError for variables that make no sense for several seeds."""
-    for name in ("eval_only", "export_only"):
+    for name, what in (("eval_only", "trains nothing"), ("export_only", "trains nothing"),
+                       ("resume", "goes on with one run")):
         if values.get(name):
-            raise ToolError(f"{name.upper()}=1 trains nothing; unset it to run seeds")
+            raise ToolError(f"{name.upper()}=1 {what}; unset it to run seeds")
     for name in ("artifact_path", "weights_path"):
         if values.get(name):
             raise ToolError(f"{name.upper()}={values[name]}: every seed would write the same file; unset it")
 
 
-def prepare(args: argparse.Namespace, env: Mapping[str, str]) -> Series:
-    """Resolve and freeze; the frozen copy lies in logs/<name>/train_gpt.py, written once nothing speaks against it."""
-    index = script_index(args.launch)
-    source = Path(args.launch[index])
-    resolved = resolve(source, env)
-    values = resolved.values
-    refuse_single(values)
-    name = args.name or f"{source.stem}_{config_hash(values)[:8]}"
+def series_name(given: str | None, source: Path, values: Mapping[str, object]) -> str:
+    """The name of a series: what --name says, else made of the script's name and the configuration's hash.
+
+    ToolError for a name that cannot begin the names of files: a run would be paid for and its log not found.
+    """
+    name = given if given is not None else f"{source.stem}_{config_hash(values)[:8]}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,150}", name):
+        raise ToolError(f"--name {name!r}: files are named after it; use letters, digits and _ . + - (150 at most)")
+    return name
+
+
+@contextlib.contextmanager
+def owned(name: str) -> Iterator[int]:
+    """Lock a series for this process and its children; the open lock file. ToolError names the process that has it."""
+    folder = LOGS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+        yield lock
+    except BlockingIOError:
+        owner = os.read(lock, 200).decode(errors="replace") or "another process"
+        raise ToolError(f"--name {name}: {owner} runs this series now; wait for its end (its last run saves its "
+                        "weights), or choose another --name") from None
+    finally:
+        os.close(lock)
+
+
+def prepare(args: argparse.Namespace, resolved: Resolved, name: str, lock: int) -> Series:
+    """Freeze; the frozen copy lies in logs/<name>/train_gpt.py, written once nothing speaks against it."""
+    index, values, env = script_index(args.launch), resolved.values, os.environ
     script = LOGS / name / "train_gpt.py"
-    human = bake(source.read_text(encoding="utf-8"), values)
+    human = bake(Path(args.launch[index]).read_text(encoding="utf-8"), values)
     files = {script: pack(human), script.with_name("train_gpt_human.py"): human} if args.pack else {script: human}
     finished = finished_runs(name, args.seeds)
     refuse_mixed(finished, resolved, hashlib.sha256(files[script].encode()).hexdigest())
-    script.parent.mkdir(parents=True, exist_ok=True)
+    kept = {key: text for key, text in env.items() if key not in resolved.variables}
+    own = ("recipe", "run_id", "seed", "resume", "overwrite")  # set for every run, or meant for one
+    places = {key.upper(): as_variable(values[key]) for key in IDENTITY if key not in own}
+    ours = kept | {key: text for key, text in places.items() if text}
+    if finished:
+        refuse_other_data(finished, data_identity(Path(args.launch[index]), {**env, "RUN_ID": name}))
     for path, text in files.items():
         path.write_text(text, encoding="utf-8", newline="")
     prove(script, resolved)
     launch = [*args.launch[:index], str(script), *args.launch[index + 1 :]]
-    kept = {key: text for key, text in env.items() if key not in resolved.variables}
-    places = {key.upper(): as_variable(values[key]) for key in IDENTITY if key not in ("recipe", "run_id", "seed")}
-    return Series(name, script, launch, kept | {key: text for key, text in places.items() if text}, finished)
+    return Series(name, script, launch, ours, finished, lock)
 
 
 def finished_run(path: Path) -> RunLog | None:
@@ -107,6 +144,16 @@ def refuse_mixed(finished: Mapping[int, RunLog], resolved: Resolved, sha256: str
     refuse_unlike(list(finished.values()))
 
 
+def refuse_other_data(finished: Mapping[int, RunLog], identity: Mapping[str, str]) -> None:
+    """ToolError if a finished seed was run with another tokenizer or validation set than the next one would be."""
+    for run in finished.values():
+        for key, what in SAME_DATA.items():
+            if run.facts.get(key, identity[key]) != identity[key]:
+                raise ToolError(f"mixed data: {run.path} was run with another {what} ({key} {run.facts[key][:12]}, "
+                                f"now {identity[key][:12]}); set its DATA_PATH and TOKENIZER_PATH, or choose another "
+                                "--name")
+
+
 def refuse_unlike(runs: Sequence[RunLog]) -> None:
     """ToolError if runs were made on other GPUs, ranks or data than the first."""
     for other in runs[1:]:
@@ -115,14 +162,25 @@ def refuse_unlike(runs: Sequence[RunLog]) -> None:
                             "needs seeds of one configuration, machine and data: run the odd one again")
 
 
+def run_to_end(launch: Sequence[str], env: Mapping[str, str], lock: int) -> int:
+    """Exit status of a command that ends with this process, as guard.py sees to it; it holds the series' lock."""
+    with subprocess.Popen([sys.executable, str(GUARD), *launch], env=env, stdin=subprocess.PIPE, pass_fds=[lock],
+                          start_new_session=True) as guard:  # no Ctrl-C of the terminal's: the pipe's end is the sign
+        try:
+            return guard.wait()
+        finally:
+            guard.stdin.close()
+
+
 def run_seed(series: Series, seed: int) -> RunLog:
-    """Run one seed, or take its finished run."""
+    """Run one seed, or take its finished run; what is left of a run without an end is replaced."""
     path = series.log(seed)
     if seed in series.finished:
         print(f"seed {seed}: finished before, kept ({path})", flush=True)
         return series.finished[seed]
     print(f"seed {seed}: {' '.join(series.launch)}", flush=True)
-    status = subprocess.run(series.launch, env={**series.env, "SEED": str(seed), "RUN_ID": path.stem}).returncode
+    env = {**series.env, "SEED": str(seed), "RUN_ID": path.stem, "OVERWRITE": "1"}
+    status = run_to_end(series.launch, env, series.lock)
     run = finished_run(path)
     if status or run is None:
         raise ToolError(f"seed {seed} ended with status {status} and {'a' if run else 'no'} score; read the end of "
@@ -193,13 +251,17 @@ def run(args: argparse.Namespace) -> int:
     if len(set(args.seeds)) < len(args.seeds):
         raise ToolError(f"--seeds {' '.join(map(str, args.seeds))}: a seed twice is one seed")
     baseline = read_baseline(args.baseline) if args.baseline else None
-    series = prepare(args, os.environ)
-    runs = []
-    for seed in args.seeds:
-        runs.append(run_seed(series, seed))
-        refuse_unlike(runs)  # after every seed: the next one costs money
-    result = statistics_of(series.name, runs, baseline)
+    source = Path(args.launch[script_index(args.launch)])
+    resolved = resolve(source, os.environ)
+    refuse_single(resolved.values)
+    name, runs = series_name(args.name, source, resolved.values), []
+    with owned(name) as lock:
+        series = prepare(args, resolved, name, lock)
+        for seed in args.seeds:
+            runs.append(run_seed(series, seed))
+            refuse_unlike(runs)  # after every seed: the next one costs money
+    result = statistics_of(name, runs, baseline)
     for suffix, text in ((".txt", result.text), (".json", json.dumps(result.data, indent=2))):
-        (LOGS / series.name / f"statistics{suffix}").write_text(text + "\n", encoding="utf-8")
-    print(f"{result.text}\nwritten: {LOGS / series.name}/statistics.txt and .json")
+        (LOGS / name / f"statistics{suffix}").write_text(text + "\n", encoding="utf-8")
+    print(f"{result.text}\nwritten: {LOGS / name}/statistics.txt and .json")
     return 0

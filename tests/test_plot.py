@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib", reason="plots need requirements-dev.txt")
 from matplotlib.image import imread
 
 from records.__main__ import main
-from records.plot import XAxis, cluster, read_curves, smooth
+from records.plot import PALE, XAxis, cluster, draw, read_curves, smooth
 from records.runs import Mark, read_run
 
 STEPS = 200
@@ -107,6 +107,33 @@ def test_sparse_logs(tmp_path: Path, keep: set[str]) -> None:
     assert main(["plot", str(log), "-o", str(tmp_path / "out.png")]) == 0
 
 
+def test_validation_alone(tmp_path: Path) -> None:
+    """A log without training lines is drawn by its validation points."""
+    log = write_log(tmp_path / "run.jsonl", [row for row in events() if row["event"] in {"val", "score"}])
+    assert main(["plot", str(log), "-o", str(tmp_path / "out.png")]) == 0
+
+
+def test_long_names_and_many_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every legend lies within the picture; of many runs the best have colours and names, over the grey rest."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for count, name in ((3, "a_very_long_name_of_a_run" * 6), (20, "seed")):
+        logs = [write_log(tmp_path / f"{name}{i}.jsonl", events(0.01 * i)) for i in range(count)]
+        curves = read_curves(logs)
+        figure = draw(curves, None)
+        FigureCanvasAgg(figure).draw()
+        frame = figure.bbox
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        named = {curve.colour for curve in curves} - {PALE}
+        assert len(named) == min(count, 7) and sum(curve.colour == PALE for curve in curves) == max(count - 7, 0)
+        texts = [text.get_text() for text in figure.legends[1].get_texts()]
+        assert ("13 other runs" in texts) == (count == 20)
+    assert main(["plot", *map(str, logs), "-o", str(tmp_path / "out.png")]) == 0
+    assert "the 7 best are named" in capsys.readouterr().out
+
+
 def test_one_point_and_diverged(tmp_path: Path) -> None:
     """A single step and a loss that became NaN are drawn, not an error."""
     rows = [row for row in events() if row["event"] == "train"]
@@ -132,7 +159,7 @@ ERRORS = {
     "damaged line": (GOOD + "{]\n" + GOOD, ":2: not a JSON object"),
     "missing field": (GOOD + '{"event": "train", "step": 2}\n', ":2: the 'train' event"),
     "no number": (GOOD + '{"event": "score", "name": "x", "val_bpb": null}\n', ":2: the 'score' event"),
-    "not text": (b"\xff\xfe\x00", "cannot be read"),
+    "not text": (b"\x7fELF\x00", "cannot be read"),
 }
 
 
