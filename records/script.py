@@ -196,7 +196,8 @@ def names_read(text: str) -> set[str]:
     """Names that a script takes from the environment, read off its syntax tree.
 
     Strings that are a name in capitals (os.environ.get("SEED")), the fields of a Config that is built by from_env,
-    and the words of the table SPELLINGS of older versions. Of one that this Python cannot parse, all strings that are such a name.
+    and the words of the table SPELLINGS of older versions. Of a script that this Python cannot parse, all strings that
+    are such a name.
     """
     text = unpacked(text) or text
     try:
