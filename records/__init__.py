@@ -1,4 +1,9 @@
-"""Submission folders, recipes and the tools around them (`python -m records --help`). Nothing here ships."""
+"""Submission folders, recipes and the tools around them (`python -m records --help`). Nothing here ships.
+
+What reads      runs (logs), script (training scripts, without running them), folder (a submission), statistics
+What checks     check: folder_checks, log_checks, and legality, which runs scripts (whole_run, foreign); doctor, overlap
+What writes     seeds (guard, freeze, pack), new (submission, readme), plot, leaderboard
+"""
 
 
 class ToolError(Exception):

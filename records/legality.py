@@ -237,7 +237,8 @@ def long_subject(subject: Subject) -> Subject:
              "ve_layers": full.ve_layers, "train_seq_len": min(full.train_seq_len, length), "eval_seq_len": length,
              "eval_stride": min(full.eval_stride, length), "val_batch_size": length, "ttt_enabled": 0,
              "ngram_enabled": 0, "ttt_lora_enabled": 0}  # fmt: skip
-    names = {name.upper(): as_variable(value) for name, value in {**tiny_values(script, full), **sizes}.items()}
+    values = {**tiny_values(script, full), **sizes}
+    names = {name: as_variable(values[name.lower()]) for name in script.Config.variables()}
     return tiny_subject(script, full, script.Config.from_env(names), subject.targets)
 
 
@@ -458,8 +459,9 @@ def uniform(subject: Subject) -> Subject:
     """A model to which all tokens are equally likely, and a long text."""
     import torch
 
-    cfg = replace(subject.run.cfg, ttt_enabled=False, eval_stride=subject.run.cfg.eval_len,
-                  ttt_chunk_tokens=MANY // 4, val_batch_size=4 * MANY)
+    wanted = {"ttt_enabled": False, "eval_stride": subject.run.cfg.eval_len, "ttt_chunk_tokens": MANY // 4,
+              "val_batch_size": 4 * MANY}  # fmt: skip
+    cfg = replace(subject.run.cfg, **{name: value for name, value in wanted.items() if hasattr(subject.full, name)})
     model, level = copy.copy(subject.model), torch.tensor(math.log(VOCAB))
     vars(model).update(micro_batch=4 * MANY, fast_nll=lambda ids, *_: level.expand(ids.shape),
                        fast_nll_and_entropy=lambda ids, *_: (level.expand(ids.shape), level.expand(ids.shape)))

@@ -6,16 +6,14 @@ import ast
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from records import ToolError
 from records.pack import without_docstrings
 from records.runs import RunLog, read_text
 from records.script import as_variable, differences, resolve, unpacked
 from records.statistics import compare, summarize
-
-if TYPE_CHECKING:
-    from records.new import Submission
+from records.submission import Submission
 
 REPOSITORY_SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 

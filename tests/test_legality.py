@@ -182,7 +182,8 @@ def test_a_broken_online_evaluation_is_caught(what: str, tmp_path: Path) -> None
 FEATURES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "every feature": {"value_residual": True, "gated_attn_enabled": True, "mlp_activation": "asqu",
-                      "tie_embeddings": False, "eval_seq_len": 4096, "mlp_hidden": 1488, "eval_stride": 512,
+                      "tie_embeddings": False, "train_seq_len": 512, "eval_seq_len": 1024, "mlp_hidden": 1488,
+                      "eval_stride": 256,
                       **TTT, **NGRAM, **LORA, "ttt_freeze_blocks": 2, "ttt_optimizer": "adamw"},
     "no feature": {"smear_gate_enabled": False, "bigram_vocab_size": 0, "ve_enabled": False, "ve_layers": [],
                    "xsa_last_n": 0, "rope_dims": 0, "eval_stride": 0, "num_layers": 9, "mlp_activation": "relu2"},

@@ -28,7 +28,8 @@ import torch
 pytest.importorskip("scipy", reason="the records tool needs requirements-dev.txt")
 
 from conftest import tiny_env, write_shard
-from records import ToolError, doctor, folder_checks, new, overlap, seeds
+from records import ToolError, doctor, folder_checks, overlap, seeds
+from records import submission as submission_runs
 from records.__main__ import main
 from records.check import check_folder
 from records.checks import CheckResult, is_leaky, promises
@@ -266,11 +267,11 @@ def test_new_folder(submission: Path, workplace: Path) -> None:
 def test_runs_are_named_by_any_of_their_files(workplace: Path, tmp_path: Path) -> None:
     """The folder of a series, its seeds in their order; a shell pattern that hits every file of a run."""
     logs, stems = workplace / "logs", [workplace / f"logs/tiny_seed{seed}" for seed in (42, 7)]
-    assert new.run_stems([logs / "tiny"]) == stems
+    assert submission_runs.run_stems([logs / "tiny"]) == stems
     assert {logs / "tiny_seed42.weights.pt", logs / "tiny_seed42.pgolf"} <= {*logs.glob("tiny_seed*")}
-    assert set(new.run_stems([*logs.glob("tiny*")])) == set(stems)
+    assert set(submission_runs.run_stems([*logs.glob("tiny*")])) == set(stems)
     with pytest.raises(ToolError, match="no series"):
-        new.run_stems([tmp_path])
+        submission_runs.run_stems([tmp_path])
 
 
 @pytest.mark.parametrize("values, no_cache, ttt", [
@@ -1238,8 +1239,8 @@ def test_overlap(tmp_path: Path, leak: bool) -> None:
 def test_official_tokenizer_is_not_shipped(submission: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By name and data: the same name on another corpus is another tokenizer."""
     monkeypatch.chdir(workplace)
-    source = new.read_source(Path("logs/tiny_seed42"))
+    source = submission_runs.read_source(Path("logs/tiny_seed42"))
     source.run.values["tokenizer_path"] = "data/tokenizers/fineweb_1024_bpe.model"
-    assert new.tokenizer_to_ship(source) is not None
+    assert submission_runs.tokenizer_to_ship(source) is not None
     source.text.counts["val_tokens"] = 62_021_846
-    assert new.tokenizer_to_ship(source) is None
+    assert submission_runs.tokenizer_to_ship(source) is None
