@@ -232,7 +232,7 @@ def test_runs_end_to_end_and_are_not_repeated(
     assert column(output, "variant") == ["good", "diverges", "refused"]
     status = column(output, "status")
     assert status[0] == "ok" and re.match(r"\*\*exit 1\*\*: error: .*the training loss is nan", status[1])
-    assert "VE_LAYERS=(77,)" in status[2] and column(output, "never activated") == ["lawa", "", ""]
+    assert "VE_LAYERS=77" in status[2] and column(output, "never activated") == ["lawa", "", ""]
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
     log = [json.loads(line) for line in next(Path("logs").glob("compare_good_*.jsonl")).read_text().splitlines()]
     scores = [event["val_bpb"] for event in log if event["event"] == "score" and not event["name"].endswith(" rounded")]

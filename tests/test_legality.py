@@ -38,7 +38,7 @@ PREPARE = """
     trained = trained._replace(average={name: p.detach().clone() for name, p in model.named_parameters()})
 """
 EXPORTED = "    return export_model(run, trainer, trained, validation)\n"
-SPACES = {'text = text.removeprefix("\\u2581").replace("\\u2581", " ")': 'text = text.replace("\\u2581", " ")'}
+SPACES = {'text.removeprefix("\\u2581").replace("\\u2581", " ")': 'text.replace("\\u2581", " ")'}
 UNTESTED = {"if counted != actual and sidecar is None:": "if counted < 0:"}
 # what is broken -> (conditions that must fail, replacements in the script)
 BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
