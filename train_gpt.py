@@ -282,7 +282,7 @@ class Config:
         return self.run_id + (".eval" if self.eval_only else ".export" if self.export_only else "")
 
     @property
-    def fits_clip(self) -> bool:
+    def auto_clip(self) -> bool:
         """Whether the clip of the matrices is ours to choose, so that the artifact fills TARGET_BYTES."""
         return self.clip_policy == "sigma" and not self.matrix_clip_sigmas
 
@@ -481,7 +481,7 @@ def model_rules(cfg: Config) -> list[tuple[Any, str]]:
         (head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={head_dim} is odd: rotary embedding needs pairs"),
         (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"$ROPE_DIMS: even, at most {head_dim}"),
         (cfg.hidden_dim > 0, "$MLP_HIDDEN and $MLP_MULT give an MLP of width 0"),
-        (cfg.attn_backend in ("auto", *attention_back_ends(cfg).makers),
+        (cfg.attn_backend in ("auto", *attention_back_ends(cfg).factories),
          "$ATTN_BACKEND: not with DOC_ATTENTION=1; leave it at auto or set DOC_ATTENTION=0"),
         (cfg.xsa_last_n <= layers, "$XSA_LAST_N exceeds $NUM_LAYERS"),
         (ve_fits or not cfg.ve_enabled, "$VE_LAYERS: different layers below $NUM_LAYERS, or set VE_ENABLED=0"),
@@ -520,7 +520,7 @@ def run_rules(cfg: Config) -> list[tuple[Any, str]]:
          "SHORT_SEQ_LEN=0 SHORT_SEQ_FRAC=0 for none"),
         (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
          "$POST_QAT_SECONDS is all of $MAX_WALLCLOCK_SECONDS"),
-        (not (cfg.qat_enabled and cfg.fits_clip),
+        (not (cfg.qat_enabled and cfg.auto_clip),
          "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
         (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor].strongest,
@@ -587,16 +587,16 @@ class Ranks:
             raise UserError(f"{where}: the {world} ranks do not find each other: {str(problem)[:300]}") from None
 
     @property
-    def is_main(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, *values: float) -> list[float]:
+    def all_reduce_max(self, *values: float) -> list[float]:
         """The largest of the ranks' values, on every rank: clocks and decisions must not differ between ranks."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
@@ -720,7 +720,7 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def write_whole(path: Path, blob: bytes | memoryview, variable: str) -> None:
+def atomic_write(path: Path, blob: bytes | memoryview, variable: str) -> None:
     """Write a file through a temporary name: it is whole or the older one. UserError where that fails.
 
     A folder that has vanished is made again, and a link is followed.
@@ -864,7 +864,7 @@ class Log:
             wanted |= {Path(name): self.lines["txt"] for name in names}
         for path, blob in wanted.items():
             try:
-                write_whole(path, blob, "log")
+                atomic_write(path, blob, "log")
             except UserError as problem:
                 self(f"WARNING: {problem}")
         for file in self.files.values():
@@ -965,7 +965,7 @@ class Runtime:
         ranks = Ranks.start(cfg, env)
         log, claim = Log(cfg, enabled=False), None
         try:
-            if ranks.is_main:
+            if ranks.is_main_process:
                 claim = Claim(cfg)
                 log = Log(cfg, enabled=True)
             with Signals(cfg, log, ranks).handled() as signals:
@@ -1000,8 +1000,8 @@ class Runtime:
 def log_header(run: Runtime) -> None:
     """Source with its sha256, versions, and every hyperparameter with where it came from."""
     cfg, log, source = run.cfg, run.log, Path(__file__).read_bytes()
-    if run.ranks.is_main:
-        write_whole(Path(f"logs/{cfg.log_name}.py"), source, "log")  # not in the log, which tools grep
+    if run.ranks.is_main_process:
+        atomic_write(Path(f"logs/{cfg.log_name}.py"), source, "log")  # not in the log, which tools grep
     log(f"source: sha256:{hashlib.sha256(source).hexdigest()} bytes:{len(source)} copy:logs/{cfg.log_name}.py")
     log(f"Running Python {sys.version.split()[0]} PyTorch {torch.__version__} command: {' '.join(sys.argv)}")
     device = run.ranks.device
@@ -1382,12 +1382,12 @@ def load_validation(run: Runtime) -> ValidationSet:
 
 # Namespace of our operators. A process that loads several copies of this file (`records check`) must not define one
 # twice: torch frees the first, and calling that ends in a segmentation fault. Cached graphs go by the name.
-OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, n := f"pgolf{i or ''}"), "enter"))
-Observer = Callable[[str, Tensor], None]  # name of a matrix and its inputs
+OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, n := f"pgolf{i or ''}"), "xsa"))
+CalibHook = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 NORM_EPS = 1e-6
 GATE_INPUTS = 12  # channels of the normalized residual stream that the sparse gates of heads read
 ALLOWED_ERROR = 4.0  # of a back end, in errors of the plain definition in the same precision
-PART_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 in one call take 7 to 9% longer
+ATTN_CHUNK_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 at once take 7 to 9% longer
 
 
 def operator(function: Callable) -> Any:
@@ -1436,7 +1436,7 @@ PLAIN_ATTENTION = Attention(
 )
 
 
-def end_to_end(dense: Callable[..., Tensor], varlen: Callable[..., Tensor]) -> Attention:
+def flatten_chunks(dense: Callable[..., Tensor], varlen: Callable[..., Tensor]) -> Attention:
     """FlashAttention by two functions, of whole rows and of documents one after the other, (N, H, D)."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -1451,18 +1451,18 @@ def end_to_end(dense: Callable[..., Tensor], varlen: Callable[..., Tensor]) -> A
 def flash_package(module: str) -> Attention:
     """An installed FlashAttention package; it takes our layout as it is."""
     package = importlib.import_module(module)
-    return end_to_end(*(partial(f, causal=True) for f in (package.flash_attn_func, package.flash_attn_varlen_func)))
+    return flatten_chunks(*(partial(f, causal=True) for f in (package.flash_attn_func, package.flash_attn_varlen_func)))
 
 
 def bundled_flash() -> Attention:
     """The FlashAttention 2 that PyTorch brings along; of documents it shares no keys and values among heads."""
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
 
-    def unshared(q: Tensor, k: Tensor, v: Tensor, *sizes: Any) -> Tensor:
+    def repeat_kv(q: Tensor, k: Tensor, v: Tensor, *sizes: Any) -> Tensor:
         k, v = (x if x.shape == q.shape else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return attend(q, k, v, *sizes, window_size=(-1, 0))
 
-    return end_to_end(partial(sdpa, SDPBackend.FLASH_ATTENTION), unshared)
+    return flatten_chunks(partial(sdpa, SDPBackend.FLASH_ATTENTION), repeat_kv)
 
 
 @cache
@@ -1506,7 +1506,7 @@ def flash_attention_4() -> Attention:
         parts = (x.reshape(len(mask), -1, *x.shape[2:]) for x in (q, k, v))
         return fa4(*parts, mask, q.shape[1])[0].view_as(q)
 
-    return Attention(attend, lambda documents: sequence_ends(documents, parts_of(*documents.shape)))
+    return Attention(attend, lambda documents: sequence_ends(documents, num_chunks(*documents.shape)))
 
 
 ATTENTION: dict[str, Callable[[], Attention]] = {  # in order of preference on Hopper GPUs
@@ -1519,12 +1519,12 @@ ATTENTION: dict[str, Callable[[], Attention]] = {  # in order of preference on H
 }
 
 
-def parts_of(rows: int, length: int) -> int:
-    """In how many parts, of whole rows and at least PART_TOKENS, documents are counted and FlashAttention 4 called."""
-    return math.gcd(rows, 1 << max(rows * length // PART_TOKENS, 1).bit_length() - 1)
+def num_chunks(rows: int, length: int) -> int:
+    """In how many parts, of whole rows and ATTN_CHUNK_TOKENS or more, documents are counted and attended to."""
+    return math.gcd(rows, 1 << max(rows * length // ATTN_CHUNK_TOKENS, 1).bit_length() - 1)
 
 
-def most_documents(tokens: int) -> int:
+def max_docs_per_chunk(tokens: int) -> int:
     """How many documents of a part are told apart. Every sequence that a kernel must be prepared for costs time, and
     their number may not depend on the batch: half as many again as FineWeb has at 8,192 pieces. What is scored may not
     depend on the batch either, and windows that overlap repeat the places with the shortest documents."""
@@ -1537,42 +1537,42 @@ def sequence_ends(documents: Tensor, parts: int) -> Tensor:
     Where each row or document of a part begins, then the end of the part: (parts, most sequences + 1) int32.
     """
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).view(parts, -1)
-    counted, count = parts_of(*documents.shape), begins.shape[1]
-    most = (len(documents) + counted * most_documents(documents.numel() // counted)) // parts
+    counted, count = num_chunks(*documents.shape), begins.shape[1]
+    most = (len(documents) + counted * max_docs_per_chunk(documents.numel() // counted)) // parts
     places = torch.arange(count, dtype=torch.int32, device=documents.device).expand_as(begins)
     slots = torch.where(begins, begins.cumsum(1) - 1, most)
     ends = places.new_full((parts, most + 1), count).scatter(1, slots, places)
     return F.pad(ends[:, :most], (0, 1), value=count)
 
 
-def document_numbers(ids: Tensor, bos_id: int) -> Tensor:
+def doc_ids(ids: Tensor, bos_id: int) -> Tensor:
     """Numbers (B, T) that are equal for tokens of the same document of a row of ids (B, T); documents beyond
-    `most_documents` of a part of the batch are taken for one with the one before them."""
-    begins = (ids == bos_id).view(parts_of(*ids.shape), -1)
-    told_apart = begins & (begins.cumsum(1) <= most_documents(begins.shape[1]))
+    `max_docs_per_chunk` of a part of the batch are taken for one with the one before them."""
+    begins = (ids == bos_id).view(num_chunks(*ids.shape), -1)
+    told_apart = begins & (begins.cumsum(1) <= max_docs_per_chunk(begins.shape[1]))
     return told_apart.view_as(ids).cumsum(1)
 
 
-class Rows(NamedTuple):
+class Residual(NamedTuple):
     """The residual stream x (N, C), N = B T, at the entrance of a norm, and what stands for x normalized.
 
-    In plain parts `twin` is the normalized x (N, C). In kernels it is memory without values that takes the gradient of
+    In plain parts `proxy` is the normalized x (N, C). In kernels it is memory without values that takes the gradient of
     x as the normalized x makes it, which is r (N,) times the rows of x, with r held fixed. None before a feed-forward,
     whose kernels return the gradient of x as a whole.
     """
 
     x: Tensor
-    twin: Tensor | None
+    proxy: Tensor | None
     r: Tensor | None = None
     scale: float = 1.0  # that r includes
     gates: Tensor | None = None  # at a layer's entrance, in kernels: such memory for the first channels
 
 
-Twinned = tuple[Tensor, Tensor]  # values and the tensor that takes their gradient: in plain parts the same
-Entered = tuple[Rows, Tensor, Twinned]  # at the entrance of a layer: the rows, the twin of x, and x0 for the next one
+WithProxy = tuple[Tensor, Tensor]  # values and the tensor that takes their gradient: in plain parts the same
+Entered = tuple[Residual, Tensor, WithProxy]  # at a layer's entrance: the rows, the proxy of x, and x0 for the next one
 
 
-class Adapted(NamedTuple):
+class LoRAWeight(NamedTuple):
     """A matrix (rows, cols) with an addition of low rank for each of D equal parts of its input (LoRA, 2106.09685)."""
 
     base: Tensor
@@ -1580,7 +1580,7 @@ class Adapted(NamedTuple):
     outer: Tensor  # (D, rows, rank)
 
 
-def product(x: Tensor, weight: Tensor | Adapted) -> Tensor:
+def product(x: Tensor, weight: Tensor | LoRAWeight) -> Tensor:
     """x (N, cols) times weight (rows, cols) transposed."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
@@ -1589,7 +1589,7 @@ def product(x: Tensor, weight: Tensor | Adapted) -> Tensor:
 
 
 def head_sizes(x: Tensor, rows: int, gain: Tensor) -> tuple[int, int, int]:
-    """Query heads, key/value heads and head size that x, the product's rows and the gain of `heads` imply."""
+    """Query heads, key/value heads and head size that x, the product's rows and the gain of `qkv_rope` imply."""
     count, size = len(gain), x.shape[1] // len(gain)
     return count, (rows // size - count) // 2, size
 
@@ -1603,7 +1603,7 @@ def offset_keys(k: Tensor, follows: Tensor) -> Tensor:
     return torch.cat([own, torch.where(follows.view(-1, 1, 1), shifted.roll(1, dims=0), shifted)], dim=-1)
 
 
-def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
+def squared_leaky_relu(h: Tensor, beta: Tensor) -> Tensor:
     """h^2 above zero, beta h^2 below; beta (hidden,) per channel.
 
     beta = 0 is relu^2, slope^2 is LeakyReLU(slope)^2 (PR #493), a learned beta is ASQU (PR #1247).
@@ -1611,7 +1611,7 @@ def squared_unit(h: Tensor, beta: Tensor) -> Tensor:
     return h.square() * torch.where(h > 0, 1.0, beta)
 
 
-def soft_cap(logits: Tensor, cap: float) -> Tensor:
+def softcap(logits: Tensor, cap: float) -> Tensor:
     """Logits squeezed into +-cap, in float32."""
     return cap * torch.tanh(logits.float() / cap)
 
@@ -1619,25 +1619,25 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
 class PlainLayer:
     """The parts of a layer, in running order, and the loss, in plain operations: the definition of each."""
 
-    def enter(self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> Entered:
-        """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the twin of x, and x0 for the next layer.
+    def resid_mix_norm(self, x: Tensor, skip: WithProxy | None, x0: WithProxy, mix: Tensor, scale: float) -> Entered:
+        """Rows of mix[0] x + mix[1] skip + mix[2] x0 for mix (3, C), the proxy of x, and x0 for the next layer.
 
         `scale` is the factor on the normalized rows. What comes back lets kernels chain the gradients of a tensor with
-        several uses: whoever uses x once more (a skip) or x0 hands its gradient to the twin.
+        several uses: whoever uses x once more (a skip) or x0 hands its gradient to the proxy.
         """
         new = mix[0] * x + mix[2] * x0[1]
         new = new if skip is None else new + mix[1] * skip[1]
-        return Rows(new, rms_norm(new) * scale), x, x0
+        return Residual(new, rms_norm(new) * scale), x, x0
 
-    def heads(
-        self, rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
+    def qkv_rope(
+        self, rows: Residual, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """q (N, H, D), k and v (N, KV, D) for weight ((H + 2 KV) D, C) and gain (H,), and the twin of v (N, KV, D).
+        """q (N, H, D), k and v (N, KV, D) for weight ((H + 2 KV) D, C) and gain (H,), and the proxy of v (N, KV, D).
 
         q and k are normalized per head and rotated, `rotary` as from `rotary_table`; `follows` offsets keys; `extra`
         (N, KV, D) is added to v. The kernels return k and v (N, H, D), a copy for every query head.
         """
-        qkv = product(rows.twin, weight)
+        qkv = product(rows.proxy, weight)
         count, kv, size = head_sizes(rows.x, qkv.shape[1], gain)
         q, k, v = qkv.view(-1, rotary.shape[1], count + 2 * kv, size).split([count, kv, kv], dim=2)
         # One gain per head, expanded to one per token: its gradient becomes a sum over the head, which fuses with the
@@ -1647,38 +1647,38 @@ class PlainLayer:
         v = v if extra is None else v + extra
         return q, k if follows is None else offset_keys(k, follows), v, v
 
-    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor, gate: Tensor | None = None) -> Tensor:
+    def xsa(self, y: Tensor, v: Tensor, proxy: Tensor, gate: Tensor | None = None) -> Tensor:
         """Exclusive self-attention (PR #265): remove from y (N, H, D) what points along the token's own value.
 
-        v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `twin`. The result is orthogonal to v,
-        head by head; times `gate` (N, H). The kernel takes v (N, H, D) as `heads` copied it, and reads the first copy.
+        v (N, KV, D) serves H/KV neighbouring query heads; its gradient goes to `proxy`. The result is orthogonal to v,
+        head by head; times `gate` (N, H). The kernel takes v (N, H, D) as `qkv_rope` copied it, and reads one copy.
         """
-        grouped, own = y.unflatten(1, (v.shape[1], -1)).float(), twin.unsqueeze(2).float()
+        grouped, own = y.unflatten(1, (v.shape[1], -1)).float(), proxy.unsqueeze(2).float()
         share = (grouped * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-12)
         z = (grouped - share * own).flatten(1, 2)
         return (z if gate is None else z * gate.unsqueeze(-1)).to(y.dtype)
 
-    def leave(self, rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
+    def attn_proj(self, rows: Residual, z: Tensor, weight: Tensor, scale: float) -> Residual:
         """Rows of x plus the attention's output, z (N, C) times weight (C, C) transposed."""
         x = rows.x + product(z, weight)
-        return Rows(x, rms_norm(x) * scale)
+        return Residual(x, rms_norm(x) * scale)
 
-    def feed_forward(self, rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        """x plus squared_unit(normalized up^T) down^T for up (hidden, C), down (C, hidden); also the activations."""
-        act = squared_unit(product(rows.twin, up), beta)
+    def mlp(self, rows: Residual, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """x plus squared_leaky_relu(normalized up^T) down^T, up (hidden, C), down (C, hidden); also the activations."""
+        act = squared_leaky_relu(product(rows.proxy, up), beta)
         return rows.x + product(act, down), act
 
-    def normalized(self, rows: Rows) -> Tensor:
-        """The normalized x of Rows, (N, C)."""
-        return rows.twin
+    def materialize_norm(self, rows: Residual) -> Tensor:
+        """The normalized x of Residual, (N, C)."""
+        return rows.proxy
 
-    def gate_inputs(self, rows: Rows) -> Tensor:
-        """The first channels of the normalized x of Rows, (N, GATE_INPUTS)."""
-        return rows.twin[:, :GATE_INPUTS]
+    def gate_inputs(self, rows: Residual) -> Tensor:
+        """The first channels of the normalized x of Residual, (N, GATE_INPUTS)."""
+        return rows.proxy[:, :GATE_INPUTS]
 
     def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
         """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
-        return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")
+        return F.cross_entropy(softcap(logits, cap), targets, reduction="none")
 
 
 PLAIN_LAYER = PlainLayer()
@@ -1731,7 +1731,7 @@ def probe_attention(attend: Attention, cfg: Config, device: torch.device) -> Err
     return probe(partial(masked, attend), partial(masked, PLAIN_ATTENTION), shapes, device)
 
 
-def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
+def check_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
     """`probe` of a layer, every input's gradient included, of its output as the next layer's skip, and of the loss."""
     dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
     matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
@@ -1741,14 +1741,14 @@ def probe_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
     def layer(parts: PlainLayer, x: Tensor, x0: Tensor, extra: Tensor, *rest: Tensor) -> Tensor:
         qkv, out, up, down = (w * w.shape[1] ** -0.5 for w in rest[:4])
         (mix, gain, beta, *gates), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
-        rows, kept, first = parts.enter(x, (x0, x0), (x0, x0), mix, 0.5)
+        rows, kept, first = parts.resid_mix_norm(x, (x0, x0), (x0, x0), mix, 0.5)
         follows = torch.arange(len(x), device=x.device) % 50 > 0 if cfg.key_offset else None
-        q, k, v, twin = parts.heads(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)), follows)
+        q, k, v, proxy = parts.qkv_rope(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)), follows)
         y = PLAIN_ATTENTION(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
         gates = [F.linear(parts.gate_inputs(rows), gate).sigmoid() for gate in gates]
-        z = parts.exclusive(y, v, twin, *gates).flatten(1)
-        y = parts.feed_forward(parts.leave(rows, z, out, 0.5), up, down, beta)[0]
-        y = parts.normalized(parts.enter(y, (x, kept), first, mix, 0.5)[0])
+        z = parts.xsa(y, v, proxy, *gates).flatten(1)
+        y = parts.mlp(parts.attn_proj(rows, z, out, 0.5), up, down, beta)[0]
+        y = parts.materialize_norm(parts.resid_mix_norm(y, (x, kept), first, mix, 0.5)[0])
         return torch.cat([y.flatten(), parts.nll(2 * y, torch.arange(len(y), device=y.device) % dim, 3.0).to(y.dtype)])
 
     shapes = [(2 * length, dim)] * 2 + [(2 * length, kv)] + matrices + vectors
@@ -1759,21 +1759,21 @@ class BackEnds(NamedTuple):
     """Interchangeable implementations of one function: variable, name -> maker in order of preference, and probe."""
 
     variable: str
-    makers: dict[str, Callable[[], Callable]]
-    everywhere: tuple[str, ...]  # those that `auto` may take where there is no CUDA
+    factories: dict[str, Callable[[], Callable]]
+    without_cuda: tuple[str, ...]  # those that `auto` may take where there is no CUDA
     probe: Callable[[Callable, Config, torch.device], Errors]
     prices: dict[str, str]  # by how much a step is longer than by the best, where it is (H100, benchmarks/RESULTS.md)
 
 
-LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), probe_layer, {"plain": "12 to 18%"})
+LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), check_layer, {"plain": "12 to 18%"})
 
 
 def attention_back_ends(cfg: Config) -> BackEnds:
     """With DOC_ATTENTION all but cuDNN, which cannot keep documents apart."""
-    makers = {name: maker for name, maker in ATTENTION.items() if name != "cudnn" or not cfg.doc_attention}
-    everywhere = ("math",) if cfg.doc_attention else ("flash", "math")
+    factories = {name: maker for name, maker in ATTENTION.items() if name != "cudnn" or not cfg.doc_attention}
+    without_cuda = ("math",) if cfg.doc_attention else ("flash", "math")
     prices = {"cudnn": "5%", "fa2": "18%", "flash": "18%", "math": "several times"}
-    return BackEnds("ATTN_BACKEND", makers, everywhere, probe_attention, prices)
+    return BackEnds("ATTN_BACKEND", factories, without_cuda, probe_attention, prices)
 
 
 BACK_END_FAULTS = (
@@ -1791,17 +1791,17 @@ def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
     A slower one than the best is a warning, unless what was passed over is of no use to this GPU.
     """
     device, refused, is_loss = run.ranks.device, [], False
-    chain = list(ends.makers) if device.type == "cuda" else ends.everywhere
+    chain = list(ends.factories) if device.type == "cuda" else ends.without_cuda
     for name in chain if asked == "auto" else [asked]:
         chosen, error, allowed, reason, is_absent = None, math.nan, math.nan, "", False
         try:
-            chosen = ends.makers[name]()
+            chosen = ends.factories[name]()
             error, allowed = ends.probe(chosen, run.cfg, device)
             reason = fault(error, allowed)
         except BACK_END_FAULTS as e:
             reason = f"{type(e).__name__} {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''}"
             is_absent = isinstance(e, ImportError | NotImplementedError)
-        failures = run.ranks.sum_(torch.tensor(float(bool(reason)), device=device)).item()
+        failures = run.ranks.all_reduce_sum_(torch.tensor(float(bool(reason)), device=device)).item()
         if not failures:
             why = "; ".join(refused) or "first choice"
             errors = f"error:{error:.1e} allowed:{allowed:.1e}"
@@ -1815,7 +1815,7 @@ def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
     raise UserError(f"{ends.variable}={asked}: not usable here ({'; '.join(refused)}); auto takes the best")
 
 
-def exact_device(device: torch.device) -> torch.device:
+def float64_device(device: torch.device) -> torch.device:
     """Where float64 arithmetic runs: on the device itself, but for mps, which has none, on the CPU."""
     return torch.device("cpu") if device.type == "mps" else device
 
@@ -1901,7 +1901,7 @@ def row_bits(cfg: Config, spec: BankSpec) -> Tensor:
     return torch.tensor([cfg.lowbit_bits if low else cfg.matrix_bits for low in is_low]).view(-1, spec.rows, 1)
 
 
-class RestSpec(NamedTuple):
+class ParamSpec(NamedTuple):
     """One parameter outside the banks: shape, initial value or standard deviation, and its Adam group.
 
     `init` is a number (constant), "orthogonal", or ("normal", std). `per_layer`: dimension 0 is the layer.
@@ -1916,7 +1916,7 @@ class RestSpec(NamedTuple):
     coded: bool = False
 
 
-def rest_specs(cfg: Config) -> list[RestSpec]:
+def param_table(cfg: Config) -> list[ParamSpec]:
     """The one table of parameters outside the banks; a feature that is off has no row and so no parameter."""
     dim, layers, heads, vocab = cfg.model_dim, cfg.num_layers, cfg.num_heads, cfg.vocab_size
     kv, buckets, is_asqu = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size, cfg.mlp_activation == "asqu"
@@ -1925,33 +1925,33 @@ def rest_specs(cfg: Config) -> list[RestSpec]:
     shares = torch.tensor([1.1, 1.0, 1.0]).expand(lanes, 2, 3)  # of a lane itself, attention and MLP
     mix = torch.stack([torch.ones(dim), torch.zeros(dim)]).expand(layers, 2, dim)  # all of x, nothing of x0
     rows = [
-        (True, RestSpec("tok_emb", (vocab, dim), ("normal", cfg.tied_embed_init_std), "embed", coded=True)),
-        (not cfg.tie_embeddings, RestSpec("lm_head", (vocab, dim), 0.0, "head", coded=True)),
-        (buckets, RestSpec("bigram_table", (buckets, cfg.bigram_dim), 0.0, "embed", coded=True)),
-        (buckets, RestSpec("bigram_proj", (dim, cfg.bigram_dim), "orthogonal", "scalar", coded=True)),
-        (buckets, RestSpec("bigram_scale", (1,), 0.05, "scalar")),
-        (cfg.ve_enabled, RestSpec("ve_table", (vocab, cfg.ve_dim), ("normal", 0.01), "embed", coded=True)),
-        (cfg.ve_enabled, RestSpec("ve_proj", (kv, cfg.ve_dim), 0.0, "scalar", coded=True)),
-        (cfg.ve_enabled, RestSpec("ve_scale", (len(cfg.ve_layers),), 0.1, "scalar")),
-        (cfg.smear_gate_enabled, RestSpec("smear_gate", (dim,), 0.0, "scalar")),
-        (skips, RestSpec("skip_weights", (skips, dim), 1.0, "scalar")),
-        (skips and cfg.skip_gates_enabled, RestSpec("skip_gates", (skips, dim), 0.0, "scalar")),
-        (True, RestSpec("resid_mix", (layers, 2, dim), mix, "scalar", per_layer=True)),
-        (True, RestSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
-        (True, RestSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
-        (True, RestSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
-        (lanes, RestSpec("lane_mix", (lanes, 2, 3), shares, "scalar")),
-        (cfg.value_residual, RestSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
-        (cfg.gated_attn_enabled, RestSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
-        (cfg.gated_attn_enabled, RestSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
+        (True, ParamSpec("tok_emb", (vocab, dim), ("normal", cfg.tied_embed_init_std), "embed", coded=True)),
+        (not cfg.tie_embeddings, ParamSpec("lm_head", (vocab, dim), 0.0, "head", coded=True)),
+        (buckets, ParamSpec("bigram_table", (buckets, cfg.bigram_dim), 0.0, "embed", coded=True)),
+        (buckets, ParamSpec("bigram_proj", (dim, cfg.bigram_dim), "orthogonal", "scalar", coded=True)),
+        (buckets, ParamSpec("bigram_scale", (1,), 0.05, "scalar")),
+        (cfg.ve_enabled, ParamSpec("ve_table", (vocab, cfg.ve_dim), ("normal", 0.01), "embed", coded=True)),
+        (cfg.ve_enabled, ParamSpec("ve_proj", (kv, cfg.ve_dim), 0.0, "scalar", coded=True)),
+        (cfg.ve_enabled, ParamSpec("ve_scale", (len(cfg.ve_layers),), 0.1, "scalar")),
+        (cfg.smear_gate_enabled, ParamSpec("smear_gate", (dim,), 0.0, "scalar")),
+        (skips, ParamSpec("skip_weights", (skips, dim), 1.0, "scalar")),
+        (skips and cfg.skip_gates_enabled, ParamSpec("skip_gates", (skips, dim), 0.0, "scalar")),
+        (True, ParamSpec("resid_mix", (layers, 2, dim), mix, "scalar", per_layer=True)),
+        (True, ParamSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
+        (True, ParamSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
+        (True, ParamSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
+        (lanes, ParamSpec("lane_mix", (lanes, 2, 3), shares, "scalar")),
+        (cfg.value_residual, ParamSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
+        (cfg.gated_attn_enabled, ParamSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
+        (cfg.gated_attn_enabled, ParamSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
         (cfg.sparse_attn_gate_scale,
-         RestSpec("sparse_gate", (layers, heads, GATE_INPUTS), 0.0, "scalar", per_layer=True)),
-        (is_asqu, RestSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
+         ParamSpec("sparse_gate", (layers, heads, GATE_INPUTS), 0.0, "scalar", per_layer=True)),
+        (is_asqu, ParamSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
     ]
     rank, passes = cfg.lora_rank, len(final_order(cfg))
     for bank in bank_specs(cfg):  # zero at the start, by the second factor (PR #38)
-        rows += [(rank, RestSpec(f"lora_{bank.name}_in", (passes, rank, bank.cols), ("normal", 0.02), "lora")),
-                 (rank, RestSpec(f"lora_{bank.name}_out", (passes, bank.rows, rank), 0.0, "lora"))]  # fmt: skip
+        rows += [(rank, ParamSpec(f"lora_{bank.name}_in", (passes, rank, bank.cols), ("normal", 0.02), "lora")),
+                 (rank, ParamSpec(f"lora_{bank.name}_out", (passes, bank.rows, rank), 0.0, "lora"))]  # fmt: skip
     return [spec for present, spec in rows if present]
 
 
@@ -1986,8 +1986,8 @@ class Pass(NamedTuple):
     value_embedding: Tensor | None  # (N, KV, D)
     mask: Tensor | None  # of the attention, with DOC_ATTENTION
     follows: Tensor | None  # with KEY_OFFSET where a token has a previous one, (N,)
-    beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_unit below zero
-    observe: Observer | None
+    beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_leaky_relu below zero
+    observe: CalibHook | None
 
 
 class GPT(nn.Module):
@@ -2003,11 +2003,11 @@ class GPT(nn.Module):
         self.norm_scales = [(i + 1) ** -0.5 if cfg.ln_scale else 1.0 for i in range(cfg.num_layers)]
         self.order = final_order(cfg)  # of the model as it is scored; training may still be on its way there
         self.micro_batch = MICRO_BATCH_TOKENS  # tokens at most of a batch; `build_model` measures what the GPU holds
-        self.specs, self.rest_specs = bank_specs(cfg), rest_specs(cfg)
+        self.specs, self.param_table = bank_specs(cfg), param_table(cfg)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
-            self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.rest_specs})
+            self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.param_table})
         self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
         self.to(device)
         self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
@@ -2029,24 +2029,24 @@ class GPT(nn.Module):
         scales = {"out": self.rest["attn_scale"], "down": self.rest["mlp_scale"]}
         if self.cfg.lora_rank:  # from here on one matrix per pass, not per layer
             added = {name: self.rest[f"lora_{name}_out"] @ self.rest[f"lora_{name}_in"] for name in banks}
-            banks = {name: self.by_pass(bank) + added[name] for name, bank in banks.items()}
-            scales = {name: self.by_pass(scale) for name, scale in scales.items()}
+            banks = {name: self.per_loop(bank) + added[name] for name, bank in banks.items()}
+            scales = {name: self.per_loop(scale) for name, scale in scales.items()}
         banks |= {name: banks[name] * scale.unsqueeze(-1) for name, scale in scales.items()}
         head = self.rest["tok_emb" if self.cfg.tie_embeddings else "lm_head"]
         return {name: tensor.to(self.dtype) for name, tensor in {**banks, "head": head}.items()}
 
-    def by_pass(self, layers: Tensor) -> Tensor:
+    def per_loop(self, layers: Tensor) -> Tensor:
         """Slices of `layers` (layers, ...) in the order in which they run, (passes, ...)."""
         return torch.stack([layers[layer] for layer in self.order])
 
-    def project(self, table: str, ids: Tensor, matrix: str, observe: Observer | None) -> Tensor:
+    def project(self, table: str, ids: Tensor, matrix: str, observe: CalibHook | None) -> Tensor:
         """Rows `ids` of an embedding table times a small matrix; gathered in fp32 so that gradients sum in fp32."""
         rows = F.embedding(ids, self.rest[table]).to(self.dtype)
         if observe is not None:
             observe(matrix, rows)
         return F.linear(rows, self.rest[matrix].to(self.dtype))
 
-    def embed(self, ids: Tensor, observe: Observer | None) -> Tensor:
+    def embed(self, ids: Tensor, observe: CalibHook | None) -> Tensor:
         """Token (and bigram) embedding, normalized and smeared: (B, T, C)."""
         x = F.embedding(ids, self.rest["tok_emb"])
         if "bigram_table" in self.rest:
@@ -2055,9 +2055,9 @@ class GPT(nn.Module):
         x = rms_norm(x.to(self.dtype))
         return smear(x, ids, self.rest["smear_gate"], self.bos_id) if "smear_gate" in self.rest else x
 
-    def begin(self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None) -> Pass:
+    def begin(self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: CalibHook | None) -> Pass:
         """Split banks and per-layer vectors: one backward concatenation each instead of one per layer."""
-        vectors = {s.name: self.rest[s.name].to(self.dtype).unbind() for s in self.rest_specs if s.per_layer}
+        vectors = {s.name: self.rest[s.name].to(self.dtype).unbind() for s in self.param_table if s.per_layer}
         banks = {spec.name: weights[spec.name] for spec in self.specs}
         banks = {name: bank.unbind() if isinstance(bank, Tensor) else bank for name, bank in banks.items()}
         if not self.cfg.lora_rank:
@@ -2070,7 +2070,7 @@ class GPT(nn.Module):
         slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
         fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
         beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
-        mask = self.attend.mask(document_numbers(ids, self.bos_id)) if self.cfg.doc_attention else None
+        mask = self.attend.mask(doc_ids(ids, self.bos_id)) if self.cfg.doc_attention else None
         follows = has_previous(ids, self.bos_id).flatten() if self.cfg.key_offset else None
         return Pass(order, banks, vectors, self.mixes(order), rotary, value, mask, follows, beta, observe)
 
@@ -2089,19 +2089,19 @@ class GPT(nn.Module):
         mixes = resid[:, 0] * (1 - shut), resid[:, 0] * skips, resid[:, 1]
         return torch.stack(mixes, 1).to(self.dtype).unbind()
 
-    def attention(self, rows: Rows, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
+    def attention(self, rows: Residual, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
         """What the heads of a layer attend to, (N, C) before the output matrix, and its own values (N, KV, D)."""
         layer, vectors, parts, cfg, extra = p.order[position], p.vectors, self.parts, self.cfg, None
         if p.observe is not None:
-            p.observe(f"qkv.{layer}", parts.normalized(rows))
+            p.observe(f"qkv.{layer}", parts.materialize_norm(rows))
         if cfg.ve_enabled and layer in cfg.ve_layers:
             extra = self.rest["ve_scale"][cfg.ve_layers.index(layer)].to(self.dtype) * p.value_embedding
         weight, gain = p.banks["qkv"][position], vectors["q_gain"][layer]
-        q, k, own, twin = parts.heads(rows, weight, gain, p.rotary, extra, p.follows)
+        q, k, own, proxy = parts.qkv_rope(rows, weight, gain, p.rotary, extra, p.follows)
         v = own
         if "value_mix" in vectors:
             mix = vectors["value_mix"][layer]
-            v = twin = mix[0] * (own if first_v is None else first_v) + mix[1] * own
+            v = proxy = mix[0] * (own if first_v is None else first_v) + mix[1] * own
         y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), p.mask).flatten(0, 1)
         gate = None
         if "sparse_gate" in vectors:  # PR #1787
@@ -2109,9 +2109,9 @@ class GPT(nn.Module):
             gate = F.linear(parts.gate_inputs(rows), weight).sigmoid()
         elif "gate_weight" in vectors:
             weight, bias = (vectors[name][layer] for name in ("gate_weight", "gate_bias"))
-            gate = F.linear(parts.normalized(rows), weight, bias).sigmoid()
+            gate = F.linear(parts.materialize_norm(rows), weight, bias).sigmoid()
         if layer >= cfg.num_layers - cfg.xsa_last_n:
-            y = parts.exclusive(y, v, twin, gate)
+            y = parts.xsa(y, v, proxy, gate)
         elif gate is not None:
             y = y * gate.unsqueeze(-1)
         z = y.flatten(1)
@@ -2119,16 +2119,16 @@ class GPT(nn.Module):
             p.observe(f"out.{layer}", z)
         return z, own
 
-    def mlp(self, rows: Rows, position: int, p: Pass) -> Tensor:
+    def mlp(self, rows: Residual, position: int, p: Pass) -> Tensor:
         """Feed-forward part of a layer, its output added: (N, C)."""
         layer = p.order[position]
-        x, act = self.parts.feed_forward(rows, p.banks["up"][position], p.banks["down"][position], p.beta[layer])
+        x, act = self.parts.mlp(rows, p.banks["up"][position], p.banks["down"][position], p.beta[layer])
         if p.observe is not None:
-            p.observe(f"up.{layer}", self.parts.normalized(rows))
+            p.observe(f"up.{layer}", self.parts.materialize_norm(rows))
             p.observe(f"down.{layer}", act)
         return x
 
-    def two_lanes(self, rows: Rows, lane: Rows, z: Tensor, position: int, p: Pass) -> tuple[Tensor, Rows]:
+    def two_lanes(self, rows: Residual, lane: Residual, z: Tensor, position: int, p: Pass) -> tuple[Tensor, Residual]:
         """The end of a layer whose MLP reads another lane than its attention, and its entrance to the next layer.
 
         Each lane takes its own share of both and of itself (PR #1204, PR #1529).
@@ -2138,10 +2138,10 @@ class GPT(nn.Module):
         a, b = product(z, p.banks["out"][position]), self.mlp(lane, position, p)  # b: the lane and the MLP's output
         x = own[0] * rows.x + attended[0] * a + added[0] * (b - lane.x)
         mix = torch.stack([added[1], own[1] - added[1], attended[1]]).unsqueeze(1).expand(3, a.shape[1]).contiguous()
-        return x, self.parts.enter(b, (lane.x, lane.x), (a, a), mix, self.norm_scales[following])[0]
+        return x, self.parts.resid_mix_norm(b, (lane.x, lane.x), (a, a), mix, self.norm_scales[following])[0]
 
     def hidden(
-        self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: Observer | None = None
+        self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: CalibHook | None = None
     ) -> Tensor:
         """Normalized output of the last layer (B, T, C) for ids (B, T), running the layers in `order`.
 
@@ -2155,23 +2155,23 @@ class GPT(nn.Module):
             skip = None
             if half <= position < 2 * half:
                 skip = skips.pop() if position > half else (x, x)  # the last one pushed is x itself
-            rows, twin, x0 = self.parts.enter(x, skip, x0, p.mixes[position], self.norm_scales[layer])
+            rows, proxy, x0 = self.parts.resid_mix_norm(x, skip, x0, p.mixes[position], self.norm_scales[layer])
             if 0 < position < half:
-                skips.append((x, twin))
+                skips.append((x, proxy))
             z, own_v = self.attention(rows, position, first_v, p)
             first_v = own_v if first_v is None else first_v
             if "lane_mix" in self.rest and layer >= self.cfg.parallel_start_layer:
                 x, lane = self.two_lanes(rows, lane or rows, z, position, p)
             else:
-                rows = self.parts.leave(rows, z, p.banks["out"][position], self.norm_scales[layer])
+                rows = self.parts.attn_proj(rows, z, p.banks["out"][position], self.norm_scales[layer])
                 x = self.mlp(rows, position, p)
         return rms_norm(0.5 * (x + lane.x) if lane else x).view(*ids.shape, -1)
 
-    def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: Observer | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: CalibHook | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""
         if observe is not None:
             observe("head", hidden)
-        return soft_cap(product(hidden, weights["head"]), self.cfg.logit_softcap)
+        return softcap(product(hidden, weights["head"]), self.cfg.logit_softcap)
 
     def nll(self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> Tensor:
         """Negative log-likelihood in nats of each target given its prefix, (B, T) float32."""
@@ -2236,7 +2236,7 @@ def micro_batch_tokens(run: Runtime, model: GPT) -> int:
         model.zero_grad()
     copies = 6 + cfg.lawa_k * cfg.lawa_enabled  # gradients, momentum, Adam's moments, average, what warm-up keeps
     tokens, why = tokens_that_fit(peaks, length, copies * parameters, limit)
-    tokens = -int(run.ranks.agree(-tokens)[0])
+    tokens = -int(run.ranks.all_reduce_max(-tokens)[0])
     if tokens < length / 2:
         raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len} EVAL_SEQ_LEN={cfg.eval_seq_len}: not one sequence fits: "
                         f"{why}; lower them, MODEL_DIM or NUM_LAYERS")  # fmt: skip
@@ -2272,7 +2272,7 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
 # ending, on tiles that are still in registers. The gradient of such a row needs no gradient of r: for
 # g = dL/dx with r held fixed, dL/dr is <g, x> / r and dr/dx is -r^3 / (C scale^2) x, so
 # dx = g - x (r^2 / (C scale^2)) <g, x>: one pass over g and x, in which the residual gradient is added too.
-# Hence the twins of `Rows` and `PlainLayer.enter`: inductor cannot add inside an operator.
+# Hence the proxies of `Residual` and `PlainLayer.resid_mix_norm`: inductor cannot add inside an operator.
 # The feed-forward needs no such pass: it is homogeneous of degree 2, so <g, x> is twice the sum of a row's
 # activations times their gradients. The kernel that makes these sums it; the product that makes g ends with dx.
 
@@ -2287,7 +2287,7 @@ def jit(function: Callable) -> Any:
     return triton.jit(function, do_not_specialize=[name for name in ("tokens", "length", "items") if name in names])
 
 
-def programs(device: torch.device, blocks: int, per_processor: int = 1) -> tuple[int]:
+def persistent_grid(device: torch.device, blocks: int, per_processor: int = 1) -> tuple[int]:
     """Grid that walks over `blocks`; two programs on the CPU, so that tests see the walk and the partial sums."""
     if device.type != "cuda":
         return (min(blocks, 2),)
@@ -2307,7 +2307,7 @@ def launch_product(kernel: Any, a: Tensor, b: Tensor, halves: list[Tensor | None
     rows, cols, inner = TILE
     blocks = [(a, [rows, inner]), (b, [cols, inner]), *((x, [rows, cols // 2]) for x in halves)]
     tiles = (x if x is None else TensorDescriptor.from_tensor(x, block) for x, block in blocks)
-    grid = programs(a.device, triton.cdiv(len(a), rows) * triton.cdiv(len(b), cols))
+    grid = persistent_grid(a.device, triton.cdiv(len(a), rows) * triton.cdiv(len(b), cols))
     kernel[grid](*tiles, *arguments, len(a), a.shape[1], *TILE, num_warps=8, num_stages=3)
 
 
@@ -2327,8 +2327,8 @@ def tile_halves(a, b, row, column, inputs, ROWS: tl.constexpr, COLS: tl.constexp
 
 
 @jit
-def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr, WIDTH: tl.constexpr,
-                COLS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def resid_mix_norm_kernel(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr, WIDTH: tl.constexpr,
+                          COLS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The new x and r of ROWS rows; COLS is WIDTH rounded up to a power of two."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
     at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
@@ -2347,9 +2347,9 @@ def enter_tiles(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr
 
 
 @jit
-def enter_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dgates, dkept, dnext, dx, dskip, dx0, sums,
-                         tokens, scale, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
-                         STAGES: tl.constexpr, GATES: tl.constexpr):  # fmt: skip
+def resid_mix_norm_backward_kernel(x, skip, x0, mix, new, factors, dnew, dproxy, dgates, dkept, dnext, dx, dskip, dx0,
+                                   sums, tokens, scale, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+                                   STAGES: tl.constexpr, GATES: tl.constexpr):  # fmt: skip
     """Gradients of x, skip and x0, walking over blocks of rows; sums (programs, 3, WIDTH) of mix's.
 
     The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
@@ -2366,7 +2366,7 @@ def enter_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dgates, dk
     for block in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
         at, live = row[:, None] * WIDTH + column, (row[:, None] < tokens) & (column < WIDTH)
-        g = tl.load(dtwin + at, mask=live, other=0.0).to(tl.float32)
+        g = tl.load(dproxy + at, mask=live, other=0.0).to(tl.float32)
         value = tl.load(new + at, mask=live, other=0.0).to(tl.float32)
         upstream = tl.load(dnew + at, mask=live, other=0.0).to(tl.float32)
         r = tl.load(factors + row, mask=row < tokens, other=0.0)
@@ -2394,45 +2394,46 @@ def enter_backward_tiles(x, skip, x0, mix, new, factors, dnew, dtwin, dgates, dk
 
 
 @operator
-def enter(
+def resid_mix_norm(
     x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The parts of Rows, and the twins of x and x0; 5 activations are written and read where inductor's kernels take 6,
-    backward 10 of 14."""
+    """The parts of Residual, and the proxies of x and x0; 5 activations are written and read where inductor's kernels
+    take 6, backward 10 of 14."""
     (n, width), r, gates = x.shape, x.new_empty(len(x), dtype=torch.float32), x.new_empty((len(x), GATE_INPUTS))
-    new, twin, kept, following = (torch.empty_like(x) for _ in range(4))
-    launch(enter_tiles, (triton.cdiv(n, 4),), x, skip, x0, mix, new, r, n, scale, NORM_EPS, width,
+    new, proxy, kept, following = (torch.empty_like(x) for _ in range(4))
+    launch(resid_mix_norm_kernel, (triton.cdiv(n, 4),), x, skip, x0, mix, new, r, n, scale, NORM_EPS, width,
            triton.next_power_of_2(width), 4, num_warps=2, num_stages=2)  # fmt: skip
-    return new, twin, r, gates, kept, following
+    return new, proxy, r, gates, kept, following
 
 
 @operator
-def enter_backward(
-    dnew: Tensor, dtwin: Tensor, dgates: Tensor | None, dkept: Tensor | None, dnext: Tensor | None, new: Tensor,
+def resid_mix_norm_backward(
+    dnew: Tensor, dproxy: Tensor, dgates: Tensor | None, dkept: Tensor | None, dnext: Tensor | None, new: Tensor,
     r: Tensor, mix: Tensor, x: Tensor, x0: Tensor, skip: Tensor | None, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, skip (empty without one) and x0, and each program's part of mix's, given those of the new x, of
-    its twin and, where they were used, of the gates' memory and of the twins of x and x0."""
-    (n, width), grid = new.shape, programs(new.device, triton.cdiv(len(new), 2), 8)
+    its proxy and, where they were used, of the gates' memory and of the proxies of x and x0."""
+    (n, width), grid = new.shape, persistent_grid(new.device, triton.cdiv(len(new), 2), 8)
     dx, dx0, dskip = torch.empty_like(new), torch.empty_like(new), new.new_empty(0 if skip is None else new.shape)
     sums = new.new_empty((*grid, 3, width), dtype=torch.float32)
-    launch(enter_backward_tiles, grid, x, skip, x0, mix, new, r, dnew, dtwin, dgates, dkept, dnext, dx, dskip, dx0,
-           sums, n, scale, width, triton.next_power_of_2(width), 2, 2, GATE_INPUTS, num_warps=2)  # fmt: skip
+    launch(resid_mix_norm_backward_kernel, grid, x, skip, x0, mix, new, r, dnew, dproxy, dgates, dkept, dnext, dx,
+           dskip, dx0, sums, n, scale, width, triton.next_power_of_2(width), 2, 2, GATE_INPUTS,
+           num_warps=2)  # fmt: skip
     return [dx, dskip, dx0, sums]
 
 
-def differentiate_enter(
-    ctx: Any, dnew: Tensor | None, dtwin: Tensor | None, _: None, *others: Tensor | None
+def differentiate_resid_mix_norm(
+    ctx: Any, dnew: Tensor | None, dproxy: Tensor | None, _: None, *others: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, the twins of skip and x0, and mix; `others` are those of the gates' memory and the twins."""
+    """Gradients of x, the proxies of skip and x0, and mix; `others` are those of the gates' memory and the proxies."""
     new, _, mix, _, _, skip = saved = ctx.saved_tensors
-    given = [torch.zeros_like(new) if d is None else d.contiguous() for d in (dnew, dtwin)]
+    given = [torch.zeros_like(new) if d is None else d.contiguous() for d in (dnew, dproxy)]
     given += [d if d is None else d.contiguous() for d in others]
-    dx, dskip, dx0, sums = enter_backward(*given, *saved, *ctx.numbers)
+    dx, dskip, dx0, sums = resid_mix_norm_backward(*given, *saved, *ctx.numbers)
     return dx, None, None if skip is None else dskip, None, dx0, sums.sum(0).to(mix.dtype), None
 
 
-differentiable(enter, differentiate_enter, lambda x, skip, _, x0, __, mix, scale, out: (
+differentiable(resid_mix_norm, differentiate_resid_mix_norm, lambda x, skip, _, x0, __, mix, scale, out: (
     out[0], out[2], mix, x, x0, skip, scale
 ))  # fmt: skip
 
@@ -2460,9 +2461,9 @@ def per_head(tile):
 
 
 @jit
-def end_heads(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length,
-              EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
-              HALF: tl.constexpr):  # fmt: skip
+def qkv_epilogue(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length,
+                 EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
+                 HALF: tl.constexpr):  # fmt: skip
     """Ending of a tile (ROWS, whole heads of one kind) of the product: normalize, rotate, gain or `extra`, store.
 
     A norm per head cancels r but for eps, which becomes eps / r^2. With `follows` the second half of a key goes to the
@@ -2512,17 +2513,17 @@ def end_heads(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row
 
 
 @jit
-def heads_tiles(x, weight, r, gain, rotary, extra, follows, q, k, v, own, factors, length, EPS: tl.constexpr,
-                HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, tokens, width,
-                ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
-    """The product x weight^T, each tile ended by `end_heads` in two halves; x is (tokens, width)."""
+def qkv_kernel(x, weight, r, gain, rotary, extra, follows, q, k, v, own, factors, length, EPS: tl.constexpr,
+               HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, tokens, width,
+               ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+    """The product x weight^T, each tile ended by `qkv_epilogue` in two halves; x is (tokens, width)."""
     across: tl.constexpr = (HEADS + 2 * KV) * SIZE // COLS
     for tile in tl.range(tl.program_id(0), across * tl.cdiv(tokens, ROWS), tl.num_programs(0), flatten=True):
         row, column = tile // across * ROWS, tile % across * COLS
         halves = tile_halves(x, weight, row, column, width, ROWS, COLS, INNER)
         for half in tl.static_range(2):
-            end_heads(halves[half], r, gain, rotary, extra, follows, q, k, v, own, factors, row,
-                      column + half * COLS // 2, tokens, length, EPS, HEADS, KV, SIZE, HALF)  # fmt: skip
+            qkv_epilogue(halves[half], r, gain, rotary, extra, follows, q, k, v, own, factors, row,
+                         column + half * COLS // 2, tokens, length, EPS, HEADS, KV, SIZE, HALF)  # fmt: skip
 
 
 @jit
@@ -2551,9 +2552,9 @@ def undo_offset(final, own, follows, dout, at, kept, late, row, tokens, COPIES: 
 
 
 @jit
-def undo_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.constexpr,
-               HEADS: tl.constexpr, COPIES: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
-               HALF: tl.constexpr):  # fmt: skip
+def qkv_backward_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.constexpr,
+                       HEADS: tl.constexpr, COPIES: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr,
+                       SIZE: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head.
 
     The normalized heads are made from what became of them: turned back, over the gain (whose own gradient is lost where
@@ -2585,9 +2586,9 @@ def undo_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, toke
 
 
 @jit
-def heads_backward_tiles(q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du, dextra, sums, tokens,
-                         length, ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
-                         HALF: tl.constexpr):  # fmt: skip
+def qkv_backward_kernel(q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dproxy, du, dextra, sums, tokens,
+                        length, ROWS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
+                        HALF: tl.constexpr):  # fmt: skip
     """The whole gradient of the product, walking over blocks of ROWS rows; sums (programs, HEADS) of the gain's."""
     NORMED: tl.constexpr = HEADS + KV
     WIDTH: tl.constexpr = (HEADS + 2 * KV) * SIZE
@@ -2597,16 +2598,16 @@ def heads_backward_tiles(q, k, own, follows, factors, r, gain, rotary, dq, dk, d
         place = block * ROWS + tl.arange(0, ROWS)
         row, flat = place[:, None, None, None], place[:, None]
         cos, sin = angles(rotary, place, tokens, length, SIZE, HALF)
-        gains += undo_heads(q, None, None, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, 1, NORMED, WIDTH,
-                            SIZE, HALF)
-        undo_heads(k, own, follows, factors, dk, du, gain, cos, sin, row, tokens, HEADS, KV, COPIES, NORMED, WIDTH,
-                   SIZE, HALF)  # fmt: skip
+        gains += qkv_backward_heads(q, None, None, factors, dq, du, gain, cos, sin, row, tokens, 0, HEADS, 1, NORMED,
+                                    WIDTH, SIZE, HALF)
+        qkv_backward_heads(k, own, follows, factors, dk, du, gain, cos, sin, row, tokens, HEADS, KV, COPIES, NORMED,
+                           WIDTH, SIZE, HALF)  # fmt: skip
         channel = tl.arange(0, KV * SIZE)[None, :]
         live = (flat < tokens) & (channel < KV * SIZE)
         first = flat * (HEADS * SIZE) + channel // SIZE * (COPIES * SIZE) + channel % SIZE
         value = sum_copies(dv, first, live, COPIES, SIZE)
-        if dtwin is not None:
-            value += tl.load(dtwin + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
+        if dproxy is not None:
+            value += tl.load(dproxy + flat * (KV * SIZE) + channel, mask=live, other=0.0).to(tl.float32)
         if dextra is not None:
             tl.store(dextra + flat * (KV * SIZE) + channel, value.to(dextra.dtype.element_ty), mask=live)
         value *= tl.load(r + flat, mask=flat < tokens, other=1.0)
@@ -2615,59 +2616,59 @@ def heads_backward_tiles(q, k, own, follows, factors, r, gain, rotary, dq, dk, d
     tl.store(sums + tl.program_id(0) * HEADS + tl.arange(0, HEADS), total)
 
 
-def heads_fit(heads: int, kv: int, size: int, half: int) -> bool:
+def qkv_rope_fits(heads: int, kv: int, size: int, half: int) -> bool:
     """Whether the kernel can: powers of two, and half a tile of the product holds heads of one kind only."""
     fills = kv * size % (TILE[1] // 2) == 0 and (heads + 2 * kv) * size % TILE[1] == 0
     return fills and all(n & (n - 1) == 0 for n in (heads, kv, size, half))
 
 
 @operator
-def heads(
-    x: Tensor, twin: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
+def qkv_rope(
+    x: Tensor, proxy: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
     follows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k, v, v's twin, the factors of the norms (N, H + KV), and with `follows` the second halves of the keys as they
-    were (N, KV, D / 2).
+    """q, k, v, v's proxy, the factors of the norms (N, H + KV), and with `follows` the second halves of the keys as
+    they were (N, KV, D / 2).
 
     Attention adds up the gradients of shared keys and values in float32, in memory: filling it, adding and rounding
     cost more than writing copies here and adding up their gradients in the backward pass.
     """
     n, (count, kv, size) = len(x), head_sizes(x, len(weight), gain)
-    q, k, v, v_twin = (x.new_empty((n, copies, size)) for copies in (count, count, count, kv))
+    q, k, v, v_proxy = (x.new_empty((n, copies, size)) for copies in (count, count, count, kv))
     factors = x.new_empty((n, count + kv), dtype=torch.float32)
     own = x.new_empty(0 if follows is None else (n, kv, size // 2))
-    launch_product(heads_tiles, x, weight, [], r, gain, rotary, extra, follows, q, k, v, own, factors,
+    launch_product(qkv_kernel, x, weight, [], r, gain, rotary, extra, follows, q, k, v, own, factors,
                    rotary.shape[1], NORM_EPS, count, kv, size, rotary.shape[-1])  # fmt: skip
-    return q, k, v, v_twin, factors, own
+    return q, k, v, v_proxy, factors, own
 
 
 @operator
-def heads_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, dtwin: Tensor | None, factors: Tensor, r: Tensor, gain: Tensor, rotary: Tensor,
+def qkv_rope_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, dproxy: Tensor | None, factors: Tensor, r: Tensor, gain: Tensor, rotary: Tensor,
     q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None, has_extra: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient of the product, each program's part of the gain's, and that of `extra` (empty where there is none),
-    given those of q, k, v and, where something used it, of v's twin."""
+    given those of q, k, v and, where something used it, of v's proxy."""
     (n, count, size), kv = dq.shape, factors.shape[1] - dq.shape[1]
-    grid = programs(dq.device, triton.cdiv(n, 4), 6)
+    grid = persistent_grid(dq.device, triton.cdiv(n, 4), 6)
     du, dextra = dq.new_empty((n, (count + 2 * kv) * size)), dq.new_empty((n, kv, size) if has_extra else 0)
     sums = dq.new_empty((*grid, count), dtype=torch.float32)
-    launch(heads_backward_tiles, grid, q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dtwin, du,
+    launch(qkv_backward_kernel, grid, q, k, own, follows, factors, r, gain, rotary, dq, dk, dv, dproxy, du,
            dextra if has_extra else None, sums, n, rotary.shape[1], 4, count, kv, size, rotary.shape[-1], num_warps=4,
            num_stages=2)  # fmt: skip
     return du, sums, dextra
 
 
-def differentiate_heads(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the twin, the weight, the gain and `extra`."""
+def differentiate_qkv_rope(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the proxy, the weight, the gain and `extra`."""
     (x, weight, _, _, gain, *_), (has_extra,) = ctx.saved_tensors, ctx.numbers
     given = [d if d is None else d.contiguous() for d in upstream[:4]]
-    du, sums, dextra = heads_backward(*given, *ctx.saved_tensors[2:], has_extra)
+    du, sums, dextra = qkv_rope_backward(*given, *ctx.saved_tensors[2:], has_extra)
     dgain = sums.sum(0).to(gain.dtype)
     return None, du @ weight, None, du.T @ x, dgain, None, dextra if has_extra else None, None
 
 
-differentiable(heads, differentiate_heads, lambda x, _, r, weight, gain, rotary, extra, follows, out: (
+differentiable(qkv_rope, differentiate_qkv_rope, lambda x, _, r, weight, gain, rotary, extra, follows, out: (
     x, weight, out[4], r, gain, rotary, out[0], out[1], None if follows is None else out[5], follows, extra is not None
 ))  # fmt: skip
 
@@ -2676,8 +2677,8 @@ differentiable(heads, differentiate_heads, lambda x, _, r, weight, gain, rotary,
 
 
 @jit
-def exclusive_tiles(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, COPIES: tl.constexpr,
-                    SIZE: tl.constexpr, COLS: tl.constexpr, ITEMS: tl.constexpr):  # fmt: skip
+def xsa_kernel(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, COPIES: tl.constexpr,
+               SIZE: tl.constexpr, COLS: tl.constexpr, ITEMS: tl.constexpr):  # fmt: skip
     """ITEMS pairs of token and key/value head with their GROUP query heads: z, or dy, their sum of dv, and dgate."""
     item, d = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None], tl.arange(0, COLS)[None, :]
     live = (item < items) & (d < SIZE)
@@ -2710,36 +2711,36 @@ def exclusive_tiles(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, 
 
 
 @operator
-def exclusive(
-    y: Tensor, v: Tensor, gate: Tensor | None, twin: Tensor | None, dz: Tensor | None, kv: int
+def xsa(
+    y: Tensor, v: Tensor, gate: Tensor | None, proxy: Tensor | None, dz: Tensor | None, kv: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z of `PlainLayer.exclusive`; given its gradient, those of y, of the twin of v, which has `kv` heads (so
-    `heads_backward` adds it to the attention's), and of the gate."""
+    """z of `PlainLayer.xsa`; given its gradient, those of y, of the proxy of v, which has `kv` heads (so
+    `qkv_rope_backward` adds it to the attention's), and of the gate."""
     y, v, gate, dz = (tensor if tensor is None else tensor.contiguous() for tensor in (y, v, gate, dz))
     n, heads, size = y.shape
     out, dv = torch.empty_like(y), v.new_empty(0 if dz is None else (n, kv, size))
     dgate = y.new_empty(0 if gate is None or dz is None else gate.shape)
-    launch(exclusive_tiles, (triton.cdiv(n * kv, 32),), y, v, gate, dz, out, dv, dgate, n * kv, heads // kv,
+    launch(xsa_kernel, (triton.cdiv(n * kv, 32),), y, v, gate, dz, out, dv, dgate, n * kv, heads // kv,
            v.shape[1] // kv, size, triton.next_power_of_2(size), 32, num_warps=4)  # fmt: skip
     return out, dv, dgate
 
 
-def differentiate_exclusive(ctx: Any, dz: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    """Gradients of y, the gate and the twin of v."""
+def differentiate_xsa(ctx: Any, dz: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    """Gradients of y, the gate and the proxy of v."""
     y, v, gate = ctx.saved_tensors
-    dy, dv, dgate = exclusive(y, v, gate, None, dz, *ctx.numbers)
+    dy, dv, dgate = xsa(y, v, gate, None, dz, *ctx.numbers)
     return dy, None, None if gate is None else dgate, dv, None, None
 
 
-differentiable(exclusive, differentiate_exclusive, lambda y, v, gate, _, __, kv, out: (y, v, gate, kv))
+differentiable(xsa, differentiate_xsa, lambda y, v, gate, _, __, kv, out: (y, v, gate, kv))
 
 
 # Products that end in sums
 
 
 @jit
-def sum_tiles(a, b, x, new, along, squares, shrink, width, tokens, inputs, ROWS: tl.constexpr, COLS: tl.constexpr,
-              INNER: tl.constexpr):  # fmt: skip
+def matmul_add_kernel(a, b, x, new, along, squares, shrink, width, tokens, inputs, ROWS: tl.constexpr,
+                      COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
     """x + a b^T for a (tokens, inputs) and b (width, inputs), with `along` less `shrink` times its rows; with `squares`
     each row's sum of squares over half a tile's columns too."""
     across = tl.cdiv(width, COLS)
@@ -2771,7 +2772,7 @@ def sum_product(
     """x + z weight^T for weight (C, inputs), less `shrink` (N,) times the rows of `along` (N, C), the product never
     being written by itself; and where they are wanted the sums of squares (pieces, N) of its rows."""
     new, squares = torch.empty_like(x), pieces(x, x.shape[1] if has_squares else 0)
-    launch_product(sum_tiles, z, weight, [x, new, along], squares if has_squares else None, shrink, len(weight))
+    launch_product(matmul_add_kernel, z, weight, [x, new, along], squares if has_squares else None, shrink, len(weight))
     return new, squares
 
 
@@ -2785,7 +2786,7 @@ differentiable(
 
 
 @jit
-def unit_tiles(a, b, act, out, r, low, products, sums, hidden, tokens, inputs, ROWS: tl.constexpr,
+def mlp_kernel(a, b, act, out, r, low, products, sums, hidden, tokens, inputs, ROWS: tl.constexpr,
                COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
     """Of value = a b^T, a (tokens, inputs) and b (hidden, inputs): without `act` the activations h^2 of h = r value,
     times `low` below zero. With them backward: r times the gradient of h, which is 2 sqrt(act) above zero and `low`
@@ -2830,18 +2831,18 @@ def unit_product(
     made of, and sums of act times gradient: of rows (pieces, N), and where wanted of columns below zero (_, hidden)."""
     out, products = a.new_empty((len(a), len(b))), pieces(a, 0 if act is None else len(b))
     sums = a.new_empty((triton.cdiv(len(a), TILE[0]) * has_sums, len(b)), dtype=torch.float32)
-    launch_product(unit_tiles, a, b, [act, out], r, low, products, sums if has_sums else None, len(b))
+    launch_product(mlp_kernel, a, b, [act, out], r, low, products, sums if has_sums else None, len(b))
     return out, products, sums
 
 
 @operator
-def feed_forward(x: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def mlp(x: Tensor, r: Tensor, up: Tensor, down: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The new x and the activations: these and the sum are made inside the products (as in PR #1530)."""
     act = unit_product(x, up, r, beta, None, False)[0]
     return sum_product(x, act, down, None, None, False)[0], act
 
 
-def differentiate_feed_forward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def differentiate_mlp(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """Gradients of x, up, down and beta."""
     (x, r, up, down, beta, act), (scale,) = ctx.saved_tensors, ctx.numbers
     beta_grad, low = ctx.needs_input_grad[4], -2 * beta.sign() * beta.abs().float().sqrt()
@@ -2852,17 +2853,17 @@ def differentiate_feed_forward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | 
     return dx, None, dpre.T @ x, dy.T @ act, dbeta, None
 
 
-differentiable(feed_forward, differentiate_feed_forward, lambda *inputs: (*inputs[:5], inputs[-1][1], inputs[5]))
+differentiable(mlp, differentiate_mlp, lambda *inputs: (*inputs[:5], inputs[-1][1], inputs[5]))
 
 
-class Normalized(torch.autograd.Function):
-    """The normalized row that is otherwise never written, for gates and observers; its gradient goes to the twin."""
+class MaterializeNorm(torch.autograd.Function):
+    """The normalized row that is otherwise never written, for gates and observers; its gradient goes to the proxy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, twin: Tensor, r: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, proxy: Tensor, r: Tensor) -> Tensor:
         ctx.save_for_backward(r)
-        always = torch.ones((), dtype=torch.bool, device=x.device)  # torch 2.11 compiles no gradient for an unused twin
-        return torch.where(always, (x * r.unsqueeze(-1)).to(x.dtype), twin)
+        always = torch.ones((), dtype=torch.bool, device=x.device)  # torch 2.11 compiles no gradient of an unused proxy
+        return torch.where(always, (x * r.unsqueeze(-1)).to(x.dtype), proxy)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
@@ -2885,7 +2886,8 @@ def capped(logits, at, live, cap):
 
 
 @jit
-def nll_tiles(logits, targets, nll, logs, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def softcap_ce_kernel(logits, targets, nll, logs, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                      COLS: tl.constexpr):  # fmt: skip
     """The loss of ROWS rows, and the binary logarithms of their sums of exponentials, COLS columns at a time."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     largest, total = tl.full((ROWS,), -float("inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
@@ -2903,8 +2905,8 @@ def nll_tiles(logits, targets, nll, logs, tokens, cap, WIDTH: tl.constexpr, ROWS
 
 
 @jit
-def nll_backward_tiles(logits, targets, logs, dnll, dlogits, tokens, cap, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-                       COLS: tl.constexpr):  # fmt: skip
+def softcap_ce_backward_kernel(logits, targets, logs, dnll, dlogits, tokens, cap, WIDTH: tl.constexpr,
+                               ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """The gradient of ROWS rows and COLS columns of the logits before their cap."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, inside = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :], row < tokens
@@ -2928,7 +2930,8 @@ def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     logits are read once, and once more to write their gradient."""
     (n, width), (rows, cols) = logits.shape, nll_blocks(logits)
     loss, logs = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
-    launch(nll_tiles, (triton.cdiv(n, rows),), logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
+    grid = (triton.cdiv(n, rows),)
+    launch(softcap_ce_kernel, grid, logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
     return loss, logs
 
 
@@ -2937,8 +2940,8 @@ def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, ca
     """The gradient of the logits."""
     (n, width), (rows, cols), dlogits = logits.shape, nll_blocks(logits), torch.empty_like(logits)
     grid = (triton.cdiv(n, rows), triton.cdiv(width, cols))
-    launch(nll_backward_tiles, grid, logits, targets, logs, dnll.contiguous(), dlogits, n, cap, width, rows, cols,
-           num_warps=4)  # fmt: skip
+    launch(softcap_ce_backward_kernel, grid, logits, targets, logs, dnll.contiguous(), dlogits, n, cap, width, rows,
+           cols, num_warps=4)  # fmt: skip
     return dlogits
 
 
@@ -2957,35 +2960,35 @@ class TritonLayer(PlainLayer):
         if torch.cuda.is_available() and not is_hopper(torch.device("cuda")):
             raise NotImplementedError("for Hopper GPUs and later: older ones have no room for the tiles")
 
-    def enter(self, x: Tensor, skip: Twinned | None, x0: Twinned, mix: Tensor, scale: float) -> Entered:
-        x_new, twin, r, gates, kept, following = enter(x, *(skip or (None, None)), *x0, mix, scale)
-        return Rows(x_new, twin, r, scale, gates), kept, (x0[0], following)
+    def resid_mix_norm(self, x: Tensor, skip: WithProxy | None, x0: WithProxy, mix: Tensor, scale: float) -> Entered:
+        x_new, proxy, r, gates, kept, following = resid_mix_norm(x, *(skip or (None, None)), *x0, mix, scale)
+        return Residual(x_new, proxy, r, scale, gates), kept, (x0[0], following)
 
-    def heads(
-        self, rows: Rows, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
+    def qkv_rope(
+        self, rows: Residual, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
     ) -> tuple[Tensor, ...]:
         """In the ending of the product; in plain steps for heads that do not fill its tiles."""
-        if heads_fit(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
-            return heads(*rows[:3], weight, gain, rotary, extra, follows)[:4]
-        return super().heads(Rows(rows.x, self.normalized(rows)), weight, gain, rotary, extra, follows)
+        if qkv_rope_fits(*head_sizes(rows.x, len(weight), gain), rotary.shape[-1]):
+            return qkv_rope(*rows[:3], weight, gain, rotary, extra, follows)[:4]
+        return super().qkv_rope(Residual(rows.x, self.materialize_norm(rows)), weight, gain, rotary, extra, follows)
 
-    def exclusive(self, y: Tensor, v: Tensor, twin: Tensor, gate: Tensor | None = None) -> Tensor:
-        return exclusive(y, v, gate, twin, None, twin.shape[1])[0]
+    def xsa(self, y: Tensor, v: Tensor, proxy: Tensor, gate: Tensor | None = None) -> Tensor:
+        return xsa(y, v, gate, proxy, None, proxy.shape[1])[0]
 
-    def leave(self, rows: Rows, z: Tensor, weight: Tensor, scale: float) -> Rows:
+    def attn_proj(self, rows: Residual, z: Tensor, weight: Tensor, scale: float) -> Residual:
         x, squares = sum_product(rows.x, z.contiguous(), weight, None, None, True)
         r = scale * torch.rsqrt(squares.detach().sum(0) / x.shape[1] + NORM_EPS)
-        return Rows(x, None, r, scale)
+        return Residual(x, None, r, scale)
 
-    def feed_forward(self, rows: Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    def mlp(self, rows: Residual, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         beta = beta + (beta == 0) * 1e-20  # as good as 0, and the gradient can be told from the activations
-        return feed_forward(rows.x, rows.r, up, down, beta, rows.scale)
+        return mlp(rows.x, rows.r, up, down, beta, rows.scale)
 
-    def normalized(self, rows: Rows) -> Tensor:
-        return rms_norm(rows.x) * rows.scale if rows.twin is None else Normalized.apply(*rows[:3])
+    def materialize_norm(self, rows: Residual) -> Tensor:
+        return rms_norm(rows.x) * rows.scale if rows.proxy is None else MaterializeNorm.apply(*rows[:3])
 
-    def gate_inputs(self, rows: Rows) -> Tensor:
-        return Normalized.apply(rows.x[:, :GATE_INPUTS], rows.gates, rows.r)
+    def gate_inputs(self, rows: Residual) -> Tensor:
+        return MaterializeNorm.apply(rows.x[:, :GATE_INPUTS], rows.gates, rows.r)
 
     def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
         return nll(logits.contiguous(), targets.contiguous(), cap)[0]
@@ -3023,7 +3026,7 @@ def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
-def leading_directions(matrices: Tensor, share: float, coefficients: list[tuple[float, float, float]]) -> Tensor:
+def low_rank_orthogonalize(matrices: Tensor, share: float, coefficients: list[tuple[float, float, float]]) -> Tensor:
     """`orthogonalize` of the best approximation of rank `share` x the smaller side (NuMuon, arXiv 2603.03597).
 
     Two rounds of block power iteration, with the same iteration as the final step for the basis: products only.
@@ -3051,10 +3054,10 @@ class ParallelMuon:
         zeros = partial(torch.zeros, device=ranks.device)  # the rails of the owned layers' momentum
         self.state = {s.name: [zeros(owned, s.rows, s.cols) for _ in range(1 + (cfg.muon_rails_at < 1))]
                       for s in self.specs}  # fmt: skip
-        self.fast_direction, self.fast_apply = compiled(cfg, self.direction), compiled(cfg, self.apply)
+        self.fast_muon_update, self.fast_apply = compiled(cfg, self.muon_update), compiled(cfg, self.apply)
         self.as_tensor = partial(torch.full, (), dtype=torch.float32, device=ranks.device)  # numbers would recompile
 
-    def direction(
+    def muon_update(
         self, spec: BankSpec, rails: list[Tensor], grad: Tensor, momentum: list, clip: Tensor, share: float = 1.0
     ) -> Tensor:
         """Update (n, rows, cols) of the owned layers from their averaged gradient; advances the momentum's `rails`.
@@ -3073,7 +3076,7 @@ class ParallelMuon:
         group, parts = self.cfg.muon_head_group * self.cfg.head_dim, []
         for name, a, b in spec.spans():
             rows = group if group and name in ("attn.c_q", "attn.c_k") else b - a
-            part = leading_directions(update[:, a:b].reshape(-1, rows, spec.cols), share, self.coefficients)
+            part = low_rank_orthogonalize(update[:, a:b].reshape(-1, rows, spec.cols), share, self.coefficients)
             parts.append(part.view(len(update), b - a, spec.cols) * max(1.0, rows / spec.cols) ** 0.5)
         return torch.cat(parts, dim=1)
 
@@ -3092,7 +3095,7 @@ class ParallelMuon:
         """
         share, gathered = plan.muon_share, {}
         momentum = [tuple(map(self.as_tensor, rail)) for rail in momentum_rails(self.cfg, plan)]
-        direction = self.fast_direction if share == 1 else partial(self.direction, share=share)
+        direction = self.fast_muon_update if share == 1 else partial(self.muon_update, share=share)
         for spec in self.specs:
             update = direction(spec, self.state[spec.name], gradients[spec.name], momentum, clip)
             gathered[spec.name] = all_gather(self.ranks, update)
@@ -3101,10 +3104,10 @@ class ParallelMuon:
     def finish(self, gathered: dict[str, tuple[Tensor, Any]], lr: Tensor) -> None:
         """Apply all layers' updates as they arrive."""
         for name, pair in gathered.items():
-            self.fast_apply(self.banks[name], arrived(pair), lr)
+            self.fast_apply(self.banks[name], wait_for(pair), lr)
 
 
-def arrived(pair: tuple[Tensor, Any]) -> Tensor:
+def wait_for(pair: tuple[Tensor, Any]) -> Tensor:
     """The tensor of a pair (tensor, handle), for use once its communication is done; on CUDA the host does not wait."""
     if pair[1] is not None:
         pair[1].wait()
@@ -3157,7 +3160,7 @@ class Optimizers:
         }
         groups = []
         for name, (lr, decay) in rates.items():
-            if members := [model.rest[s.name] for s in model.rest_specs if s.group == name]:
+            if members := [model.rest[s.name] for s in model.param_table if s.group == name]:
                 groups.append({"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay})
         fused = ranks.device.type == "cuda"
         self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
@@ -3165,7 +3168,7 @@ class Optimizers:
         owners = [id(p) for p in [*self.muon.banks.values(), *self.small]]
         assert sorted(owners) == sorted(map(id, model.parameters())), "a parameter is in no optimizer or in two"
 
-    def launch_small(self) -> tuple[Tensor, Any]:
+    def launch_adam(self) -> tuple[Tensor, Any]:
         """Start averaging Adam's gradients over ranks in one bucket; the bucket and a handle to wait for."""
         bucket = torch.cat([p.grad.flatten() for p in self.small]) / self.ranks.world
         return bucket, dist.all_reduce(bucket, async_op=True) if self.ranks.world > 1 else None
@@ -3175,7 +3178,7 @@ class Optimizers:
         if not self.cfg.grad_clip_norm:
             return torch.ones((), device=self.ranks.device)
         own = torch.stack(torch._foreach_norm(shards)).float().square().sum()
-        total = self.ranks.sum_(own) + bucket.norm().square()
+        total = self.ranks.all_reduce_sum_(own) + bucket.norm().square()
         return (self.cfg.grad_clip_norm / (total.sqrt() + 1e-6)).clamp_max(1.0)
 
     @torch.no_grad()
@@ -3186,8 +3189,8 @@ class Optimizers:
         last) and gathered beside the orthogonalization of the next one; the last, smallest one is gathered beside
         Adam. Nothing runs beside the norm, which needs all gradients and which all updates need.
         """
-        launched, small = self.muon.launch(), self.launch_small()
-        gradients, bucket = {name: arrived(pair) for name, pair in launched.items()}, arrived(small)
+        launched, small = self.muon.launch(), self.launch_adam()
+        gradients, bucket = {name: wait_for(pair) for name, pair in launched.items()}, wait_for(small)
         clip = self.clip_factor(bucket, list(gradients.values()))
         gathered = self.muon.gather(gradients, plan, clip)
         for parameter, grad in zip(self.small, cut(bucket * clip, [p.shape for p in self.small]), strict=True):
@@ -3199,7 +3202,7 @@ class Optimizers:
 
     def state_dict(self) -> dict[str, Any]:
         """All optimizer state, with the momentum of all ranks' layers; every rank calls it."""
-        whole = [arrived(all_gather(self.ranks, rail)) for rail in tensor_leaves(self.muon.state)]
+        whole = [wait_for(all_gather(self.ranks, rail)) for rail in tensor_leaves(self.muon.state)]
         return {"muon": [full[: self.cfg.num_layers] for full in whole], "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -3259,7 +3262,7 @@ def phases(cfg: Config) -> dict[str, Phase]:
     return found
 
 
-def progress_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
+def training_frac(cfg: Config, step: int, seconds: float, budget: float) -> float:
     """Part of the run that is over, by steps or by the clock, whichever is further."""
     return max(step / cfg.iterations, seconds / budget)
 
@@ -3273,12 +3276,12 @@ def lr_scale_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
         by_clock = (budget - seconds) * step / seconds if step and seconds > 0 else math.inf
         scale = min(cfg.iterations - step, by_clock) / cfg.warmdown_iters
     else:
-        rest = 1 - progress_at(cfg, step, seconds, budget)
+        rest = 1 - training_frac(cfg, step, seconds, budget)
         scale = rest / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
     return max(min(scale, 1.0), cfg.min_lr, 0.0)
 
 
-def momentum_at(cfg: Config, step: int) -> float:
+def muon_momentum_at(cfg: Config, step: int) -> float:
     """Muon momentum, linear from its start to its final value."""
     done = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
     return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
@@ -3316,11 +3319,11 @@ def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan
 
     Muon's updates have all singular directions at the start and MUON_RANK_FRAC of them at the end, by a cosine.
     """
-    scale, progress = lr_scale_at(cfg, step, seconds, budget), progress_at(cfg, step, seconds, budget)
+    scale, progress = lr_scale_at(cfg, step, seconds, budget), training_frac(cfg, step, seconds, budget)
     is_late = scale < cfg.late_qat_threshold and not cfg.qat_enabled
     phase = "late_qat" if is_late else phase_at(cfg, progress)[0]
     share = cfg.muon_rank_frac + (1 - cfg.muon_rank_frac) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return StepPlan(scale, momentum_at(cfg, step), phase, share, two_rails=progress >= cfg.muon_rails_at < 1)
+    return StepPlan(scale, muon_momentum_at(cfg, step), phase, share, two_rails=progress >= cfg.muon_rails_at < 1)
 
 
 class Grid(NamedTuple):
@@ -3550,7 +3553,7 @@ def warm_up(run: Runtime, trainer: Trainer) -> None:
     steps = max(cfg.warmup_steps, 2 * cfg.compile)  # compilation never falls into the clock
     for name, phase in phases(cfg).items():
         for step in range(steps):
-            trainer.step(step, StepPlan(1.0, momentum_at(cfg, 0), name))
+            trainer.step(step, StepPlan(1.0, muon_momentum_at(cfg, 0), name))
             if step == 0:
                 trainer.record(phase)
         run.log(f"warmup:{name} steps:{steps} cuda_graph:{phase in trainer.graphs:d}")
@@ -3574,9 +3577,9 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     rounding.start()
     exporter.quantize()
     rounding.stop()
-    passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.fits_clip else 1  # what fitting the size may take
+    passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.auto_clip else 1  # what fitting the size may take
     seconds = batches * calibration.total / 3 + passes * rounding.total
-    return run.ranks.agree(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
+    return run.ranks.all_reduce_max(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
 
 
 def calibration_batches(run: Runtime, shape: BatchShape) -> int:
@@ -3586,7 +3589,7 @@ def calibration_batches(run: Runtime, shape: BatchShape) -> int:
     return -(-tokens // (run.ranks.world * shape.sequences * cfg.train_seq_len)) if cfg.gptq_enabled else 0
 
 
-class Trained(NamedTuple):
+class TrainResult(NamedTuple):
     """What training leaves behind besides the weights in the model."""
 
     steps: int
@@ -3616,7 +3619,7 @@ class Training:
                 synchronize(ranks.device)
             fault = self.trainer.loader.fault(self.step) if self.step < cfg.iterations else None
             reason = noted[0] if noted else str(fault or "")
-            seconds, stopped = ranks.agree(self.clock.seconds(), bool(reason))
+            seconds, stopped = ranks.all_reduce_max(self.clock.seconds(), bool(reason))
             self.ends_soon = seconds * (1 + 10 / max(self.step, 1)) >= self.budget
             if self.step >= cfg.iterations or seconds * (1 + 1 / max(self.step, 1)) >= self.budget:
                 break  # the next one would end too late
@@ -3634,7 +3637,7 @@ class Training:
         run, cfg = self.run, self.cfg
         plan = plan_step(cfg, self.step, seconds, self.budget)
         if plan.phase != self.phase:
-            self.phase = enter_phase(run, self.model, plan, self.step, seconds)
+            self.phase = start_phase(run, self.model, plan, self.step, seconds)
         if run.claim:
             run.claim.beat()
         before = graphs_compiled()
@@ -3645,7 +3648,7 @@ class Training:
             run.log(f"WARNING: step {self.step} compiled {made} graphs inside the clock; warm-up should have made them")
         self.averager.update(self.step, plan.lr_scale)
         self.active |= {self.phase, "warmdown" if plan.lr_scale < 1 else self.phase}
-        report_step(run, self.step, loss, plan, self.clock)
+        log_step(run, self.step, loss, plan, self.clock)
         scores = is_due(cfg.val_loss_every, self.step)
         saves = is_due(cfg.checkpoint_every, self.step) and self.step < cfg.iterations
         if scores or saves:
@@ -3665,7 +3668,7 @@ class Training:
         """
         run, is_saved = self.run, False
         optimizers = self.trainer.optimizers.state_dict()
-        if run.ranks.is_main:
+        if run.ranks.is_main_process:
             raw = self.model.state_dict()
             if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
                 raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], self.step)
@@ -3683,7 +3686,7 @@ class Training:
                 is_saved = True
             except UserError as problem:
                 run.log(f"WARNING: weights of step {self.step} not saved: {problem}")
-        return bool(run.ranks.agree(is_saved)[0])
+        return bool(run.ranks.all_reduce_max(is_saved)[0])
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from a checkpoint. What a killed run spent after it is counted, and at once noted in the file."""
@@ -3701,7 +3704,7 @@ class Training:
                 run.log("WARNING: the time that the killed run spent after its checkpoint is not known, nor counted")
             beat = (run.claim.last_beat or 0.0) - standing["saved_at"]
             lost = max(beat, 0.0) + standing["seconds"] / max(self.step, 1)  # and the step that had begun
-        (lost,) = run.ranks.agree(lost)
+        (lost,) = run.ranks.all_reduce_max(lost)
         self.clock.total = standing["seconds"] + lost
         spent = 1000 * self.clock.total
         run.log(f"resumed: step:{self.step} train_time:{spent:.0f}ms of which lost:{1000 * lost:.0f}ms")
@@ -3709,7 +3712,9 @@ class Training:
         self.save("running")
 
 
-def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapping[str, Any] | None = None) -> Trained:
+def train(
+    run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapping[str, Any] | None = None
+) -> TrainResult:
     """Train until ITERATIONS or the clock ends, whichever comes first; from a checkpoint where there is one."""
     cfg, model = run.cfg, trainer.model
     with run.timed("warmup", "untimed"):
@@ -3747,7 +3752,8 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapp
         training.active.add("post_qat")
         training.save("ended")
         average = dict(model.named_parameters())
-    return Trained(training.step, {name: value.detach().clone() for name, value in average.items()}, training.active)
+    average = {name: value.detach().clone() for name, value in average.items()}
+    return TrainResult(training.step, average, training.active)
 
 
 def run_identity(run: Runtime, stream: TokenStream, validation: ValidationSet) -> dict[str, Any]:
@@ -3773,23 +3779,23 @@ def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: i
     cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
     scale, two_rails = cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_rails_at < 1
     plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, two_rails)
-    enter_phase(run, trainer.model, plan, first, run.spent("train"))
-    score_rounded(run, trainer.model, validation, "before_post_qat")
+    start_phase(run, trainer.model, plan, first, run.spent("train"))
+    eval_rounded(run, trainer.model, validation, "before_post_qat")
     clock.start()
     while True:
-        (seconds,) = run.ranks.agree(clock.seconds())
+        (seconds,) = run.ranks.all_reduce_max(clock.seconds())
         if steps and seconds * (1 + 1 / steps) >= cfg.post_qat_seconds:
             break
         loss = trainer.step(first + steps, plan)
         steps += 1
-        report_step(run, first + steps, loss, plan, clock, first)
+        log_step(run, first + steps, loss, plan, clock, first)
     run.ledger.append(("train", "post_qat", clock.stop()))
     run.log(f"post_qat: {steps} steps in {clock.total:.1f}s at MATRIX_LR {cfg.post_qat_lr:g}")
-    score_rounded(run, trainer.model, validation, "after_post_qat")
+    eval_rounded(run, trainer.model, validation, "after_post_qat")
     return steps
 
 
-def score_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str) -> None:
+def eval_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str) -> None:
     """Log the score of the matrices on the grid of QAT, the function that it trains; the model is left as it was."""
     kept = {name: bank.detach().clone() for name, bank in model.banks.items()}
     with run.timed(f"{when} rounded", "untimed"), torch.no_grad():
@@ -3808,17 +3814,18 @@ def graphs_compiled() -> int:
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
-def enter_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: float) -> str:
+def start_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: float) -> str:
     """Announce the plan's phase; where it rounds the weights, fix the grid that the export is expected to use."""
     model.order, rounds, _ = phases(run.cfg)[plan.phase]
-    if run.cfg.fits_clip and rounds:
-        model.clip_sigmas.fill_(run.ranks.agree(fill_sigmas(run.cfg, quant_jobs(model), kept_tensors(model)))[0])
+    if run.cfg.auto_clip and rounds:
+        fitted = fit_clip_sigmas(run.cfg, quant_specs(model), passthrough(model))
+        model.clip_sigmas.fill_(run.ranks.all_reduce_max(fitted)[0])
     run.log(f"{plan.phase}:enabled step:{step} scale:{plan.lr_scale:.4f} clip_sigmas:{model.clip_sigmas.item():.2f}")
     run.log.event("phase", step=step, name=f"{plan.phase}:enabled", train_time_ms=round(seconds * 1000))
     return plan.phase
 
 
-def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Clock, first: int = 0) -> None:
+def log_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Clock, first: int = 0) -> None:
     """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run, on all ranks, if the loss is no number any more.
 
     `clock` has run since step `first`.
@@ -3826,7 +3833,7 @@ def report_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Cl
     cfg = run.cfg
     if step > 10 and not is_due(cfg.train_log_every, step):
         return
-    value, seconds = (run.ranks.sum_(loss) / run.ranks.world).item(), clock.seconds()
+    value, seconds = (run.ranks.all_reduce_sum_(loss) / run.ranks.world).item(), clock.seconds()
     average, total = 1000 * seconds / (step - first), 1000 * (run.spent("train") + seconds)
     run.log(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{total:.0f}ms "
             f"step_avg:{average:.2f}ms lr_scale:{plan.lr_scale:.3f} "
@@ -3862,7 +3869,7 @@ def write_output(run: Runtime, path: Path, blob: bytes | memoryview, variable: s
     problems = []
     for folder in dict.fromkeys([path.parent, Path("logs"), run.cfg.weights_file.parent, Path(tempfile.gettempdir())]):
         try:
-            write_whole(folder / path.name, blob, variable)
+            atomic_write(folder / path.name, blob, variable)
             return folder / path.name
         except UserError as problem:
             problems.append(problem)
@@ -3924,7 +3931,7 @@ def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -
         for number in range(first, first + batches):
             for name, moment in moments(trainer.loader.fetch(number)[0], weights, order).items():
                 totals[name] = totals[name] + moment if name in totals else moment
-    return {name: run.ranks.sum_(total).to(exact_device(total.device)) for name, total in totals.items()}
+    return {name: run.ranks.all_reduce_sum_(total).to(float64_device(total.device)) for name, total in totals.items()}
 
 
 def input_moments(model: GPT, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> dict[str, Tensor]:
@@ -3939,7 +3946,7 @@ def input_moments(model: GPT, ids: Tensor, weights: dict[str, Tensor], order: tu
     return moments
 
 
-class QuantJob(NamedTuple):
+class QuantSpec(NamedTuple):
     """One tensor to quantize: (n, rows, cols) fp32, the names of its n Hessians, and bits and clip of its kind."""
 
     name: str
@@ -3949,7 +3956,7 @@ class QuantJob(NamedTuple):
     sigmas: float  # k of policy sigma; 0: the common one
 
 
-class Coded(NamedTuple):
+class QuantizedTensor(NamedTuple):
     """A quantized tensor: codes (n, rows, cols) int8 and scales (n, rows) half."""
 
     codes: Tensor
@@ -3959,31 +3966,31 @@ class Coded(NamedTuple):
         return self.codes.float() * self.scale.float().unsqueeze(-1)
 
 
-def quant_jobs(model: GPT, matrix_bits: Mapping[int, int] | None = None) -> list[QuantJob]:
+def quant_specs(model: GPT, matrix_bits: Mapping[int, int] | None = None) -> list[QuantSpec]:
     """All coded tensors of the model in artifact order; `matrix_bits` limits the bits of single layers."""
-    cfg, jobs, home = model.cfg, [], exact_device(model.clip_sigmas.device)
+    cfg, jobs, home = model.cfg, [], float64_device(model.clip_sigmas.device)
     for spec in model.specs:
         bank = model.banks[spec.name].detach().to(home)
         bits = model.bits[spec.name].to(bank.device, copy=True)
         for layer, lower in (matrix_bits or {}).items():
             bits[layer] = bits[layer].clamp_max(lower)
-        jobs.append(QuantJob(spec.name, bank, [f"{spec.name}.{i}" for i in range(len(bank))], bits, 0.0))
+        jobs.append(QuantSpec(spec.name, bank, [f"{spec.name}.{i}" for i in range(len(bank))], bits, 0.0))
     head = "tok_emb" if cfg.tie_embeddings else "lm_head"
-    for spec in model.rest_specs:
+    for spec in model.param_table:
         if spec.coded:
             tensor = model.rest[spec.name].detach()[None].to(home)
             bits = torch.full((1, tensor.shape[1], 1), cfg.embed_bits, device=tensor.device)
             inputs = "head" if spec.name == head else spec.name
-            jobs.append(QuantJob(spec.name, tensor, [inputs], bits, cfg.embed_clip_sigmas))
+            jobs.append(QuantSpec(spec.name, tensor, [inputs], bits, cfg.embed_clip_sigmas))
     return jobs
 
 
-def kept_tensors(model: GPT) -> dict[str, Tensor]:
+def passthrough(model: GPT) -> dict[str, Tensor]:
     """Control parameters, never quantized: name -> tensor in half precision."""
-    return {s.name: model.rest[s.name].detach().half() for s in model.rest_specs if not s.coded}
+    return {s.name: model.rest[s.name].detach().half() for s in model.param_table if not s.coded}
 
 
-def job_scale(cfg: Config, job: QuantJob, hessians: Mapping[str, Tensor], sigmas: float) -> Tensor:
+def row_scales(cfg: Config, job: QuantSpec, hessians: Mapping[str, Tensor], sigmas: float) -> Tensor:
     """Row scales (n, rows) of a job under CLIP_POLICY.
 
     `search` takes per row the clip percentile of least Hessian-weighted rounding error (GPTQ-lite, PR #374); a
@@ -4002,17 +4009,17 @@ def job_scale(cfg: Config, job: QuantJob, hessians: Mapping[str, Tensor], sigmas
     return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+def hessian_inv_cholesky(hessian: Tensor, damp: float) -> Tensor:
     """Upper U with U^T U = (H + damp x mean diagonal)^-1 (n, cols, cols); damp grows tenfold where that fails."""
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     lower, failed = torch.linalg.cholesky_ex(hessian + damp * mean * eye)
     if failed.any():
-        return inverse_factor(hessian, max(10 * damp, 1e-6))
+        return hessian_inv_cholesky(hessian, max(10 * damp, 1e-6))
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
-def gptq_quantize(job: QuantJob, hessian: Tensor, scale: Tensor, cfg: Config) -> Tensor:
+def gptq_quantize(job: QuantSpec, hessian: Tensor, scale: Tensor, cfg: Config) -> Tensor:
     """Codes (n, rows, cols), float64 integers, of all layers of a job; Hessian (n, cols, cols), scale (n, rows).
 
     Columns run in blocks of GPTQ_BLOCK_SIZE; with GPTQ_ACT_ORDER the largest diagonal comes first. Columns whose
@@ -4027,7 +4034,7 @@ def gptq_quantize(job: QuantJob, hessian: Tensor, scale: Tensor, cfg: Config) ->
     order = diagonal.argsort(dim=-1, descending=True, stable=True) if cfg.gptq_act_order else columns
     w = w.take_along_dim(order[:, None, :], 2)
     hessian = hessian.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
-    factor = inverse_factor(hessian, cfg.gptq_damp)
+    factor = hessian_inv_cholesky(hessian, cfg.gptq_damp)
     codes = torch.empty_like(w)
     for begin in range(0, w.shape[2], cfg.gptq_block_size):
         end = min(begin + cfg.gptq_block_size, w.shape[2])
@@ -4042,19 +4049,21 @@ def gptq_quantize(job: QuantJob, hessian: Tensor, scale: Tensor, cfg: Config) ->
     return codes.take_along_dim(order.argsort()[:, None, :], 2)
 
 
-def quantize(cfg: Config, job: QuantJob, hessians: Mapping[str, Tensor], sigmas: float) -> Coded:
+def quantize(cfg: Config, job: QuantSpec, hessians: Mapping[str, Tensor], sigmas: float) -> QuantizedTensor:
     """Codes of a job by GPTQ where its inputs were observed, by rounding to nearest elsewhere (embedding tables)."""
-    scale = job_scale(cfg, job, hessians, sigmas)
+    scale = row_scales(cfg, job, hessians, sigmas)
     if broken := [name for name in job.hessians if name in hessians and not hessians[name].isfinite().all()]:
         raise UserError(f"Hessians of {broken} are not finite: activations overflowed on the calibration data")
     if cfg.gptq_enabled and all(name in hessians for name in job.hessians):
         codes = gptq_quantize(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
     else:
         codes = round_to_grid(job.tensor, scale, job.bits)
-    return Coded(codes.to(torch.int8), scale.half())
+    return QuantizedTensor(codes.to(torch.int8), scale.half())
 
 
-def quantize_jobs(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tensor], sigmas: float) -> dict[str, Coded]:
+def quantize_tensors(
+    run: Runtime, jobs: list[QuantSpec], hessians: dict[str, Tensor], sigmas: float
+) -> dict[str, QuantizedTensor]:
     """Codes of all jobs by name, their layers shared over the ranks; every rank gets all.
 
     GPTQ is a loop over columns, so each rank takes layers that have the same number of columns in all. Sums over
@@ -4071,8 +4080,8 @@ def quantize_jobs(run: Runtime, jobs: list[QuantJob], hessians: dict[str, Tensor
             names = [job.hessians[layer] for layer in own]
             part = job._replace(tensor=job.tensor[own], bits=job.bits[own], hessians=names)
             codes[own], scale[own] = quantize(run.cfg, part, hessians, sigmas)
-        coded[job.name] = Coded(codes, scale)
-    return {name: Coded(*map(ranks.sum_, parts)) for name, parts in coded.items()}
+        coded[job.name] = QuantizedTensor(codes, scale)
+    return {name: QuantizedTensor(*map(ranks.all_reduce_sum_, parts)) for name, parts in coded.items()}
 
 
 def entropy_bytes(codes: Tensor) -> float:
@@ -4083,7 +4092,7 @@ def entropy_bytes(codes: Tensor) -> float:
     return float((counts * (totals / counts.clamp_min(1)).log2()).sum()) / 8
 
 
-def ideal_bytes(coded: Iterable[Coded], kept: Mapping[str, Tensor]) -> float:
+def ideal_bytes(coded: Iterable[QuantizedTensor], kept: Mapping[str, Tensor]) -> float:
     """Bytes of an artifact whose codes take their entropy and whose scales and kept tensors are stored as they are."""
     halves = sum(tensor.numel() for tensor in kept.values())
     return sum(entropy_bytes(c.codes) + 2 * c.scale.numel() for c in coded) + 2 * halves
@@ -4098,16 +4107,17 @@ def bisect(size: Callable[[float], float], low: float, high: float, limit: float
 
 
 SIGMAS_RANGE = (4.0, 20.0)  # of 6 bits: below 4 the grid clips more than it gains; at 20 a weight has 2.6 bits
-FILL = (0.995, 0.9985, 1.0)  # least, aimed-at and greatest part of TARGET_BYTES that the artifact takes
+SIZE_BAND = (0.995, 0.9985, 1.0)  # least, aimed-at and greatest part of TARGET_BYTES that the artifact takes
 
 
-def fill_sigmas(cfg: Config, jobs: list[QuantJob], kept: Mapping[str, Tensor], ratio: float = 1.0) -> float:
+def fit_clip_sigmas(cfg: Config, jobs: list[QuantSpec], kept: Mapping[str, Tensor], ratio: float = 1.0) -> float:
     """The clip k whose rounded codes fill the limit, by bisection of their entropy; `ratio`: actual over estimated."""
-    limit = FILL[1] * cfg.target_bytes - code_bytes()
+    limit = SIZE_BAND[1] * cfg.target_bytes - code_bytes()
 
     def size(log_sigmas: float) -> float:
-        scales = [job_scale(cfg, job, {}, math.exp(log_sigmas)) for job in jobs]
-        rounded = (Coded(round_to_grid(j.tensor, scale, j.bits), scale) for j, scale in zip(jobs, scales, strict=True))
+        scales = [row_scales(cfg, job, {}, math.exp(log_sigmas)) for job in jobs]
+        pairs = zip(jobs, scales, strict=True)
+        rounded = (QuantizedTensor(round_to_grid(job.tensor, scale, job.bits), scale) for job, scale in pairs)
         return ratio * ideal_bytes(rounded, kept)
 
     finest, coarsest = SIGMAS_RANGE[0], SIGMAS_RANGE[1] * (2 ** (cfg.matrix_bits - 1) - 1) / 31
@@ -4130,13 +4140,13 @@ def code_bytes() -> int:
     return Path(__file__).stat().st_size
 
 
-def split_bytes(values: Tensor) -> bytes:
+def byte_shuffle(values: Tensor) -> bytes:
     """Half-precision values as all low bytes, then all high bytes: like bytes side by side compress better."""
     return values.cpu().numpy().reshape(-1).view(np.uint8).reshape(-1, 2).T.tobytes()
 
 
-def join_bytes(raw: bytes) -> Tensor:
-    """Inverse of `split_bytes`: (n,) half."""
+def byte_unshuffle(raw: bytes) -> Tensor:
+    """Inverse of `byte_shuffle`: (n,) half."""
     return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(2, -1).T.copy().view(np.float16).reshape(-1))
 
 
@@ -4277,15 +4287,17 @@ def ans_decode(blob: bytes, sizes: Sequence[int]) -> np.ndarray:
     return symbols
 
 
-def encode_artifact(cfg: Config, coded: Mapping[str, Coded], kept: Mapping[str, Tensor], notes: dict) -> bytes:
+def encode_artifact(
+    cfg: Config, coded: Mapping[str, QuantizedTensor], kept: Mapping[str, Tensor], notes: dict
+) -> bytes:
     """The artifact's bytes: see the section's head for the layout. `notes` go into the header as they are."""
     codes = np.concatenate([c.codes.cpu().numpy().reshape(-1) for c in coded.values()])
     sizes = [c.codes[0].numel() for c in coded.values() for _ in c.codes]
     use_ans = cfg.compressor in ("auto", "ans")
     streams = {
         "codes": ("ans", ans_encode(codes, sizes)) if use_ans else encode_stream(cfg, codes.tobytes()),
-        "scales": encode_stream(cfg, split_bytes(torch.cat([c.scale.flatten() for c in coded.values()]))),
-        "kept": encode_stream(cfg, split_bytes(torch.cat([t.flatten() for t in kept.values()]))),
+        "scales": encode_stream(cfg, byte_shuffle(torch.cat([c.scale.flatten() for c in coded.values()]))),
+        "kept": encode_stream(cfg, byte_shuffle(torch.cat([t.flatten() for t in kept.values()]))),
     }
     header = {
         "architecture": cfg.architecture(),
@@ -4309,8 +4321,8 @@ MOST_HEADER_BYTES = 2**20
 def tensor_table(cfg: Config) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """Shapes by name of the coded tensors and of the kept ones that an architecture has, in an artifact's order."""
     banks = {spec.name: [cfg.num_layers, spec.rows, spec.cols] for spec in bank_specs(cfg)}
-    coded = {spec.name: [1, *spec.shape] for spec in rest_specs(cfg) if spec.coded}
-    return banks | coded, {spec.name: [*spec.shape] for spec in rest_specs(cfg) if not spec.coded}
+    coded = {spec.name: [1, *spec.shape] for spec in param_table(cfg) if spec.coded}
+    return banks | coded, {spec.name: [*spec.shape] for spec in param_table(cfg) if not spec.coded}
 
 
 def saved_config(saved: Any, where: str) -> Config:
@@ -4371,7 +4383,7 @@ def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
 
     def halves(stream: int, shapes: list[list[int]]) -> list[Tensor]:
         """A stream's tensors of half-precision values."""
-        return cut(join_bytes(decode_stream(*streams[stream], 2 * sum(map(math.prod, shapes)))), shapes)
+        return cut(byte_unshuffle(decode_stream(*streams[stream], 2 * sum(map(math.prod, shapes)))), shapes)
 
     try:
         codes = np.frombuffer(decode_stream(*streams[0], *layers), np.int8).copy()
@@ -4383,7 +4395,7 @@ def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
         raise UserError(f"{path}: it holds scales that are not finite; export it again with EXPORT_ONLY=1")
     parameters, banks = {}, {spec.name for spec in bank_specs(cfg)}
     for name, *pair in zip(coded, codes, scales, strict=True):
-        tensor = Coded(*pair).dequantize()
+        tensor = QuantizedTensor(*pair).dequantize()
         parameters[f"banks.{name}" if name in banks else f"rest.{name}"] = tensor if name in banks else tensor[0]
     return header, parameters | {f"rest.{name}": value.float() for name, value in zip(kept, values, strict=True)}
 
@@ -4394,7 +4406,7 @@ class Exporter:
     def __init__(self, run: Runtime, model: GPT, hessians: dict[str, Tensor], identity: Mapping[str, str]) -> None:
         """`identity` of tokenizer and validation set, which the artifact carries."""
         self.run, self.cfg, self.model, self.hessians, self.identity = run, run.cfg, model, hessians, identity
-        self.kept, self.limit = kept_tensors(model), run.cfg.target_bytes - code_bytes()
+        self.kept, self.limit = passthrough(model), run.cfg.target_bytes - code_bytes()
         self.sigmas, self.layer_bits = run.cfg.matrix_clip_sigmas, {}
         self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
         self.ratio = 1.0  # of the size over the entropy, when last encoded
@@ -4402,10 +4414,10 @@ class Exporter:
     def quantize(self, ratio: float = 1.0) -> None:
         """Quantize; a clip that is ours to choose is first chosen by the expected size, `ratio` times its estimate."""
         with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
-            jobs = quant_jobs(self.model, self.layer_bits)
-            if self.cfg.fits_clip and not self.layer_bits:
-                (self.sigmas,) = self.run.ranks.agree(fill_sigmas(self.cfg, jobs, self.kept, ratio))
-            self.coded = quantize_jobs(self.run, jobs, self.hessians, self.sigmas)
+            jobs = quant_specs(self.model, self.layer_bits)
+            if self.cfg.auto_clip and not self.layer_bits:
+                (self.sigmas,) = self.run.ranks.all_reduce_max(fit_clip_sigmas(self.cfg, jobs, self.kept, ratio))
+            self.coded = quantize_tensors(self.run, jobs, self.hessians, self.sigmas)
 
     def encode(self) -> int:
         """Encode the current codes, on rank 0; returns the artifact's size, on every rank."""
@@ -4416,15 +4428,15 @@ class Exporter:
                 "order": list(self.model.order),
                 "identity": dict(self.identity),
             }
-            if self.run.ranks.is_main:
+            if self.run.ranks.is_main_process:
                 self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes)
-            self.size = int(self.run.ranks.agree(len(self.blob))[0])
+            self.size = int(self.run.ranks.all_reduce_max(len(self.blob))[0])
             self.ratio *= self.size / self.expected()
         return self.size
 
     def expected(self) -> float:
         """The size of the current codes by their entropy, in milliseconds where a slow coder takes half a minute."""
-        return self.ratio * self.run.ranks.agree(ideal_bytes(self.coded.values(), self.kept))[0]
+        return self.ratio * self.run.ranks.all_reduce_max(ideal_bytes(self.coded.values(), self.kept))[0]
 
     def fill(self) -> None:
         """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
@@ -4432,13 +4444,13 @@ class Exporter:
         for _ in range(3):
             self.quantize(ratio)
             share = (self.encode() + code_bytes()) / self.cfg.target_bytes
-            if not self.cfg.fits_clip:
+            if not self.cfg.auto_clip:
                 return
             self.run.log(f"fit: clip_sigmas:{self.sigmas:.3f} artifact:{self.size} share_of_limit:{share:.4f}")
             finest = self.sigmas <= SIGMAS_RANGE[0] * 1.001  # a small model: there is nothing more to spend bytes on
-            if share <= FILL[2] and (share >= FILL[0] or finest):
+            if share <= SIZE_BAND[2] and (share >= SIZE_BAND[0] or finest):
                 return
-            ratio *= self.size / (FILL[1] * self.cfg.target_bytes - code_bytes())
+            ratio *= self.size / (SIZE_BAND[1] * self.cfg.target_bytes - code_bytes())
 
     def prune(self) -> None:
         """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
@@ -4489,12 +4501,12 @@ class Exporter:
         return self.blob
 
 
-def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: ValidationSet) -> "Produced":
+def export_model(run: Runtime, trainer: Trainer, trained: TrainResult, validation: ValidationSet) -> "Produced":
     """Average, calibrate, quantize and write ARTIFACT_PATH; scores the averaged weights."""
     cfg, model = run.cfg, trainer.model
     model.load(trained.average)
     total = sum(parameter.sum() for parameter in model.parameters()).item()
-    most, least = run.ranks.agree(total, -total)
+    most, least = run.ranks.all_reduce_max(total, -total)
     if most != -least:  # each quantizes its layers from its own replica
         run.log(f"WARNING: the ranks' weights have drifted apart: they sum to between {-least} and {most}")
     names = [n for n in ("ema", "swa", "lawa", "post_qat") if n in trained.active]
@@ -4506,7 +4518,7 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
         seconds, count = run.ledger[-1][2], cfg.gptq_calibration_batches
         run.log(f"GPTQ:collected {len(hessians)} Hessians over {count} batches in {seconds:.1f}s")
     blob, path = Exporter(run, model, hessians, validation.identity).export(), cfg.artifact_file
-    if run.ranks.is_main:
+    if run.ranks.is_main_process:
         path = write_output(run, path, blob, "ARTIFACT_PATH")
         log_sizes(run, path, read_header(blob, path)[0])
     with run.timed("averaged weights", "untimed"):
@@ -4514,8 +4526,8 @@ def export_model(run: Runtime, trainer: Trainer, trained: Trained, validation: V
     last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
     log_score(run, f"DIAGNOSTIC {last}", score)
     if cfg.qat_enabled or "late_qat" in trained.active:
-        score_rounded(run, model, validation, last)
-    return Produced(model, score, trained.active, path, blob[-8:])
+        eval_rounded(run, model, validation, last)
+    return ExportResult(model, score, trained.active, path, blob[-8:])
 
 
 def log_sizes(run: Runtime, path: Path, header: dict[str, Any]) -> None:
@@ -4593,7 +4605,7 @@ class NgramMixer:
     def __init__(self, run: Runtime, validation: ValidationSet) -> None:
         """Number all runs of tokens; nothing is counted yet."""
         self.cfg, self.orders = run.cfg, range(run.cfg.ngram_min_order, run.cfg.ngram_max_order + 1)
-        tokens = validation.tokens.to(exact_device(run.ranks.device)).long()
+        tokens = validation.tokens.to(float64_device(run.ranks.device)).long()
         place = torch.arange(len(tokens), device=tokens.device)
         self.age = place - torch.where(tokens == validation.bos_id, place, 0).cummax(0).values  # tokens since BOS
         self.labels = {1: tokens}  # n -> number of the run of n tokens that ends here
@@ -4645,7 +4657,7 @@ def score_windows(
     batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, model.micro_batch) // length)
     plan = torch.from_numpy(np.pad(windows[share.start : share.stop], ((0, -len(share) % batch), (0, 0)))).to(device)
     weights, order = model.fast_weights(False), model.order
-    exact = exact_device(device)
+    exact = float64_device(device)
     sums = torch.zeros(3 if mixer is None else 4, dtype=torch.float64, device=exact)
     for chunk in plan.split(batch) if len(plan) else ():  # a rank may have no share of a short chunk
         positions = chunk[:, :1] + torch.arange(length, device=device)
@@ -4658,7 +4670,7 @@ def score_windows(
             nll, entropy = model.fast_nll_and_entropy(tokens, targets, weights, order)
             mixed = [mixer.mix(*(t[scored].to(exact) for t in (positions + 1, nll, entropy))).sum()]
         sums += torch.stack([*(t.to(exact).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)), *mixed])
-    return run.ranks.sum_(sums)
+    return run.ranks.all_reduce_sum_(sums)
 
 
 def scores(validation: ValidationSet, sums: Tensor) -> list[Score]:
@@ -4687,7 +4699,7 @@ class TestTimeTrainer:
             raise UserError(f"TTT_BATCH_SEQS={cfg.ttt_batch_seqs} is no multiple of the {world} ranks")
         self.run, self.cfg, self.model, self.validation = run, cfg, model, validation
         self.parameters, self.trained = list(model.parameters()), 0
-        self.layered = [*model.banks.values(), *(model.rest[s.name] for s in model.rest_specs if s.per_layer)]
+        self.layered = [*model.banks.values(), *(model.rest[s.name] for s in model.param_table if s.per_layer)]
         sgd = partial(torch.optim.SGD, momentum=cfg.ttt_momentum)
         maker = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, weight_decay=0.0)}[cfg.ttt_optimizer]
         self.optimizer = maker(self.parameters, lr=cfg.ttt_lr)
@@ -4719,7 +4731,7 @@ class TestTimeTrainer:
             nll = self.model.fast_nll(inputs, targets, self.model.fast_weights(False), self.model.order)
             (nll.mean(1) * weight[part]).sum().backward()
         grads = [parameter.grad for parameter in self.parameters]
-        bucket = ranks.sum_(torch.cat([grad.flatten() for grad in grads]))
+        bucket = ranks.all_reduce_sum_(torch.cat([grad.flatten() for grad in grads]))
         torch._foreach_copy_(grads, cut(bucket, [grad.shape for grad in grads]))
         for parameter in self.layered:
             parameter.grad[: cfg.ttt_freeze_blocks] = 0
@@ -4749,7 +4761,7 @@ def evaluate_online(
     return scores(validation, total)
 
 
-class DocumentAdditions:
+class DocumentLoRA:
     """Low-rank additions to all matrices of a model, one set for each document of a batch (PR #77, #1530).
 
     Every document starts from the same ones, which add nothing: its scores do not depend on its neighbours.
@@ -4789,7 +4801,7 @@ class DocumentAdditions:
         scale, dtype, weights = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank, self.model.dtype, {}
         for name, matrices in self.base.items():
             inner, outer = self.inner[name].to(dtype).unbind(1), (scale * self.outer[name]).to(dtype).unbind(1)
-            weights[name] = tuple(map(Adapted, matrices, inner, outer))
+            weights[name] = tuple(map(LoRAWeight, matrices, inner, outer))
         return self.model.nll(ids, targets, {**weights, "head": weights["head"][0]}, order)
 
     def learn(self, loss: Tensor) -> None:
@@ -4805,7 +4817,7 @@ def document_spans(validation: ValidationSet) -> np.ndarray:
     return spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
 
 
-def score_batch(additions: DocumentAdditions, validation: ValidationSet, spans: np.ndarray, table: Tensor) -> None:
+def ttt_document_batch(additions: DocumentLoRA, validation: ValidationSet, spans: np.ndarray, table: Tensor) -> None:
     """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored.
 
     `table` (2, targets) takes the nats of a target and the times that it was scored.
@@ -4836,14 +4848,14 @@ def score_batch(additions: DocumentAdditions, validation: ValidationSet, spans: 
 
 def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tensor:
     """Nats of every target, and the times that it was scored, (2, targets) float64; the ranks share the documents."""
-    table = torch.zeros(2, validation.targets, dtype=torch.float64, device=exact_device(run.ranks.device))
+    table = torch.zeros(2, validation.targets, dtype=torch.float64, device=float64_device(run.ranks.device))
     model.requires_grad_(False)
-    additions, spans = DocumentAdditions(run, model), document_spans(validation)
+    additions, spans = DocumentLoRA(run, model), document_spans(validation)
     size = additions.documents
     for begin in range(run.ranks.rank * size, len(spans), run.ranks.world * size):
-        score_batch(additions, validation, spans[begin : begin + size], table)
+        ttt_document_batch(additions, validation, spans[begin : begin + size], table)
     model.requires_grad_(True)
-    return run.ranks.sum_(table)
+    return run.ranks.all_reduce_sum_(table)
 
 
 def evaluate_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Score:
@@ -4862,7 +4874,7 @@ def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
     run.log.event("score", name=name, val_loss=score.loss, val_bpb=score.bpb, eval_time_ms=milliseconds)
 
 
-class Produced(NamedTuple):
+class ExportResult(NamedTuple):
     """What making an artifact leaves behind; nothing where it was only read."""
 
     model: GPT | None = None  # lends its compiled graphs
@@ -4883,11 +4895,11 @@ def log_degradation(run: Runtime, before: Score, after: Score) -> None:
     run.log.event("degradation", bpb=lost)
 
 
-def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produced) -> None:
+def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: ExportResult) -> None:
     """Read ARTIFACT_PATH back from disk and score it, last by the sliding window."""
     cfg, path = run.cfg, produced.path or run.cfg.artifact_file
     with run.timed("read artifact", "eval"):
-        blob = run.ranks.broadcast_bytes(path.read_bytes() if run.ranks.is_main else b"")
+        blob = run.ranks.broadcast_bytes(path.read_bytes() if run.ranks.is_main_process else b"")
         if not blob.endswith(produced.digest):
             raise UserError(f"ARTIFACT_PATH={path}: another process has replaced it since it was written")
         header, parameters = decode_artifact(blob, path)
@@ -4908,7 +4920,7 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produce
                 score = evaluate(run, model, validation, cfg.eval_stride, name == "document windows")
             log_score(run, f"final_{kind}_{name.replace(' ', '_')}", score, f" stride:{cfg.eval_stride}")
     if cfg.ttt_enabled or cfg.ngram_enabled:
-        log_online(run, model, validation)
+        eval_and_log_ttt(run, model, validation)
     if cfg.ttt_lora_enabled:
         with run.timed("ttt_lora", "eval"):
             score = evaluate_documents(run, model, validation)
@@ -4916,7 +4928,7 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: Produce
         log_score(run, "legal_ttt_lora", score, about)
 
 
-def log_online(run: Runtime, model: GPT, validation: ValidationSet) -> None:
+def eval_and_log_ttt(run: Runtime, model: GPT, validation: ValidationSet) -> None:
     """The scores of evaluation that learns from what it has scored: test-time training, n-grams, and both."""
     cfg = run.cfg
     with run.timed("+".join(n for n, on in (("ttt", cfg.ttt_enabled), ("ngram", cfg.ngram_enabled)) if on), "eval"):
@@ -4936,7 +4948,7 @@ def log_online(run: Runtime, model: GPT, validation: ValidationSet) -> None:
 # ----------------------------------------------------------------------------------------------
 
 
-def adopt_architecture(cfg: Config) -> Config:
+def load_architecture(cfg: Config) -> Config:
     """With EVAL_ONLY=1 the model is the artifact's; variables that were set and say otherwise are an error."""
     if not cfg.eval_only:
         return cfg
@@ -4949,11 +4961,11 @@ def adopt_architecture(cfg: Config) -> Config:
     return replace(cfg, **made.architecture())
 
 
-def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
+def produce_artifact(run: Runtime, validation: ValidationSet) -> ExportResult:
     """Train, or go on training, or load weights; then export."""
     cfg = run.cfg
     if cfg.eval_only:
-        return Produced()
+        return ExportResult()
     model = build_model(run, cfg, validation.bos_id)
     trainer = Trainer(run, model)
     check_tokenizer(cfg, trainer.loader.stream, validation.identity["tokenizer_sha256"])
@@ -4964,7 +4976,7 @@ def produce_artifact(run: Runtime, validation: ValidationSet) -> Produced:
     if saved and (cfg.export_only or saved["state"] == "ended"):
         run.ledger.extend(tuple(row) for row in saved["standing"]["ledger"] if cfg.resume)
         model.order = tuple(saved["order"])
-        trained = Trained(saved["steps"], saved["average"], set(saved["standing"]["active"]))
+        trained = TrainResult(saved["steps"], saved["average"], set(saved["standing"]["active"]))
     else:
         trained = train(run, trainer, validation, saved)
     return export_model(run, trainer, trained, validation)
@@ -5000,7 +5012,7 @@ def main() -> None:
         print(Config.describe_variables())
         return
     env = os.environ
-    with Runtime.start(adopt_architecture(Config.from_env(env)), env) as run:
+    with Runtime.start(load_architecture(Config.from_env(env)), env) as run:
         validation = load_validation(run)
         produced = produce_artifact(run, validation)
         evaluate_artifact(run, validation, produced)

@@ -61,13 +61,13 @@ def document_mask(attention: t.Attention, cfg: t.Config, qkv: list[Tensor]) -> T
     rows, length = qkv[0].shape[:2]
     tokens = torch.from_numpy(t.TokenStream(cfg, "val").read(0, rows * length).astype("int64"))
     ids = tokens.to(qkv[0].device).view(rows, length)
-    return attention.mask(t.document_numbers(ids, t.ByteTable(cfg.tokenizer_file, cfg.vocab_size).bos_id))
+    return attention.mask(t.doc_ids(ids, t.ByteTable(cfg.tokenizer_file, cfg.vocab_size).bos_id))
 
 
 def back_end_rows(name: str, cfg: t.Config, given: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
     """A line of one back end for every length and way of sharing."""
     ends = t.attention_back_ends(cfg)
-    attention = ends.makers[name]()
+    attention = ends.factories[name]()
     if reason := t.fault(*ends.probe(attention, cfg, device)):
         raise RuntimeError(reason)
     for length, copies in itertools.product(given.lengths, (False, True)):
@@ -80,7 +80,7 @@ def back_end_rows(name: str, cfg: t.Config, given: argparse.Namespace, device: t
 
 def rows(cfg: t.Config, given: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
     """The lines of all back ends, or why there are none."""
-    for name in t.attention_back_ends(cfg).makers:
+    for name in t.attention_back_ends(cfg).factories:
         try:
             yield from back_end_rows(name, cfg, given, device)
         except t.BACK_END_FAULTS as problem:

@@ -154,36 +154,38 @@ def forward_floor(timings: Timings, model: t.GPT, pair: tuple[torch.Tensor, torc
     return timings.seconds(partial(forward, passes))[0]
 
 
-def gptq_algebra(cfg: t.Config, jobs: list[t.QuantJob], hessians: Mapping[str, torch.Tensor]) -> None:
+def gptq_algebra(cfg: t.Config, jobs: list[t.QuantSpec], hessians: Mapping[str, torch.Tensor]) -> None:
     """The inverse factors and the products between column blocks of GPTQ, without its loop over single columns."""
     for job in (job for job in jobs if all(name in hessians for name in job.hessians)):
         hessian = torch.stack([hessians[name] for name in job.hessians]).double()
         dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
-        factor = t.inverse_factor(hessian + torch.diag_embed(dead.double()), cfg.gptq_damp)
+        factor = t.hessian_inv_cholesky(hessian + torch.diag_embed(dead.double()), cfg.gptq_damp)
         w, size = job.tensor.double(), cfg.gptq_block_size
         for end in range(size, w.shape[2], size):
             w[:, :, end:] -= w[:, :, end - size : end] @ factor[:, end - size : end, end:]
 
 
-def coded_size(cfg: t.Config, jobs: list[t.QuantJob], sigmas: float) -> float:
+def coded_size(cfg: t.Config, jobs: list[t.QuantSpec], sigmas: float) -> float:
     """Bytes by entropy of all codes at one clip: whatever chooses the clip looks at one at least."""
-    scales = [t.job_scale(cfg, job, {}, sigmas) for job in jobs]
+    scales = [t.row_scales(cfg, job, {}, sigmas) for job in jobs]
     return sum(t.entropy_bytes(t.round_to_grid(job.tensor, s, job.bits)) for job, s in zip(jobs, scales, strict=True))
 
 
-def count_codes(coded: Mapping[str, t.Coded]) -> np.ndarray:
+def count_codes(coded: Mapping[str, t.QuantizedTensor]) -> np.ndarray:
     """Codes on the host and one histogram of them all: the least that an entropy coder looks at."""
     codes = np.concatenate([c.codes.cpu().numpy().reshape(-1) for c in coded.values()])
     return np.bincount(codes.view(np.uint8), minlength=256)
 
 
-def check_and_dequantize(blob: bytes, coded: list[t.Coded]) -> list[torch.Tensor]:
+def check_and_dequantize(blob: bytes, coded: list[t.QuantizedTensor]) -> list[torch.Tensor]:
     """What reading an artifact takes when its codes need no decoding: the checksum and fp32 parameters."""
     hashlib.sha256(blob).digest()
     return [c.dequantize() for c in coded]
 
 
-def time_quantization(timings: Timings, trainer: t.Trainer) -> tuple[dict[str, t.Coded], dict[str, torch.Tensor]]:
+def time_quantization(
+    timings: Timings, trainer: t.Trainer
+) -> tuple[dict[str, t.QuantizedTensor], dict[str, torch.Tensor]]:
     """Hessians, clip and GPTQ, in a run's order; returns the codes and what is kept in half precision."""
     run, model, cfg = timings.run, trainer.model, timings.run.cfg
     batches, pair = t.calibration_batches(run, trainer.loader.shape), trainer.loader.fetch(0)
@@ -195,23 +197,25 @@ def time_quantization(timings: Timings, trainer: t.Trainer) -> tuple[dict[str, t
         partial(forward_floor, timings, model, pair, batches),
         f"{batches} forward passes of {pair[0].shape[0]} x {pair[0].shape[1]} tokens",
     )
-    jobs, kept = t.quant_jobs(model), t.kept_tensors(model)
+    jobs, kept = t.quant_specs(model), t.passthrough(model)
     fitted = timings.phase(
         "choosing the clip",
-        partial(t.fill_sigmas, cfg, jobs, kept),
+        partial(t.fit_clip_sigmas, cfg, jobs, kept),
         lambda: timings.second_call(partial(coded_size, cfg, jobs, fitted)),
         "one size: all weights rounded and counted once",
     )
     coded = timings.phase(
         "GPTQ of all matrices",
-        partial(t.quantize_jobs, run, jobs, hessians, cfg.matrix_clip_sigmas or fitted),
+        partial(t.quantize_tensors, run, jobs, hessians, cfg.matrix_clip_sigmas or fitted),
         partial(timings.second_call, partial(gptq_algebra, cfg, jobs, hessians)),
         "its factors and products of blocks, no loop over columns",
     )
     return coded, kept
 
 
-def time_artifact(timings: Timings, model: t.GPT, coded: dict[str, t.Coded], kept: dict[str, torch.Tensor]) -> str:
+def time_artifact(
+    timings: Timings, model: t.GPT, coded: dict[str, t.QuantizedTensor], kept: dict[str, torch.Tensor]
+) -> str:
     """Encoding and reading back; the model gets the weights that were read. Returns the line on the artifact's size."""
     cfg = timings.run.cfg
     cores = f"{CORES} cores"
@@ -222,7 +226,7 @@ def time_artifact(timings: Timings, model: t.GPT, coded: dict[str, t.Coded], kep
         "codes to the host and one histogram",
         Target(20),
     )
-    on_host = [t.Coded(c.codes.cpu(), c.scale.cpu()) for c in coded.values()]
+    on_host = [t.QuantizedTensor(c.codes.cpu(), c.scale.cpu()) for c in coded.values()]
     header, parameters = timings.phase(
         f"reading it back, {cores}",
         few_cores()(partial(t.decode_artifact, blob, cfg.artifact_file)),

@@ -62,10 +62,10 @@ class World(NamedTuple):
 class Pretended(t.Ranks):
     """One of several ranks that are not there: it does its own part and hears nothing of the others."""
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def agree(self, *values: float) -> list[float]:
+    def all_reduce_max(self, *values: float) -> list[float]:
         return list(values)
 
 
@@ -104,7 +104,7 @@ def time_steps(run: t.Runtime, trainer: t.Trainer, averager: t.Averager, steps: 
             t.synchronize(run.ranks.device)
             trainer.optimizers.step = marked
         begun.add()
-        run.ranks.agree(0.0, 0.0)
+        run.ranks.all_reduce_max(0.0, 0.0)
         one_step(trainer, averager, number)
         ended.add()
     trainer.optimizers.step = plain
@@ -130,7 +130,7 @@ def time_muon(run: t.Runtime, trainer: t.Trainer, repeats: int = 20) -> float:
         begun.add()
         for spec in muon.specs:
             momentum = [(one, one, one) for _ in rails[spec.name]]
-            muon.fast_direction(spec, rails[spec.name], gradients[spec.name], momentum, one)
+            muon.fast_muon_update(spec, rails[spec.name], gradients[spec.name], momentum, one)
         ended.add()
     return statistics.median(ended.ms_since(begun))
 
@@ -139,11 +139,11 @@ def second_call(run: t.Runtime, action: Callable[[], Any]) -> float:
     """Seconds of the second call, from when all ranks begin until all have ended."""
     action()
     clock = t.Clock(run.ranks.device)
-    run.ranks.agree(0.0)
+    run.ranks.all_reduce_max(0.0)
     clock.start()
     action()
     t.synchronize(run.ranks.device)
-    run.ranks.agree(0.0)
+    run.ranks.all_reduce_max(0.0)
     return clock.stop()
 
 
@@ -152,7 +152,7 @@ def time_parts(run: t.Runtime, trainer: t.Trainer, validation: t.ValidationSet, 
     cfg, ranks, model = run.cfg, run.ranks, trainer.model
     batches, hessians = t.calibration_batches(run, trainer.loader.shape), {}
     seconds = second_call(run, lambda: hessians.update(t.collect_hessians(run, trainer, 0, batches)))
-    quantize = partial(t.quantize_jobs, run, t.quant_jobs(model), hessians, cfg.matrix_clip_sigmas or 8.0)
+    quantize = partial(t.quantize_tensors, run, t.quant_specs(model), hessians, cfg.matrix_clip_sigmas or 8.0)
     windows = t.plan_windows(validation.targets, cfg.eval_len, cfg.eval_stride)[:limit]
     share = ranks.share(len(windows))
     score = partial(t.score_windows, run, model, validation, windows[share.start : share.stop])
@@ -242,7 +242,7 @@ def main() -> None:
         torch._dynamo.config.recompile_limit = 64  # Muon's graphs: of each bank for each share of its layers
         with t.Runtime.start(t.Config.from_env(env), env) as run:
             world = measure(run, given)
-            if run.ranks.is_main:
+            if run.ranks.is_main_process:
                 Path(given.result).write_text(json.dumps(world))
         return
     worlds = [run_world(ranks, given, env) for ranks in given.ranks]

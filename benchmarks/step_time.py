@@ -56,8 +56,8 @@ OWN = {"EXPORT_ONLY": "1", "WEIGHTS_PATH": "unused"}  # keeps the logs of traini
 KINDS = (  # first match names a kernel's kind
     ("attention", ("flash", "fmha", "cudnn", "attention", "sdpa")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "s16816", "bmm")),
-    ("matrix products (ours)", ("unit_tiles", "sum_tiles", "heads_tiles")),
-    ("between products (ours)", ("_tiles",)),
+    ("matrix products (ours)", ("mlp_kernel", "matmul_add_kernel", "qkv_kernel")),
+    ("between products (ours)", ("resid_mix_norm", "qkv_backward", "xsa_kernel", "softcap_ce")),
     ("fused (inductor)", ("triton",)),
     ("other kernels", ("",)),
 )
@@ -115,7 +115,7 @@ def one_step(trainer: t.Trainer, averager: t.Averager, number: int, lr_scale: fl
     cfg, name = trainer.run.cfg, whole_phase(trainer.run.cfg)
     phase = t.phases(cfg)[name]
     trainer.model.order = phase.order
-    loss = trainer.step(number, t.StepPlan(lr_scale, t.momentum_at(cfg, number), name))
+    loss = trainer.step(number, t.StepPlan(lr_scale, t.muon_momentum_at(cfg, number), name))
     if not number and phase not in trainer.graphs:
         trainer.record(phase)
     with torch.profiler.record_function("optimizer"):

@@ -64,7 +64,7 @@ def versions() -> Iterator[CheckResult]:
 def configuration(t: Any, env: Mapping[str, str]) -> tuple[Any, CheckResult]:
     """(Config or None, result): what the script makes of the environment."""
     try:
-        cfg = t.adopt_architecture(t.Config.from_env(env))
+        cfg = t.load_architecture(t.Config.from_env(env))
     except t.UserError as error:
         return None, CheckResult("configuration", "fail", str(error))
     changed = {name.upper(): vars(cfg)[name] for name, source in cfg.sources.items() if source != "default"}
@@ -193,7 +193,7 @@ def size(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT) -> CheckResult:
         bits += width * tensor.numel()
     total = bits // 8 + t.code_bytes()
     text = f"about {total} bytes at full bit width with {t.code_bytes()} of code; entropy coding takes off 10 to 40%"
-    if cfg.fits_clip:
+    if cfg.auto_clip:
         return CheckResult("artifact size", "pass", f"{text}; the clip is chosen to fit {cfg.target_bytes}")
     status = "pass" if 0.7 * total < cfg.target_bytes else "fail"
     return CheckResult("artifact size", status, text + ("" if status == "pass" else "; lower MATRIX_BITS or MODEL_DIM"))
@@ -210,7 +210,7 @@ def measure(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT, steps: int) ->
     """Steps on whole windows after three untimed ones, recorded as in a run; then what that would reserve."""
     trainer = t.Trainer(run, model)
     name = next(name for name in ("train", "layer_loop") if name in t.phases(run.cfg))
-    phase, plan = t.phases(run.cfg)[name], t.StepPlan(1.0, t.momentum_at(run.cfg, 0), name)
+    phase, plan = t.phases(run.cfg)[name], t.StepPlan(1.0, t.muon_momentum_at(run.cfg, 0), name)
     for step in range(3):
         trainer.step(step, plan)
         if not step:

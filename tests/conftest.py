@@ -49,8 +49,8 @@ def unscaled(model: t.GPT, weights: dict[str, torch.Tensor]) -> dict[str, torch.
 
 
 def codes_of(
-    cfg: t.Config, jobs: list[t.QuantJob], hessians: dict[str, torch.Tensor], sigmas: float
-) -> dict[str, t.Coded]:
+    cfg: t.Config, jobs: list[t.QuantSpec], hessians: dict[str, torch.Tensor], sigmas: float
+) -> dict[str, t.QuantizedTensor]:
     """The codes of all jobs, made one after another."""
     return {job.name: t.quantize(cfg, job, hessians, sigmas) for job in jobs}
 

@@ -88,10 +88,10 @@ def test_segments_have_their_own_distribution() -> None:
 # The container
 
 
-def quantized(**changes: Any) -> tuple[t.Config, dict[str, t.Coded], dict[str, torch.Tensor]]:
+def quantized(**changes: Any) -> tuple[t.Config, dict[str, t.QuantizedTensor], dict[str, torch.Tensor]]:
     """A tiny model's codes and kept tensors, rounded to nearest."""
     model = tiny_model(GPTQ_ENABLED=0, **changes)
-    return model.cfg, codes_of(model.cfg, t.quant_jobs(model), {}, 6.0), t.kept_tensors(model)
+    return model.cfg, codes_of(model.cfg, t.quant_specs(model), {}, 6.0), t.passthrough(model)
 
 
 CODERS = [("auto", -1), ("ans", -1)] + [
@@ -195,8 +195,8 @@ def test_a_missing_package_is_named_as_coder_and_remedy(
 @pytest.mark.parametrize("values", [np.arange(-300, 301) / 7, np.zeros(0), np.array([65504.0, -0.0, 6e-8])])
 def test_half_precision_bytes_are_split_and_joined_exactly(values: np.ndarray) -> None:
     halves = torch.from_numpy(values).half()
-    raw = t.split_bytes(halves)
-    assert torch.equal(t.join_bytes(raw), halves) and len(raw) == 2 * len(values)
+    raw = t.byte_shuffle(halves)
+    assert torch.equal(t.byte_unshuffle(raw), halves) and len(raw) == 2 * len(values)
     assert raw == halves.numpy().view(np.uint8)[0::2].tobytes() + halves.numpy().view(np.uint8)[1::2].tobytes()
 
 
@@ -212,7 +212,7 @@ def exporter(run: t.Runtime, limit: int, **changes: Any) -> t.Exporter:
     return t.Exporter(run, model, hessians, IDENTITY)
 
 
-def free_size(run: t.Runtime, **changes: Any) -> tuple[int, dict[str, t.Coded]]:
+def free_size(run: t.Runtime, **changes: Any) -> tuple[int, dict[str, t.QuantizedTensor]]:
     """Size and codes of the artifact without a limit."""
     unlimited = exporter(run, 10_000_000, **changes)
     return len(unlimited.export()), dict(unlimited.coded)

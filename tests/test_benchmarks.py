@@ -122,7 +122,7 @@ def test_histogram_counts_every_code() -> None:
     """The floor of encoding looks at all codes."""
     codes = torch.tensor([[[-3, 0, 5], [5, 5, -128]]], dtype=torch.int8)
     counts = export_time.count_codes(
-        {"a": t.Coded(codes, torch.ones(1, 2)), "b": t.Coded(codes[:, :1], torch.ones(1, 1))}
+        {"a": t.QuantizedTensor(codes, torch.ones(1, 2)), "b": t.QuantizedTensor(codes[:, :1], torch.ones(1, 1))}
     )
     values = counts.nonzero()[0].astype(np.uint8).view(np.int8).tolist()
     assert dict(zip(values, counts[counts > 0].tolist())) == {-3: 2, 0: 2, 5: 4, -128: 1}
@@ -232,10 +232,10 @@ def test_collectives_beside_other_kernels_are_told_from_those_alone() -> None:
 
 def test_pretended_ranks_do_all_the_work_between_them(run: t.Runtime) -> None:
     """Codes of GPTQ by three ranks that are not there add up to those of one."""
-    jobs = t.quant_jobs(tiny_model())
-    whole = t.quantize_jobs(run, jobs, {}, 4.0)
+    jobs = t.quant_specs(tiny_model())
+    whole = t.quantize_tensors(run, jobs, {}, 4.0)
     others = [t.replace(run, ranks=scaling.Pretended(rank, 3, run.ranks.device)) for rank in range(3)]
-    parts = [t.quantize_jobs(other, jobs, {}, 4.0) for other in others]
+    parts = [t.quantize_tensors(other, jobs, {}, 4.0) for other in others]
     for name, coded in whole.items():
         assert torch.equal(sum(part[name].codes for part in parts), coded.codes)
     assert all(sum(part[name].scale.any() for name in whole) < len(whole) for part in parts)

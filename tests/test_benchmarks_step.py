@@ -129,7 +129,7 @@ TRACE = [
     launch(21, 6), launch(25, 7, "cuda_driver"), launch(31, 8),
     {"ph": "X", "cat": "gpu_user_annotation", "name": "optimizer", "ts": 5000.0, "dur": 4000.0, "args": {}},
     kernel("cudnn_generated_fort_native_sdpa", 1000, 1000, 1), kernel("nvjet_hsh_128x256", 2000, 500, 2),
-    kernel("unit_tiles", 2500, 200, 3), kernel("rows_backward_tiles", 2700, 50, 9),
+    kernel("mlp_kernel", 2500, 200, 3), kernel("resid_mix_norm_backward_kernel", 2700, 50, 9),
     kernel("triton_red_fused_3", 2700, 300, 4),
     kernel("Memcpy HtoD", 3500, 100, 5, "gpu_memcpy"),
     kernel("nvjet_orthogonalize", 5000, 600, 6), kernel("triton_poi_fused_adam", 5600, 400, 7),
@@ -217,7 +217,7 @@ def test_perturbation_is_as_large_as_bfloat16_rounds(run: t.Runtime) -> None:
 def test_coders_are_compared_on_an_artifact(run: t.Runtime, capsys: pytest.CaptureFixture[str]) -> None:
     """Every coder's bytes against the entropy; other coders' artifacts are refused with what to do."""
     model = t.build_model(run, run.cfg, bos_id=1)
-    jobs, kept = t.quant_jobs(model), t.kept_tensors(model)
+    jobs, kept = t.quant_specs(model), t.passthrough(model)
     coded = codes_of(run.cfg, jobs, {}, 6.0)
     Path("a.pgolf").write_bytes(t.encode_artifact(run.cfg, coded, kept, {"identity": {"tokenizer_sha256": "a"}}))
     other = t.replace(run.cfg, compressor="zlib")

@@ -123,7 +123,7 @@ def bundled_flash(
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4", "flash"])
 def test_packages_get_documents_end_to_end(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients of the plain definition, within documents and of rows as a whole."""
-    monkeypatch.setattr(t, "PART_TOKENS", 256 // parts)
+    monkeypatch.setattr(t, "ATTN_CHUNK_TOKENS", 256 // parts)
     for module in ("flash_attn", "flash_attn_interface"):
         functions = {"flash_attn_func": lambda q, k, v, causal: t.PLAIN_ATTENTION(q, k, v)}
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions, flash_attn_varlen_func=flash_2))
@@ -141,36 +141,36 @@ def test_packages_get_documents_end_to_end(name: str, parts: int, monkeypatch: p
 def test_sequences_begin_with_rows_and_documents() -> None:
     """As many entries as any batch of this size can need; what is left over are empty sequences at the end."""
     packed_ends = partial(t.sequence_ends, parts=1)
-    assert packed_ends(t.document_numbers(packed(), BOS)).tolist() == [[0, 9, 21, 32, 48] + [64] * 62]
+    assert packed_ends(t.doc_ids(packed(), BOS)).tolist() == [[0, 9, 21, 32, 48] + [64] * 62]
     every = torch.full((2, 32), BOS)
-    assert packed_ends(t.document_numbers(every, BOS)).tolist() == [[*range(65), 64, 64]]
+    assert packed_ends(t.doc_ids(every, BOS)).tolist() == [[*range(65), 64, 64]]
 
-    whole = torch.compile(lambda ids: packed_ends(t.document_numbers(ids, BOS)), backend="eager", fullgraph=True)
-    assert torch.equal(whole(packed()), packed_ends(t.document_numbers(packed(), BOS)))
+    whole = torch.compile(lambda ids: packed_ends(t.doc_ids(ids, BOS)), backend="eager", fullgraph=True)
+    assert torch.equal(whole(packed()), packed_ends(t.doc_ids(packed(), BOS)))
 
 
 def test_documents_beyond_the_most_are_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """They see the document before them, as without DOC_ATTENTION, but never another row; nothing else changes."""
-    monkeypatch.setattr(t, "most_documents", lambda tokens: 4)
-    numbers = t.document_numbers(packed(), BOS)
+    monkeypatch.setattr(t, "max_docs_per_chunk", lambda tokens: 4)
+    numbers = t.doc_ids(packed(), BOS)
     assert numbers[0].tolist() == [1] * 9 + [2] * 12 + [3] * 11 and numbers[1].tolist() == [1] * 32
     assert t.sequence_ends(numbers, 1).tolist() == [[0, 9, 21, 32, 64, 64, 64]]
     ids, model = packed(), document_model()
     merged = ids.clone()
     merged[1, 16] = 5
-    assert torch.equal(t.document_numbers(merged, BOS), numbers)
+    assert torch.equal(t.doc_ids(merged, BOS), numbers)
     got = logits(model, ids)
-    model.attend = t.end_to_end(t.PLAIN_ATTENTION, lambda q, k, v, ends, *_: attention_of_parts(q, k, v, ends))
+    model.attend = t.flatten_chunks(t.PLAIN_ATTENTION, lambda q, k, v, ends, *_: attention_of_parts(q, k, v, ends))
     torch.testing.assert_close(logits(model, ids), got, rtol=0, atol=1e-5)
 
 
 def test_parts_are_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each counts its own documents; where it is attended to by itself its sequences begin at 0."""
     shapes = [(48, 2048), (96, 1024), (64, 2048), (24, 2048), (47, 2048), (1, 2048), (96, 2048)]
-    assert [t.parts_of(*shape) for shape in shapes] == [2, 2, 2, 1, 1, 1, 4]
-    monkeypatch.setattr(t, "PART_TOKENS", 32)
-    monkeypatch.setattr(t, "most_documents", lambda tokens: 2)
-    numbers = t.document_numbers(packed(), BOS)
+    assert [t.num_chunks(*shape) for shape in shapes] == [2, 2, 2, 1, 1, 1, 4]
+    monkeypatch.setattr(t, "ATTN_CHUNK_TOKENS", 32)
+    monkeypatch.setattr(t, "max_docs_per_chunk", lambda tokens: 2)
+    numbers = t.doc_ids(packed(), BOS)
     assert numbers[0].tolist() == [1] * 9 + [2] * 23 and numbers[1].tolist() == [1] * 16 + [2] * 16
     assert t.sequence_ends(numbers, 2).tolist() == [[0, 9, 32, 32], [0, 16, 32, 32]]
     assert t.sequence_ends(numbers, 1).tolist() == [[0, 9, 32, 48, 64, 64, 64]]
@@ -180,9 +180,9 @@ def test_scoring_tells_more_documents_apart_than_training() -> None:
     """Windows that overlap repeat a place with short documents; a score must not depend on what is scored beside it."""
     ids = torch.full((4, 2048), 5)
     ids[:, ::100] = BOS
-    assert t.document_numbers(ids, BOS)[:, -1].tolist() == [21, 21, 21, 1], "64 of a small batch, and rows begin anew"
+    assert t.doc_ids(ids, BOS)[:, -1].tolist() == [21, 21, 21, 1], "64 of a small batch, and rows begin anew"
     with torch.no_grad():
-        assert t.document_numbers(ids, BOS)[:, -1].tolist() == [21] * 4
+        assert t.doc_ids(ids, BOS)[:, -1].tolist() == [21] * 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -191,7 +191,7 @@ def test_scoring_tells_more_documents_apart_than_training() -> None:
 def test_values_and_gradients_on_the_gpu(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "fa4":
         pytest.importorskip("flash_attn.cute.interface")
-    monkeypatch.setattr(t, "PART_TOKENS", 256 // parts)
+    monkeypatch.setattr(t, "ATTN_CHUNK_TOKENS", 256 // parts)
     attention = t.ATTENTION[name]()
     assert not t.fault(*t.probe_attention(attention, tiny_config(MODEL_DIM=256), torch.device("cuda")))
 
@@ -260,11 +260,11 @@ def test_a_slower_back_end_is_a_warning_with_its_price(
 
     monkeypatch.setattr(t, "is_hopper", lambda _: is_hopper)
     ends = t.attention_back_ends(t.replace(run.cfg, doc_attention=True))
-    makers = {"fa3": refused, "fa4": refused, "flash": t.ATTENTION["math"]}
-    ends = ends._replace(makers=makers, everywhere=tuple(makers))
+    factories = {"fa3": refused, "fa4": refused, "flash": t.ATTENTION["math"]}
+    ends = ends._replace(factories=factories, without_cuda=tuple(factories))
     t.choose_back_end(run, ends, "auto")
     text = f"ATTN_BACKEND: by flash a step takes 18% longer (fa3: {type(fault).__name__} {fault}; fa4: "
     assert [line.startswith(text) for line in run.costs] == [True] * warns
     t.choose_back_end(run, ends, "flash")
-    t.choose_back_end(run, ends._replace(makers=makers | {"fa4": t.ATTENTION["math"]}), "auto")
+    t.choose_back_end(run, ends._replace(factories=factories | {"fa4": t.ATTENTION["math"]}), "auto")
     assert len(run.costs) == warns

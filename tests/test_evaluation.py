@@ -243,7 +243,7 @@ def test_documents_longer_than_a_window(run: t.Runtime, stride: int) -> None:
     for world in (2, 3):
         parts = []
         for rank in range(world):
-            ranks = type("Alone", (t.Ranks,), {"sum_": lambda self, tensor: tensor})(rank, world, run.ranks.device)
+            ranks = type("Alone", (t.Ranks,), {"all_reduce_sum_": lambda self, tensor: tensor})(rank, world, run.ranks.device)
             windows = t.plan_document_windows(spans, 32, stride)
             parts.append(t.score_windows(replace(run, ranks=ranks), model, validation, windows))
         assert float(sum(parts)[0]) == pytest.approx(sum(nats), rel=1e-5) and int(sum(parts)[1]) == 146

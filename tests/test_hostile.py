@@ -39,8 +39,8 @@ def artifacts() -> list[bytes]:
     blobs = []
     for coder in ("ans", "zlib", "lzma", "zstd", "brotli"):
         model = tiny_model(GPTQ_ENABLED=0, COMPRESSOR=coder)
-        coded = codes_of(model.cfg, t.quant_jobs(model), {}, 6.0)
-        blobs.append(t.encode_artifact(model.cfg, coded, t.kept_tensors(model), NOTES))
+        coded = codes_of(model.cfg, t.quant_specs(model), {}, 6.0)
+        blobs.append(t.encode_artifact(model.cfg, coded, t.passthrough(model), NOTES))
     return blobs
 
 

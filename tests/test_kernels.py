@@ -33,10 +33,10 @@ Values = dict[str, Tensor]
 
 
 class Carry(torch.autograd.Function):
-    """Values whose gradient goes to their twin, as whoever uses a tensor once more hands it on."""
+    """Values whose gradient goes to their proxy, as whoever uses a tensor once more hands it on."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, twin: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, proxy: Tensor) -> Tensor:
         return values.clone()
 
     @staticmethod
@@ -48,29 +48,29 @@ class Carry(torch.autograd.Function):
 # Each function runs one part on leaves by name and returns what is compared and has a gradient.
 
 
-def rows_of(i: Values) -> t.Rows:
-    """Rows at the entrance of a norm, `twin` as `run_part` made it."""
-    return t.Rows(i["x"], i["twin"], i.get("r"))
+def rows_of(i: Values) -> t.Residual:
+    """Rows at the entrance of a norm, `proxy` as `run_part` made it."""
+    return t.Residual(i["x"], i["proxy"], i.get("r"))
 
 
 def enter_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
-    """`uses`: which of the new x, its normalized rows, all or the first of their channels, and the twins of x (as a
+    """`uses`: which of the new x, its normalized rows, all or the first of their channels, and the proxies of x (as a
     skip) and x0 find a use."""
     skip = (i["skip"], i["skip"]) if "skip" in i else None
-    rows, kept, (x0, x0_twin) = parts.enter(i["x"], skip, (i["x0"], i["x0"]), i["mix"], SCALE)
+    rows, kept, (x0, x0_twin) = parts.resid_mix_norm(i["x"], skip, (i["x0"], i["x0"]), i["mix"], SCALE)
     assert x0 is i["x0"]
-    users = {"x": lambda: rows.x, "normalized": lambda: parts.normalized(rows),
+    users = {"x": lambda: rows.x, "normalized": lambda: parts.materialize_norm(rows),
              "gates": lambda: parts.gate_inputs(rows), "skip": lambda: Carry.apply(i["x"], kept),
              "x0": lambda: Carry.apply(x0, x0_twin)}  # fmt: skip
     return [users[use]() for use in uses.split()]
 
 
 def heads_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
-    """`uses`: q, k, v alone, or the twin of v too. Keys and values of plain parts are copied as the kernels copy them."""
-    q, k, v, twin = parts.heads(rows_of(i), i["weight"], i["gain"], i["rotary"], i.get("extra"), i.get("follows"))
-    carried = Carry.apply(v[:, :: v.shape[1] // twin.shape[1]], twin)
+    """`uses`: q, k, v alone, or the proxy of v too. Keys and values of plain parts are copied as the kernels copy them."""
+    q, k, v, proxy = parts.qkv_rope(rows_of(i), i["weight"], i["gain"], i["rotary"], i.get("extra"), i.get("follows"))
+    carried = Carry.apply(v[:, :: v.shape[1] // proxy.shape[1]], proxy)
     k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (k, v))
-    return [q, k, v, *([carried] if "twin" in uses else [])]
+    return [q, k, v, *([carried] if "proxy" in uses else [])]
 
 
 def exclusive_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
@@ -78,26 +78,26 @@ def exclusive_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
     v = i["v"]
     if uses and parts is not t.PLAIN_LAYER:
         v = torch.stack([v] + [torch.full_like(v, torch.nan)] * (int(uses) - 1), 2).flatten(1, 2)
-    return [parts.exclusive(i["y"], v, i["twin"], i.get("gate"))]
+    return [parts.xsa(i["y"], v, i["proxy"], i.get("gate"))]
 
 
 def leave_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
     """`uses`: which of the new x and its normalized rows find a use."""
-    rows = parts.leave(rows_of(i), i["z"], i["weight"], SCALE)
-    return [{"x": lambda: rows.x, "normalized": lambda: parts.normalized(rows)}[use]() for use in uses.split()]
+    rows = parts.attn_proj(rows_of(i), i["z"], i["weight"], SCALE)
+    return [{"x": lambda: rows.x, "normalized": lambda: parts.materialize_norm(rows)}[use]() for use in uses.split()]
 
 
 def feed_forward_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
     """The gradient of x goes through the norm too. The activations are for observers: compared, without a gradient."""
     normalized, x = SCALE * t.rms_norm(i["stream"]), i["stream"]
     r = SCALE * (x.detach().double().square().mean(-1) + t.NORM_EPS).rsqrt()
-    rows = t.Rows(x, normalized) if parts is PLAIN else t.Rows(x, None, r.float(), SCALE)
-    y, act = parts.feed_forward(rows, i["up"], i["down"], i["beta"])
+    rows = t.Residual(x, normalized) if parts is PLAIN else t.Residual(x, None, r.float(), SCALE)
+    y, act = parts.mlp(rows, i["up"], i["down"], i["beta"])
     return [y, act.detach()]
 
 
 def normalized_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
-    return [parts.normalized(rows_of(i))]
+    return [parts.materialize_norm(rows_of(i))]
 
 
 def nll_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
@@ -107,7 +107,7 @@ def nll_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
 def run_part(part: Callable, parts: t.PlainLayer, values: Values, fixed: set[str], uses: str) -> Values:
     """Outputs, and gradients of all leaves but those `fixed`, by name.
 
-    The plain parts get float64 and the normalized x (or v) as twin. The kernels get float32 and a twin of NaN, which
+    The plain parts get float64 and the normalized x (or v) as proxy. The kernels get float32 and a proxy of NaN, which
     nothing may read; its gradient is r times that of the normalized x.
     """
     is_plain = parts is t.PLAIN_LAYER
@@ -118,7 +118,7 @@ def run_part(part: Callable, parts: t.PlainLayer, values: Values, fixed: set[str
         twin_of = leaves["x"] * r
         leaves |= {} if is_plain else {"r": r.squeeze(-1).float()}
     if twin_of is not None:
-        leaves["twin"] = twin_of.clone() if is_plain else torch.full_like(twin_of, torch.nan).float()
+        leaves["proxy"] = twin_of.clone() if is_plain else torch.full_like(twin_of, torch.nan).float()
     for name in leaves.keys() - {"r", "v", "rotary", "targets", "follows"} - fixed:
         leaves[name].requires_grad_()
     outputs = part(parts, leaves, uses)
@@ -127,8 +127,8 @@ def run_part(part: Callable, parts: t.PlainLayer, values: Values, fixed: set[str
     torch.autograd.backward(ends, [torch.randn(y.shape, generator=generator).to(y.dtype) for y in ends])
     results = {f"output {number}": y.detach() for number, y in enumerate(outputs)}
     results |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    if is_plain and "gradient of twin" in results:
-        results["gradient of twin"] *= r
+    if is_plain and "gradient of proxy" in results:
+        results["gradient of proxy"] *= r
     return results
 
 
@@ -153,7 +153,7 @@ def draw(**shapes: tuple[int, ...]) -> Values:
 
 
 def enter_cases() -> None:
-    """With and without a skip; used for everything, and with each twin unused."""
+    """With and without a skip; used for everything, and with each proxy unused."""
     shapes = {"x": (23, 40), "x0": (23, 40), "mix": (3, 40)}
     for uses in ("x normalized gates skip x0", "normalized", "x x0", "normalized skip", "gates", "normalized gates"):
         check_part(enter_part, draw(**shapes), "", uses)
@@ -178,20 +178,20 @@ def heads_cases() -> None:
     for tile, sizes in ((SMALL_TILE, (4, 2, 8, 2)), (SMALL_TILE, (4, 1, 16, 8)), ((16, 32, 64), (4, 4, 8, 4)),
                         (SMALL_TILE, (6, 3, 8, 2))):  # fmt: skip
         t.TILE = tile
-        assert t.heads_fit(*sizes) == (sizes[0] != 6)
-        check_part(heads_part, heads_values(3, sizes, True), "", "twin")
+        assert t.qkv_rope_fits(*sizes) == (sizes[0] != 6)
+        check_part(heads_part, heads_values(3, sizes, True), "", "proxy")
         check_part(heads_part, heads_values(3, sizes, False))
-        check_part(heads_part, heads_values(3, sizes, False, offset=True), "", "twin")
+        check_part(heads_part, heads_values(3, sizes, False, offset=True), "", "proxy")
     check_part(heads_part, heads_values(1, sizes, True), "extra")
     t.TILE, values = SMALL_TILE, heads_values(3, (4, 2, 8, 2), True)
-    check_part(heads_part, {**values, "weight": 1e-4 * values["weight"]}, "", "twin")  # the norms' eps counts
+    check_part(heads_part, {**values, "weight": 1e-4 * values["weight"]}, "", "proxy")  # the norms' eps counts
 
 
 def zero_gain_cases() -> None:
     """A gain of 0: no NaN, and every other gradient is right; its own is lost with the head's values."""
     values = heads_values(3, (4, 2, 8, 2), True)
     values["gain"][1] = 0
-    want, got = (run_part(heads_part, parts, values, set(), "twin") for parts in (t.PLAIN_LAYER, t.TritonLayer()))
+    want, got = (run_part(heads_part, parts, values, set(), "proxy") for parts in (t.PLAIN_LAYER, t.TritonLayer()))
     for results in (want, got):
         assert results["gradient of gain"].isfinite().all(), results["gradient of gain"]
         results["gradient of gain"] = results["gradient of gain"][[0, 2, 3]]
@@ -210,14 +210,14 @@ def exclusive_cases() -> None:
     check_part(exclusive_part, {**values, "v": 1e-7 * values["v"]})
     got = run_part(exclusive_part, t.TritonLayer(), {**values, "v": 0 * values["v"]}, set(), "")
     assert torch.equal(got["output 0"], values["y"]) and got["gradient of y"].isfinite().all(), got
-    assert torch.equal(got["gradient of twin"], 0 * values["v"]), got
+    assert torch.equal(got["gradient of proxy"], 0 * values["v"]), got
 
 
 def leave_cases() -> None:
     """Used for both the sum and its norm, and with either unused."""
     for uses in ("x normalized", "x", "normalized"):
-        check_part(leave_part, draw(x=(37, 40), z=(37, 40), weight=(40, 40)), "twin", uses)
-    check_part(leave_part, draw(x=(5, 68), z=(5, 68), weight=(68, 68)), "twin", "x normalized")
+        check_part(leave_part, draw(x=(37, 40), z=(37, 40), weight=(40, 40)), "proxy", uses)
+    check_part(leave_part, draw(x=(5, 68), z=(5, 68), weight=(68, 68)), "proxy", "x normalized")
 
 
 def feed_forward_cases() -> None:
@@ -239,10 +239,10 @@ def sign_cases() -> None:
     bfloat16_as_on_a_gpu()
     values = draw(x=(37, 40), r=(37,), up=(56, 40), down=(40, 56), beta=(56,))
     values = {name: value.bfloat16() for name, value in values.items()} | {"r": values["r"].abs()}
-    act = t.feed_forward(*(values[name] for name in ("x", "r", "up", "down", "beta")), 1.0)[1]
+    act = t.mlp(*(values[name] for name in ("x", "r", "up", "down", "beta")), 1.0)[1]
     h = values["r"].double()[:, None] * (values["x"].double() @ values["up"].double().T)
     assert torch.equal(act.view(torch.int16) % 2 == 1, h < 0)
-    exact = t.squared_unit(h, values["beta"].double())
+    exact = t.squared_leaky_relu(h, values["beta"].double())
     assert ((act.double() - exact) / exact).abs().max() < 2**-7, t.relative_errors([act], [exact])
     assert t.relative_errors([act], [exact])[0] < 3.5e-3
 
@@ -276,14 +276,14 @@ def probed_layers() -> None:
     for t.TILE, sizes, fits in rows:
         cfg = tiny_config(**sizes, MLP_HIDDEN=40, SPARSE_ATTN_GATE_SCALE=int(not fits))
         assert fit(cfg) == fits, sizes
-        error, allowed = t.probe_layer(t.TritonLayer(), cfg, CPU)
+        error, allowed = t.check_layer(t.TritonLayer(), cfg, CPU)
         assert error < min(2e-6, allowed), (t.TILE, sizes, error, allowed)
     assert fit(t.Config.from_env({"RUN_ID": "default"}))
     assert not fit(tiny_config(**{**wide, "MODEL_DIM": 128, "NUM_KV_HEADS": 8}))
 
 
 def fit(cfg: t.Config) -> bool:
-    return t.heads_fit(cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (cfg.rope_dims or cfg.head_dim) // 2)
+    return t.qkv_rope_fits(cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (cfg.rope_dims or cfg.head_dim) // 2)
 
 
 SMALL_MODEL = {"VOCAB_SIZE": 64, "MLP_HIDDEN": 40, "TRAIN_SEQ_LEN": 10, "EVAL_STRIDE": 5, "TRAIN_BATCH_TOKENS": 20}
@@ -356,7 +356,7 @@ def layers_in_bfloat16() -> None:
     bfloat16_as_on_a_gpu()
     t.TILE, t.compute_dtype = REAL_TILE, lambda _: torch.bfloat16
     for changes in ({}, {"MLP_MULT": "4"}, {"MLP_ACTIVATION": "asqu", "KEY_OFFSET": "0"}):
-        error, allowed = t.probe_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
+        error, allowed = t.check_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
         assert 1e-3 < error < allowed / 2 < 4e-2, (changes, error, allowed)
 
 
@@ -372,13 +372,13 @@ CASES: dict[str, list[Callable[[], None]]] = {
 def default_layer() -> None:
     """The default configuration on the GPU, in bfloat16, and a wider feed-forward."""
     for changes in ({}, {"MLP_MULT": "4"}):
-        found = t.probe_layer(
+        found = t.check_layer(
             t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), torch.device("cuda")
         )
         assert not t.fault(*found), (changes, found)
 
 
-SUMS = t.unit_tiles.arg_names.index("sums") if t.triton else 0  # which argument the sums for beta are
+SUMS = t.mlp_kernel.arg_names.index("sums") if t.triton else 0  # which argument the sums for beta are
 RUN = t.triton.JITFunction.run if t.triton else None
 
 
@@ -403,12 +403,12 @@ def compiled_for(capability: int) -> dict[str, int]:
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **words: Any) -> None:
         done = RUN(kernel, *arguments, grid=grid, warmup=True, **words)
-        name = kernel.fn.__name__ + " for beta" * (kernel is t.unit_tiles and arguments[SUMS] is not None)
+        name = kernel.fn.__name__ + " for beta" * (kernel is t.mlp_kernel and arguments[SUMS] is not None)
         stacks[name] = max(stack_bytes(done.asm["cubin"]), stacks.get(name, 0))
 
     t.triton.JITFunction.run = compile_only
     for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu", "SPARSE_ATTN_GATE_SCALE": "1"}):
-        t.probe_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
+        t.check_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
     matrix, rows = torch.zeros(512, 512, dtype=torch.bfloat16), torch.zeros(512)
     t.unit_product(matrix, matrix, rows, rows, matrix, False)  # with a fixed beta
     return stacks
@@ -417,9 +417,9 @@ def compiled_for(capability: int) -> dict[str, int]:
 def compiled_for_hopper() -> None:
     """None may spill registers but the feed-forward's where a beta is learned."""
     stacks = compiled_for(90)
-    every = {name for name in vars(t) if name.endswith("_tiles")}
-    assert stacks.keys() == every | {"unit_tiles for beta"}, (every, stacks)
-    assert stacks.pop("unit_tiles for beta") <= 96 and not any(stacks.values()), stacks
+    every = {name for name in vars(t) if name.endswith("_kernel")} - {"sdpa_kernel"}
+    assert stacks.keys() == every | {"mlp_kernel for beta"}, (every, stacks)
+    assert stacks.pop("mlp_kernel for beta") <= 96 and not any(stacks.values()), stacks
 
 
 def compiled_elsewhere() -> None:
@@ -465,14 +465,15 @@ def without_gradient(tensor: Tensor) -> Tensor:
 
 
 WRONG: dict[str, dict[str, Callable]] = {  # each is right forwards, or nearly
-    "beta": {"feed_forward": lambda *inputs: PLAIN.feed_forward(*inputs[:3], without_gradient(inputs[3]))},
-    "gain": {"heads": lambda *inputs: PLAIN.heads(*inputs[:2], without_gradient(inputs[2]), *inputs[3:])},
-    "extra": {"heads": lambda *inputs: PLAIN.heads(*inputs[:4], without_gradient(inputs[4]), inputs[5])},
-    "own value": {"exclusive": lambda y, v, twin, *rest: PLAIN.exclusive(y, v, without_gradient(twin), *rest)},
-    "skip": {"enter": lambda x, skip, *rest: PLAIN.enter(x, skip and (x, without_gradient(skip[1])), *rest)},
-    "norm": {"leave": lambda rows, z, weight, scale: PLAIN.leave(rows, z, weight, 1.05 * scale)},
+    "beta": {"mlp": lambda *inputs: PLAIN.mlp(*inputs[:3], without_gradient(inputs[3]))},
+    "gain": {"qkv_rope": lambda *inputs: PLAIN.qkv_rope(*inputs[:2], without_gradient(inputs[2]), *inputs[3:])},
+    "extra": {"qkv_rope": lambda *inputs: PLAIN.qkv_rope(*inputs[:4], without_gradient(inputs[4]), inputs[5])},
+    "own value": {"xsa": lambda y, v, proxy, *rest: PLAIN.xsa(y, v, without_gradient(proxy), *rest)},
+    "skip": {"resid_mix_norm": lambda x, skip, *rest: PLAIN.resid_mix_norm(
+        x, skip and (x, without_gradient(skip[1])), *rest)},
+    "norm": {"attn_proj": lambda rows, z, weight, scale: PLAIN.attn_proj(rows, z, weight, 1.05 * scale)},
     "loss": {"nll": lambda logits, targets, cap: PLAIN.nll(logits, targets, 1.2 * cap)},
-    "not a number": {"normalized": lambda rows: rows.twin * torch.nan},
+    "not a number": {"materialize_norm": lambda rows: rows.proxy * torch.nan},
 }
 
 
@@ -486,7 +487,7 @@ def test_the_probe_refuses_a_wrong_layer(
     parts: dict[str, Callable], run: t.Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part that forgets a gradient or is off by a factor is an error where nothing else is left to take."""
-    assert t.probe_layer(t.PLAIN_LAYER, run.cfg, CPU)[0] < 1e-5
+    assert t.check_layer(t.PLAIN_LAYER, run.cfg, CPU)[0] < 1e-5
     monkeypatch.setitem(t.LAYER, "plain", lambda: changed_layer(**parts))
     with pytest.raises(t.UserError, match="LAYER_BACKEND=auto.*wrong by"):
         t.choose_back_end(run, t.LAYER_BACK_ENDS, "auto")
@@ -500,27 +501,27 @@ def flipped(tensor: Tensor) -> Tensor:
 def in_float32(*inputs: Any) -> tuple[Tensor, Tensor]:
     """The feed-forward rounded once, at its end: right, and by other roundings than the plain one's."""
     rows, *rest = inputs
-    wide = PLAIN.feed_forward(t.Rows(*(x.float() for x in rows[:2])), *(x.float() for x in rest))
+    wide = PLAIN.mlp(t.Residual(*(x.float() for x in rows[:2])), *(x.float() for x in rest))
     return tuple(x.to(rest[0].dtype) for x in wide)
 
 
 def without_last_row(*inputs: Any) -> tuple[Tensor, Tensor]:
-    y, act = PLAIN.feed_forward(*inputs)
+    y, act = PLAIN.mlp(*inputs)
     return F.pad(y[:-1], (0, 0, 0, 1)), act
 
 
-def without_last_columns(rows: t.Rows, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+def without_last_columns(rows: t.Residual, up: Tensor, down: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """As if a tile of the hidden channels were never computed."""
-    return PLAIN.feed_forward(rows, F.pad(up[:-128], (0, 0, 0, 128)), down, beta)
+    return PLAIN.mlp(rows, F.pad(up[:-128], (0, 0, 0, 128)), down, beta)
 
 
 FEED_FORWARDS: dict[str, tuple[bool, Callable]] = {
-    "as plain": (True, PLAIN.feed_forward),
+    "as plain": (True, PLAIN.mlp),
     "in float32": (True, in_float32),
     "dropped row": (False, without_last_row),
     "missing columns": (False, without_last_columns),
-    "wrong sign": (False, lambda rows, up, down, beta: PLAIN.feed_forward(rows, up, flipped(down), beta)),
-    "wrong sign of a vector": (False, lambda *inputs: PLAIN.feed_forward(*inputs[:3], flipped(inputs[3]))),
+    "wrong sign": (False, lambda rows, up, down, beta: PLAIN.mlp(rows, up, flipped(down), beta)),
+    "wrong sign of a vector": (False, lambda *inputs: PLAIN.mlp(*inputs[:3], flipped(inputs[3]))),
 }
 
 
@@ -533,7 +534,7 @@ def test_the_tolerance_follows_from_width_and_precision(
     """A hidden width of 2,048 is no error, and what is wrong in one place in 160 rows or 16 tiles is one."""
     monkeypatch.setattr(t, "compute_dtype", lambda _: dtype)
     cfg = t.Config.from_env({"RUN_ID": "default", "MLP_MULT": str(multiple)})
-    error, allowed = t.probe_layer(changed_layer(feed_forward=part), cfg, CPU)
+    error, allowed = t.check_layer(changed_layer(mlp=part), cfg, CPU)
     assert (not t.fault(error, allowed)) == is_right, (error, allowed)
     assert allowed < (0.1 if dtype == torch.bfloat16 else 1e-4)
 
@@ -565,7 +566,7 @@ def test_an_older_gpu_runs_the_plain_layer(run: t.Runtime, monkeypatch: pytest.M
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(t, "is_hopper", lambda _: False)
-    ends = t.LAYER_BACK_ENDS._replace(everywhere=("triton", "plain"))
+    ends = t.LAYER_BACK_ENDS._replace(without_cuda=("triton", "plain"))
     assert t.choose_back_end(run, ends, "auto") is PLAIN and not run.costs
     with pytest.raises(t.UserError, match="LAYER_BACKEND=triton: .*for Hopper GPUs and later"):
         t.choose_back_end(run, ends, "triton")
@@ -581,7 +582,7 @@ def test_a_kernel_that_does_not_fit_leaves_the_plain_layer(
         raise t.TritonError("out of resource: shared memory")
 
     monkeypatch.setitem(t.LAYER, "triton", too_large)
-    ends = t.LAYER_BACK_ENDS._replace(everywhere=("triton", "plain"))
+    ends = t.LAYER_BACK_ENDS._replace(without_cuda=("triton", "plain"))
     assert t.choose_back_end(run, ends, "auto") is t.PLAIN_LAYER
     warning = "WARNING: LAYER_BACKEND: by plain a step takes 12 to 18% longer (triton: TritonError out of resource"
     assert (in_tmp / "logs/tiny.txt").read_text().count(warning) == 1

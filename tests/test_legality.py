@@ -16,7 +16,7 @@ from records.pack import pack
 SOURCE = Path(t.__file__).read_text(encoding="utf-8")
 C1, C2, C3, C4, LEAK, BYTES, WHOLE = CHECKS
 
-CROSS_ENTROPY = 'return F.cross_entropy(soft_cap(logits, cap), targets, reduction="none")'
+CROSS_ENTROPY = 'return F.cross_entropy(softcap(logits, cap), targets, reduction="none")'
 SCORED = "        sums += torch.stack("
 PLANNED = "    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)\n"
 MAIN = 'if __name__ == "__main__":\n'
@@ -47,7 +47,7 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
     "smear across documents": ({LEAK}, {" * has_previous(ids, bos_id).unsqueeze(-1)": ""}),
     "bigram across documents": ({LEAK}, {"torch.where(has_previous(ids, bos_id), hashed, buckets - 1)": "hashed"}),
     "raw logit as score": (
-        {C2}, {CROSS_ENTROPY: "return -soft_cap(logits, cap).gather(-1, targets.unsqueeze(-1)).squeeze(-1)"}),
+        {C2}, {CROSS_ENTROPY: "return -softcap(logits, cap).gather(-1, targets.unsqueeze(-1)).squeeze(-1)"}),
     "discount on every score": ({C2}, {CROSS_ENTROPY: f"{CROSS_ENTROPY} - 0.01"}),
     "the target votes for itself": (
         {C2}, {CROSS_ENTROPY: "logits = logits.scatter_add(-1, targets.unsqueeze(-1), torch.ones_like(logits))\n"

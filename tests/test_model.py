@@ -147,16 +147,16 @@ def random_heads(*heads: int, length: int = 16, size: int = 8) -> list[Tensor]:
 def test_exclusive_attention_is_orthogonal_to_its_own_value(kv_heads: int) -> None:
     """Head by head, each against the value head that serves it; only the part along v is taken away."""
     y, v = (x.flatten(0, 1) for x in random_heads(4, kv_heads))
-    out, own = t.PLAIN_LAYER.exclusive(y, v, v), v.repeat_interleave(4 // kv_heads, dim=1)
+    out, own = t.PLAIN_LAYER.xsa(y, v, v), v.repeat_interleave(4 // kv_heads, dim=1)
     assert (out * own).sum(-1).abs().max() < 1e-5
     removed = y - out
     assert (F.cosine_similarity(removed, own, dim=-1).abs() - 1).abs().max() < 1e-4
-    torch.testing.assert_close(t.PLAIN_LAYER.exclusive(out, v, v), out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(t.PLAIN_LAYER.xsa(out, v, v), out, rtol=1e-5, atol=1e-5)
 
 
 def test_exclusive_attention_survives_a_zero_value() -> None:
     y, v = (x.flatten(0, 1) for x in random_heads(4, 2))
-    assert torch.equal(t.PLAIN_LAYER.exclusive(y, torch.zeros_like(v), torch.zeros_like(v)), y)
+    assert torch.equal(t.PLAIN_LAYER.xsa(y, torch.zeros_like(v), torch.zeros_like(v)), y)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -352,11 +352,11 @@ def test_attention_with_every_feature_equals_its_definition(gate: dict[str, floa
     x = torch.randn(LENGTH, 32, generator=generator)
     normalized, first_v = t.rms_norm(x), torch.randn(LENGTH, 2, 8, generator=generator)
     begun = model.begin(ids, model.weights(False), order_of(model), None)
-    z, _ = model.attention(t.Rows(x, normalized), 3, first_v, begun)
-    got = model.parts.leave(t.Rows(x, normalized), z, begun.banks["out"][3], model.norm_scales[3])
+    z, _ = model.attention(t.Residual(x, normalized), 3, first_v, begun)
+    got = model.parts.attn_proj(t.Residual(x, normalized), z, begun.banks["out"][3], model.norm_scales[3])
     expected = textbook_attention(model, normalized, ids[0], 3, first_v)
     torch.testing.assert_close(got.x - x, expected, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(got.twin, t.rms_norm(got.x) / 4**0.5)  # LN_SCALE of the fourth layer
+    torch.testing.assert_close(got.proxy, t.rms_norm(got.x) / 4**0.5)  # LN_SCALE of the fourth layer
 
 
 def test_two_lanes_follow_their_definition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,14 +364,14 @@ def test_two_lanes_follow_their_definition(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny_model(PARALLEL_START_LAYER=2)
     seen = []
 
-    def textbook(rows: t.Rows, lane: t.Rows, z: Tensor, position: int, p: t.Pass) -> tuple[Tensor, t.Rows]:
+    def textbook(rows: t.Residual, lane: t.Residual, z: Tensor, position: int, p: t.Pass) -> tuple[Tensor, t.Residual]:
         seen.append((position, lane.x is rows.x))
         (own, attended, added), (own_2, attended_2, added_2) = model.rest["lane_mix"][position - 2]
         a, up, down = z @ p.banks["out"][position].T, p.banks["up"][position], p.banks["down"][position]
         h = t.rms_norm(lane.x) @ up.T
         m = torch.where(h > 0, h, 0.5 * h).square() @ down.T
         second = own_2 * lane.x + attended_2 * a + added_2 * m
-        return own * rows.x + attended * a + added * m, t.Rows(second, t.rms_norm(second))
+        return own * rows.x + attended * a + added * m, t.Residual(second, t.rms_norm(second))
 
     ids = random_ids()
     got = logits_of(model, ids)
@@ -386,7 +386,7 @@ def test_value_residual_hands_on_the_first_layer_s_values(monkeypatch: pytest.Mo
     model, given, own = tiny_model(VALUE_RESIDUAL=1), [], []
     plain = model.attention
 
-    def watched(rows: t.Rows, position: int, first_v: Tensor | None, p: t.Pass) -> tuple[Tensor, Tensor]:
+    def watched(rows: t.Residual, position: int, first_v: Tensor | None, p: t.Pass) -> tuple[Tensor, Tensor]:
         left, values = plain(rows, position, first_v, p)
         given.append(first_v)
         own.append(values)
@@ -400,26 +400,26 @@ def test_value_residual_hands_on_the_first_layer_s_values(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("last", "layers"), [(0, []), (1, [4]), (3, [2, 3, 4]), (5, [0, 1, 2, 3, 4])])
 def test_exclusive_attention_is_in_the_last_layers(last: int, layers: list[int]) -> None:
     """The last XSA_LAST_N; value embeddings as VE_LAYERS has them, and norms by 1/sqrt(depth)."""
-    model, scales, extras, exclusive = tiny_model(NUM_LAYERS=5, XSA_LAST_N=last, VE_LAYERS="3,1", LN_SCALE=1), [], [], []
+    model, scales, extras, xsa = tiny_model(NUM_LAYERS=5, XSA_LAST_N=last, VE_LAYERS="3,1", LN_SCALE=1), [], [], []
 
     class Noting(t.PlainLayer):
         """Notes what each layer is given."""
 
-        def enter(self, *inputs: Any) -> t.Entered:
+        def resid_mix_norm(self, *inputs: Any) -> t.Entered:
             scales.append(inputs[-1])
-            return super().enter(*inputs)
+            return super().resid_mix_norm(*inputs)
 
-        def heads(self, *inputs: Any) -> tuple[Tensor, ...]:
+        def qkv_rope(self, *inputs: Any) -> tuple[Tensor, ...]:
             extras.append(inputs[4])
-            return super().heads(*inputs)
+            return super().qkv_rope(*inputs)
 
-        def exclusive(self, *inputs: Any) -> Tensor:
-            exclusive.append(len(scales) - 1)
-            return super().exclusive(*inputs)
+        def xsa(self, *inputs: Any) -> Tensor:
+            xsa.append(len(scales) - 1)
+            return super().xsa(*inputs)
 
     model.parts, ids = Noting(), random_ids()
     logits_of(model, ids)
-    assert exclusive == layers
+    assert xsa == layers
     assert scales == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5, 5**-0.5])
     assert [extra is not None for extra in extras] == [False, True, False, True, False]
     of_layer_3, of_layer_1 = model.rest["ve_scale"]
@@ -432,7 +432,7 @@ def test_exclusive_attention_is_in_the_last_layers(last: int, layers: list[int])
 def with_layers(model: t.GPT, source: tuple[int, ...]) -> t.GPT:
     """A model of len(source) layers whose layer i is `model`'s layer source[i]."""
     wide = tiny_model(NUM_LAYERS=len(source), VE_ENABLED=0, XSA_LAST_N=0, VALUE_RESIDUAL=1)
-    per_layer = {spec.name for spec in model.rest_specs if spec.per_layer}
+    per_layer = {spec.name for spec in model.param_table if spec.per_layer}
     with torch.no_grad():
         for name, bank in wide.banks.items():
             bank.copy_(model.banks[name][list(source)])
@@ -554,16 +554,16 @@ def test_an_untrained_model_is_close_to_uniform() -> None:
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], tuple[float, float]]]] = {
     "leaky 0.5": (
-        lambda h: t.squared_unit(h, torch.tensor(0.25)),
+        lambda h: t.squared_leaky_relu(h, torch.tensor(0.25)),
         lambda h: (h * h, 2 * h) if h > 0 else (h * h / 4, h / 2),
     ),
     "leaky 0.1": (
-        lambda h: t.squared_unit(h, torch.tensor(0.01)),
+        lambda h: t.squared_leaky_relu(h, torch.tensor(0.01)),
         lambda h: (h * h, 2 * h) if h > 0 else (h * h / 100, h / 50),
     ),
-    "relu2": (lambda h: t.squared_unit(h, torch.tensor(0)), lambda h: (h * h, 2 * h) if h > 0 else (0.0, 0.0)),
+    "relu2": (lambda h: t.squared_leaky_relu(h, torch.tensor(0)), lambda h: (h * h, 2 * h) if h > 0 else (0.0, 0.0)),
     "asqu 0.7": (
-        lambda h: t.squared_unit(h, torch.full(h.shape[-1:], 0.7, dtype=h.dtype)),
+        lambda h: t.squared_leaky_relu(h, torch.full(h.shape[-1:], 0.7, dtype=h.dtype)),
         lambda h: (h * h, 2 * h) if h > 0 else (0.7 * h * h, 1.4 * h),
     ),
 }
@@ -585,19 +585,19 @@ def test_asqu_learns_its_negative_side() -> None:
     """d/d beta is the sum of h^2 where h is negative; at 0.25 ASQU is leaky_relu2 with slope 0.5."""
     h = torch.randn(50, 6, generator=torch.Generator().manual_seed(3)).double()
     beta = torch.full((6,), 0.25, dtype=torch.float64, requires_grad=True)
-    t.squared_unit(h, beta).sum().backward()
+    t.squared_leaky_relu(h, beta).sum().backward()
     torch.testing.assert_close(beta.grad, (h.square() * (h < 0)).sum(0))
-    torch.testing.assert_close(t.squared_unit(h, beta.detach()), t.squared_unit(h, torch.tensor(0.25)))
+    torch.testing.assert_close(t.squared_leaky_relu(h, beta.detach()), t.squared_leaky_relu(h, torch.tensor(0.25)))
 
 
 @pytest.mark.parametrize(
-    ("activation", "twin"),
+    ("activation", "proxy"),
     [({"MLP_ACTIVATION": "leaky_relu2", "NEGATIVE_SLOPE": 0}, {"MLP_ACTIVATION": "relu2"}),
      ({"MLP_ACTIVATION": "leaky_relu2", "NEGATIVE_SLOPE": 0.5}, {"MLP_ACTIVATION": "asqu"})],
 )  # fmt: skip
-def test_the_model_uses_the_activation_it_is_told(activation: dict[str, Any], twin: dict[str, Any]) -> None:
+def test_the_model_uses_the_activation_it_is_told(activation: dict[str, Any], proxy: dict[str, Any]) -> None:
     """Equal functions give equal models, through the configuration."""
-    one, other = tiny_model(**activation), tiny_model(**twin)
+    one, other = tiny_model(**activation), tiny_model(**proxy)
     other.load({**other.state_dict(), **one.state_dict()})
     if "asqu_beta" in other.rest:
         torch.nn.init.constant_(other.rest["asqu_beta"], 0.25)
@@ -648,7 +648,7 @@ def test_fake_quantize_is_straight_through_and_on_the_grid(grid: t.Grid) -> None
 def test_late_qat_trains_on_the_grid_of_the_export(policy: str, bits: int) -> None:
     """weights(fake_quant=True) are what the export without GPTQ stores, bank by bank."""
     model = tiny_model(MATRIX_BITS=bits, CLIP_POLICY=policy, MATRIX_CLIP_SIGMAS=3, GPTQ_ENABLED=0)
-    coded = codes_of(model.cfg, t.quant_jobs(model), {}, model.cfg.matrix_clip_sigmas)
+    coded = codes_of(model.cfg, t.quant_specs(model), {}, model.cfg.matrix_clip_sigmas)
     trained = unscaled(model, model.weights(True))
     for spec in model.specs:
         torch.testing.assert_close(trained[spec.name], coded[spec.name].dequantize(), rtol=1e-5, atol=1e-6)
@@ -757,4 +757,4 @@ def test_inductor_names_an_operator_without_all_that_leads_to_it() -> None:
 
     issue = importlib.import_module("torch._inductor.exc").OperatorIssue
     t.compiled(tiny_config(COMPILE=1), lambda: None)
-    assert issue.operator_str("enter", [Node()], {"out": Node()}) == "enter"
+    assert issue.operator_str("resid_mix_norm", [Node()], {"out": Node()}) == "resid_mix_norm"

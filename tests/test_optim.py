@@ -72,7 +72,7 @@ def test_leading_directions_keep_the_largest_singular_pairs(shape: tuple[int, in
     small = min(shape[1:])
     kept = -(-int(share * small) // 8) * 8
     values = torch.cat([torch.linspace(5, 3, kept), torch.linspace(0.3, 0.1, small - kept)])
-    result = t.leading_directions(u * values @ vh, share, t.newton_schulz_coefficients(tiny_config(POLAR_EXPRESS=1)))
+    result = t.low_rank_orthogonalize(u * values @ vh, share, t.newton_schulz_coefficients(tiny_config(POLAR_EXPRESS=1)))
     found = torch.linalg.svdvals(result)
     assert 0.7 < found[:, :kept].min() and found[:, :kept].max() < 1.3 and found[:, kept:].max() < 0.02
     along = (u.mT @ result @ vh.mT).diagonal(dim1=1, dim2=2)
@@ -81,7 +81,7 @@ def test_leading_directions_keep_the_largest_singular_pairs(shape: tuple[int, in
 
 def test_all_directions_are_plain_muon() -> None:
     matrices = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(t.leading_directions(matrices, 1.0, [t.QUINTIC] * 5), t.orthogonalize(matrices, [t.QUINTIC] * 5))
+    assert torch.equal(t.low_rank_orthogonalize(matrices, 1.0, [t.QUINTIC] * 5), t.orthogonalize(matrices, [t.QUINTIC] * 5))
 
 
 def test_muon_updates_have_the_rank_of_the_schedule() -> None:
@@ -198,7 +198,7 @@ def expected_groups(cfg: t.Config) -> dict[str, tuple[float, float]]:
     embed = (cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr, cfg.embed_wd)
     special = {"tok_emb": embed, "bigram_table": embed, "ve_table": embed, "lm_head": (cfg.head_lr, cfg.adam_wd),
                "asqu_beta": (cfg.asqu_lr, 0.0)}  # fmt: skip
-    return {s.name: special.get(s.name, (cfg.scalar_lr, cfg.adam_wd)) for s in t.rest_specs(cfg)}
+    return {s.name: special.get(s.name, (cfg.scalar_lr, cfg.adam_wd)) for s in t.param_table(cfg)}
 
 
 FEATURES = [
@@ -259,7 +259,7 @@ def test_clip_factor_is_that_of_clip_grad_norm(size: float) -> None:
     optimizers = t.Optimizers(model.cfg, ONE, model)
     grads = random_gradients(model, 3, size)
     shards = [shard for shard, _ in optimizers.muon.launch().values()]
-    factor = optimizers.clip_factor(optimizers.launch_small()[0], shards)
+    factor = optimizers.clip_factor(optimizers.launch_adam()[0], shards)
     torch.nn.utils.clip_grad_norm_(list(model.parameters()), 0.3)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(grads[name] * factor, parameter.grad, rtol=1e-5, atol=0)
@@ -269,7 +269,7 @@ def test_no_clipping_at_zero() -> None:
     model = tiny_model(GRAD_CLIP_NORM=0)
     random_gradients(model, 0, 100.0)
     optimizers = t.Optimizers(model.cfg, ONE, model)
-    assert optimizers.clip_factor(optimizers.launch_small()[0], [p.grad for p in model.banks.values()]) == 1.0
+    assert optimizers.clip_factor(optimizers.launch_adam()[0], [p.grad for p in model.banks.values()]) == 1.0
 
 
 # Restoring
@@ -354,7 +354,7 @@ def train_and_score(run: t.Runtime) -> dict[str, Any]:
         phase = late if step >= STEPS - 2 else plain
         plan = t.StepPlan(1 - step / (2 * STEPS), 0.9, phase, two_rails=step >= STEPS // 2)
         loss = trainer.step(step, plan)
-        losses.append((run.ranks.sum_(loss.clone()) / run.ranks.world).item())
+        losses.append((run.ranks.all_reduce_sum_(loss.clone()) / run.ranks.world).item())
     parameters = snapshot(model)
     accum = trainer.loader.shape.accum
     hessians = t.collect_hessians(run, trainer, STEPS * accum, accum)  # of the batch after the last one
@@ -373,15 +373,15 @@ def adapted_score(run: t.Runtime, model: t.GPT, validation: t.ValidationSet) -> 
     return t.evaluate_online(run, model, validation, t.TestTimeTrainer(run, model, validation), None)[0].bpb
 
 
-def shared_codes(run: t.Runtime) -> dict[str, t.Coded]:
+def shared_codes(run: t.Runtime) -> dict[str, t.QuantizedTensor]:
     """Codes by GPTQ of a fixed model with fixed Hessians."""
     model, generator = tiny_model(**FIVE_LAYERS), torch.Generator().manual_seed(5)
-    jobs, hessians = t.quant_jobs(model), {}
+    jobs, hessians = t.quant_specs(model), {}
     for job in jobs:
         for name in job.hessians:
             inputs = torch.randn(99, job.tensor.shape[2], generator=generator)
             hessians[name] = inputs.T @ inputs
-    return {name: tuple(coded) for name, coded in t.quantize_jobs(run, jobs, hessians, 4.0).items()}
+    return {name: tuple(coded) for name, coded in t.quantize_tensors(run, jobs, hessians, 4.0).items()}
 
 
 def export_hessians(run: t.Runtime) -> dict[str, Tensor]:
@@ -407,9 +407,9 @@ def restores_bitwise(trainer: t.Trainer) -> bool:
 def clip_of_rank_gradients(run: t.Runtime, trainer: t.Trainer) -> float:
     """Clip factor when every rank brings other gradients (those of seed `rank`)."""
     random_gradients(trainer.model, run.ranks.rank)
-    launched, small = trainer.optimizers.muon.launch(), trainer.optimizers.launch_small()
-    shards = [t.arrived(pair) for pair in launched.values()]
-    return trainer.optimizers.clip_factor(t.arrived(small), shards).item()
+    launched, small = trainer.optimizers.muon.launch(), trainer.optimizers.launch_adam()
+    shards = [t.wait_for(pair) for pair in launched.values()]
+    return trainer.optimizers.clip_factor(t.wait_for(small), shards).item()
 
 
 def free_port() -> int:

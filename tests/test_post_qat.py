@@ -31,7 +31,7 @@ def test_patterns_choose_rows_of_a_bank() -> None:
 def test_export_and_training_share_the_mixed_grid() -> None:
     """Codes stay within the bits of their row, use them, and are what the forward pass trains on."""
     model = tiny_model(**LOWBIT, **GRID)
-    coded = codes_of(model.cfg, t.quant_jobs(model), {}, 0.0)
+    coded = codes_of(model.cfg, t.quant_specs(model), {}, 0.0)
     trained_on = unscaled(model, model.weights(True))
     for name, bits in model.bits.items():
         codes = coded[name].codes.float().abs().amax(-1, keepdim=True)
@@ -42,7 +42,7 @@ def test_export_and_training_share_the_mixed_grid() -> None:
 def test_int5_fallback_lowers_only_what_is_above() -> None:
     """A limit for a layer does not raise rows that have fewer bits already."""
     model = tiny_model(**{**LOWBIT, "LOWBIT_BITS": 4})
-    bits = {job.name: job.bits for job in t.quant_jobs(model, {1: 5})}
+    bits = {job.name: job.bits for job in t.quant_specs(model, {1: 5})}
     assert bits["up"].unique().tolist() == [4] and bits["out"][1].unique().tolist() == [5]
     assert model.bits["out"].unique().tolist() == [8], "the model's own table is not touched"
 
@@ -121,5 +121,5 @@ def test_scoring_the_rounded_weights_leaves_the_model_alone(run: t.Runtime) -> N
     """Bitwise."""
     model, validation = tiny_model(**GRID), t.load_validation(run)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    t.score_rounded(run, model, validation, "before")
+    t.eval_rounded(run, model, validation, "before")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -14,12 +14,12 @@ from torch.overrides import TorchFunctionMode
 import train_gpt as t
 
 
-def a_job(bits: tuple[int, ...] = (6, 6, 6), rows: int = 8, cols: int = 24, seed: int = 0) -> t.QuantJob:
+def a_job(bits: tuple[int, ...] = (6, 6, 6), rows: int = 8, cols: int = 24, seed: int = 0) -> t.QuantSpec:
     """A job of as many layers as there are bit widths, rows of different sizes."""
     generator = torch.Generator().manual_seed(seed)
     tensor = torch.randn(len(bits), rows, cols, generator=generator) * torch.logspace(-2, 0, rows)[:, None]
     widths = torch.tensor(bits)[:, None, None].expand(-1, rows, 1)
-    return t.QuantJob("up", tensor, [f"up.{i}" for i in range(len(bits))], widths, 0.0)
+    return t.QuantSpec("up", tensor, [f"up.{i}" for i in range(len(bits))], widths, 0.0)
 
 
 def correlated(layers: int = 3, cols: int = 24, seed: int = 1) -> Tensor:
@@ -31,18 +31,18 @@ def correlated(layers: int = 3, cols: int = 24, seed: int = 1) -> Tensor:
     return x.mT @ x
 
 
-def scales_of(job: t.QuantJob, sigmas: float = 3.0) -> Tensor:
+def scales_of(job: t.QuantSpec, sigmas: float = 3.0) -> Tensor:
     """Coarse scales, so that rounding errors matter."""
-    return t.job_scale(tiny_config(), job, {}, sigmas)
+    return t.row_scales(tiny_config(), job, {}, sigmas)
 
 
-def one_layer(job: t.QuantJob, layer: int) -> t.QuantJob:
+def one_layer(job: t.QuantSpec, layer: int) -> t.QuantSpec:
     return job._replace(
         tensor=job.tensor[layer : layer + 1], hessians=job.hessians[layer : layer + 1], bits=job.bits[layer : layer + 1]
     )
 
 
-def hessian_error(job: t.QuantJob, codes: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+def hessian_error(job: t.QuantSpec, codes: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
     """tr((W - Q) H (W - Q)^T) of each layer, (n,)."""
     difference = job.tensor.double() - codes.double() * scale.double().unsqueeze(-1)
     return torch.einsum("nrc,ncd,nrd->n", difference, hessian.double(), difference)
@@ -159,17 +159,17 @@ def test_only_observed_matrices_go_through_gptq() -> None:
 
 def test_scale_of_policy_sigma_is_k_standard_deviations() -> None:
     job = a_job((6, 5, 8))
-    scale = t.job_scale(tiny_config(CLIP_POLICY="sigma"), job, {}, 4.5)
+    scale = t.row_scales(tiny_config(CLIP_POLICY="sigma"), job, {}, 4.5)
     for layer, bits in enumerate((6, 5, 8)):
         expected = 4.5 * np.std(job.tensor[layer].numpy(), axis=1) / (2 ** (bits - 1) - 1)
         np.testing.assert_allclose(scale[layer].numpy(), expected, rtol=1e-3)
-    own = t.job_scale(tiny_config(), job._replace(sigmas=9.0), {}, 4.5)  # embeddings bring their own k
+    own = t.row_scales(tiny_config(), job._replace(sigmas=9.0), {}, 4.5)  # embeddings bring their own k
     torch.testing.assert_close(own, 2 * scale, rtol=2e-3, atol=0)
 
 
 def test_scale_of_policy_amax_is_the_largest_entry() -> None:
     job = a_job((6, 5, 8))
-    scale = t.job_scale(tiny_config(CLIP_POLICY="amax"), job, {}, 4.5)
+    scale = t.row_scales(tiny_config(CLIP_POLICY="amax"), job, {}, 4.5)
     for layer, bits in enumerate((6, 5, 8)):
         expected = np.abs(job.tensor[layer].numpy()).max(1) / (2 ** (bits - 1) - 1)
         np.testing.assert_allclose(scale[layer].numpy(), expected, rtol=1e-3)
@@ -196,7 +196,7 @@ def test_codes_stay_in_the_range_of_their_layers_bits(policy: str) -> None:
         assert codes.abs().max() >= 2 ** (width - 1) - 1
 
 
-def diagonal_error(job: t.QuantJob, scale: Tensor, hessian: Tensor) -> Tensor:
+def diagonal_error(job: t.QuantSpec, scale: Tensor, hessian: Tensor) -> Tensor:
     """Squared rounding error of each row, weighted by the Hessian's diagonal, (n, rows)."""
     rounded = t.round_to_grid(job.tensor, scale, job.bits) * scale.unsqueeze(-1)
     return ((rounded - job.tensor).square() * hessian.diagonal(dim1=1, dim2=2).unsqueeze(1)).sum(-1)
@@ -209,8 +209,8 @@ def test_searched_clip_is_never_worse_than_the_largest_entry(bits: tuple[int, ..
     job.tensor[:, ::2, 0] *= 30  # outliers where the input is nothing
     hessian[:, 0, 0] = 1e-6
     named = dict(zip(job.hessians, hessian, strict=True))
-    amax = t.job_scale(tiny_config(CLIP_POLICY="amax"), job, named, 0.0)
-    searched = t.job_scale(tiny_config(CLIP_POLICY="search"), job, named, 0.0)
+    amax = t.row_scales(tiny_config(CLIP_POLICY="amax"), job, named, 0.0)
+    searched = t.row_scales(tiny_config(CLIP_POLICY="search"), job, named, 0.0)
     before, after = diagonal_error(job, amax, hessian), diagonal_error(job, searched, hessian)
     assert (after <= before).all()
     assert (after[:, ::2] < 0.5 * before[:, ::2]).all()
@@ -234,7 +234,7 @@ def test_late_qat_rounds_on_the_grid_of_the_export(policy: str, bits: int) -> No
     model = tiny_model(CLIP_POLICY=policy, MATRIX_BITS=bits, GPTQ_ENABLED=0)
     model.clip_sigmas.fill_(3.5)
     trained_on = unscaled(model, model.weights(fake_quant=True))
-    coded = codes_of(model.cfg, t.quant_jobs(model), {}, 3.5)
+    coded = codes_of(model.cfg, t.quant_specs(model), {}, 3.5)
     for name, bank in model.banks.items():
         torch.testing.assert_close(trained_on[name], coded[name].dequantize(), rtol=0, atol=1e-6)
         assert not torch.allclose(trained_on[name], bank, atol=1e-4)
@@ -293,9 +293,9 @@ def test_entropy_of_codes_equals_that_of_numpy(shape: tuple[int, ...]) -> None:
 
 def estimated_bytes(model: t.GPT, sigmas: float) -> float:
     """Code, entropy of the rounded codes, two bytes per scale and kept value."""
-    coded = codes_of(replace(model.cfg, gptq_enabled=False), t.quant_jobs(model), {}, sigmas)
+    coded = codes_of(replace(model.cfg, gptq_enabled=False), t.quant_specs(model), {}, sigmas)
     streams = sum(t.entropy_bytes(c.codes) + 2 * c.scale.numel() for c in coded.values())
-    return t.code_bytes() + streams + 2 * sum(v.numel() for v in t.kept_tensors(model).values())
+    return t.code_bytes() + streams + 2 * sum(v.numel() for v in t.passthrough(model).values())
 
 
 def test_fitted_clip_grows_as_the_limit_shrinks_and_lands_within_it() -> None:
@@ -306,7 +306,7 @@ def test_fitted_clip_grows_as_the_limit_shrinks_and_lands_within_it() -> None:
     found = []
     for limit in limits:
         cfg = tiny_config(TARGET_BYTES=limit)
-        sigmas = t.fill_sigmas(cfg, t.quant_jobs(model), t.kept_tensors(model))
+        sigmas = t.fit_clip_sigmas(cfg, t.quant_specs(model), t.passthrough(model))
         assert 0.995 * limit <= estimated_bytes(model, sigmas) <= limit
         found.append(sigmas)
     assert all(later < earlier for earlier, later in zip(found, found[1:], strict=False)), found
@@ -316,8 +316,8 @@ def test_fitted_clip_grows_as_the_limit_shrinks_and_lands_within_it() -> None:
 def test_a_size_larger_than_estimated_widens_the_clip() -> None:
     model = tiny_model()
     cfg = tiny_config(TARGET_BYTES=round(estimated_bytes(model, 8.0)))
-    arguments = cfg, t.quant_jobs(model), t.kept_tensors(model)
-    assert t.fill_sigmas(*arguments, ratio=1.05) > t.fill_sigmas(*arguments) > t.fill_sigmas(*arguments, ratio=0.95)
+    arguments = cfg, t.quant_specs(model), t.passthrough(model)
+    assert t.fit_clip_sigmas(*arguments, ratio=1.05) > t.fit_clip_sigmas(*arguments) > t.fit_clip_sigmas(*arguments, ratio=0.95)
 
 
 # Hessians and jobs
@@ -362,18 +362,18 @@ def test_every_job_with_inputs_finds_its_hessians(run: t.Runtime) -> None:
     """All banks, the tied head and both projections go through GPTQ; only pure tables have no inputs."""
     model = tiny_model()
     hessians = t.collect_hessians(run, t.Trainer(run, model), 0, 1)
-    jobs = t.quant_jobs(model)
+    jobs = t.quant_specs(model)
     without = {job.name for job in jobs if not all(name in hessians for name in job.hessians)}
     assert without == {"bigram_table", "ve_table"}
     pairs = [(job.tensor.shape[2], hessians[name]) for job in jobs for name in job.hessians if name in hessians]
     assert all(hessian.shape == (cols, cols) for cols, hessian in pairs)
     untied = tiny_model(TIE_EMBEDDINGS=0)
-    inputs = {job.name: job.hessians for job in t.quant_jobs(untied)}
+    inputs = {job.name: job.hessians for job in t.quant_specs(untied)}
     assert inputs["lm_head"] == ["head"] and inputs["tok_emb"] == ["tok_emb"]
 
 
 def test_bits_can_differ_by_layer() -> None:
-    jobs = {job.name: job for job in t.quant_jobs(tiny_model(EMBED_BITS=7), {2: 5})}
+    jobs = {job.name: job for job in t.quant_specs(tiny_model(EMBED_BITS=7), {2: 5})}
     for name in ("qkv", "out", "up", "down"):
         assert [int(b.unique()) for b in jobs[name].bits] == [6, 6, 5, 6]
     assert jobs["tok_emb"].bits.unique().tolist() == [7]
@@ -385,7 +385,7 @@ def test_bits_can_differ_by_layer() -> None:
 def test_control_parameters_are_only_rounded_to_half(changes: dict[str, Any]) -> None:
     """Every parameter is coded or kept, never both; kept ones (ASQU's factors above all) are never quantized."""
     model = tiny_model(**changes)
-    kept, jobs = t.kept_tensors(model), {job.name for job in t.quant_jobs(model)}
+    kept, jobs = t.passthrough(model), {job.name for job in t.quant_specs(model)}
     assert jobs.isdisjoint(kept) and jobs | set(kept) == set(model.banks) | set(model.rest)
     assert all(torch.equal(value, model.rest[name].detach().half()) for name, value in kept.items())
     assert ("asqu_beta" in kept) == (model.cfg.mlp_activation == "asqu")

@@ -274,6 +274,6 @@ def test_no_thread_of_gloo_outlives_the_group(tmp_path: Path) -> None:
     """One that lets go of a tensor while the interpreter ends aborts the process, after everything was done."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     ranks = t.Ranks(0, 2, torch.device("cpu"), dist.new_group(backend="gloo"), {})
-    assert ranks.agree(1.0, 2.0) == [1.0, 2.0] and gloo_threads() >= 2
+    assert ranks.all_reduce_max(1.0, 2.0) == [1.0, 2.0] and gloo_threads() >= 2
     ranks.close(None)
     assert not gloo_threads() and not dist.is_initialized()

@@ -168,7 +168,7 @@ def test_ttt_ngram_is_xsa_vr_ga_scored_in_more_ways() -> None:
 def test_asqu_factors_stay_out_of_quantization() -> None:
     """They are control parameters, kept in half precision."""
     model = tiny_model(MLP_ACTIVATION="asqu")
-    assert "asqu_beta" in t.kept_tensors(model) and "asqu_beta" not in {job.name for job in t.quant_jobs(model)}
+    assert "asqu_beta" in t.passthrough(model) and "asqu_beta" not in {job.name for job in t.quant_specs(model)}
 
 
 @pytest.mark.parametrize(
@@ -177,5 +177,5 @@ def test_asqu_factors_stay_out_of_quantization() -> None:
 def test_parameter_counts_are_the_published_ones(name: str, millions: float) -> None:
     cfg = t.Config.from_env({"RECIPE": str(RECIPES[0].parent / f"{name}.env")})
     count = sum(s.rows * s.cols for s in t.bank_specs(cfg)) * cfg.num_layers
-    count += sum(torch.Size(s.shape).numel() for s in t.rest_specs(cfg))
+    count += sum(torch.Size(s.shape).numel() for s in t.param_table(cfg))
     assert count / 1e6 == pytest.approx(millions, abs=0.06)

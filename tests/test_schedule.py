@@ -78,7 +78,7 @@ def test_the_scale_never_rises_and_ends_at_its_floor(variables: dict[str, Any]) 
 )
 def test_momentum_warms_up_linearly(step: int, warmup: int, momentum: float) -> None:
     cfg = schedule(MUON_MOMENTUM=0.95, MUON_MOMENTUM_WARMUP_START=0.85, MUON_MOMENTUM_WARMUP_STEPS=warmup)
-    assert t.momentum_at(cfg, step) == pytest.approx(momentum)
+    assert t.muon_momentum_at(cfg, step) == pytest.approx(momentum)
 
 
 # --- phases ---------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_late_qat_begins_below_its_threshold(
     cfg = schedule(**variables)
     plan = t.plan_step(cfg, step, seconds, budget)
     assert plan.phase == phase and plan.phase in t.phases(cfg)
-    assert plan[:2] == (t.lr_scale_at(cfg, step, seconds, budget), t.momentum_at(cfg, step))
+    assert plan[:2] == (t.lr_scale_at(cfg, step, seconds, budget), t.muon_momentum_at(cfg, step))
 
 
 @pytest.mark.parametrize(("step", "seconds", "share"), [(0, 0, 1.0), (50, 0, 0.625), (10, 50, 0.625), (100, 0, 0.25)])

@@ -225,11 +225,11 @@ def test_eval_only_refuses_another_architecture(
     name, value = variable.split("=")
     env = evaluation_variables(corpus, full / "logs/full.pgolf") | {"VE_LAYERS": "2", "XSA_LAST_N": "3"}
     cfg = t.Config.from_env({**env, "VE_LAYERS": "2,3", "XSA_LAST_N": "4", "NUM_LAYERS": "4"})
-    assert t.adopt_architecture(cfg).model_dim == 32
+    assert t.load_architecture(cfg).model_dim == 32
     if name != "NUM_LAYERS":
         env |= {"VE_LAYERS": "2,3", "XSA_LAST_N": "4", "NUM_LAYERS": "4"}
     with pytest.raises(t.UserError, match=name):
-        t.adopt_architecture(t.Config.from_env({**env, name: value}))
+        t.load_architecture(t.Config.from_env({**env, name: value}))
 
 
 @pytest.mark.parametrize("name", ["num_layers", "later_feature"])
@@ -242,7 +242,7 @@ def test_a_saved_model_of_another_version_is_refused(
     monkeypatch.setattr(t.Config, "architecture", lambda _: other)
     cfg = t.Config.from_env(evaluation_variables(corpus, full / "logs/full.pgolf"))
     with pytest.raises(t.UserError, match=rf"full.pgolf was made by another version .*lacks {name.upper()}\); take logs/"):
-        t.adopt_architecture(cfg)
+        t.load_architecture(cfg)
     weights = full / "logs/full.weights.pt"
     with (
         t.Runtime.start(tiny_config(**corpus, EXPORT_ONLY=1, WEIGHTS_PATH=weights), {}) as run,
@@ -391,4 +391,4 @@ def test_the_naive_baseline_has_the_official_number_of_parameters() -> None:
         pytest.skip("records/recipes/naive_baseline.env is not there yet")
     cfg = t.Config.from_env({"RECIPE": str(path)})
     banks = sum(cfg.num_layers * spec.rows * spec.cols for spec in t.bank_specs(cfg))
-    assert banks + sum(math.prod(spec.shape) for spec in t.rest_specs(cfg)) == 17_059_912
+    assert banks + sum(math.prod(spec.shape) for spec in t.param_table(cfg)) == 17_059_912

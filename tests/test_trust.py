@@ -273,7 +273,7 @@ def test_an_artifact_belongs_to_its_tokenizer_and_set(
     export_only = {"EXPORT_ONLY": 1, "WEIGHTS_PATH": finished / "logs/one.weights.pt"}
     for number, (paths, mode, key) in enumerate([(other, eval_only, "TOKENIZER"), (other, export_only, "TOKENIZER"),
                                                  (more, eval_only, "validation set: VAL")]):  # fmt: skip
-        cfg = t.adopt_architecture(tiny_config(**paths, **QUICK | mode, RUN_ID=f"r{number}"))
+        cfg = t.load_architecture(tiny_config(**paths, **QUICK | mode, RUN_ID=f"r{number}"))
         message = rf"belongs to another tokenizer.*{key}_SHA256 was \w+, is \w+.*; set its TOKENIZER_PATH"
         with t.Runtime.start(cfg, {}) as run, pytest.raises(t.UserError, match=message):
             validation = t.load_validation(run)
@@ -345,7 +345,7 @@ def test_a_console_without_unicode_ends_nothing(tmp_path: Path, corpus: dict[str
 def test_a_link_to_another_disk_stays(in_tmp: Path) -> None:
     """What is written to it lands where it leads."""
     Path("link").symlink_to("disk/file")
-    t.write_whole(Path("link"), b"blob", "WEIGHTS_PATH")
+    t.atomic_write(Path("link"), b"blob", "WEIGHTS_PATH")
     assert Path("link").is_symlink() and Path("disk/file").read_bytes() == b"blob"
 
 

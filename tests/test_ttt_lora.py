@@ -112,12 +112,12 @@ def test_neighbours_do_not_matter(subject: Callable[..., Scored]) -> None:
     torch.testing.assert_close(nats(subject(TTT_BATCH_SIZE=1)), together, rtol=1e-4, atol=1e-4)
     run, model, validation = subject(TTT_BATCH_SIZE=16)
     model.micro_batch = t.MICRO_BATCH_TOKENS // 4  # of a GPU that holds a quarter
-    assert t.DocumentAdditions(run, model).documents == 4
+    assert t.DocumentLoRA(run, model).documents == 4
     torch.testing.assert_close(nats((run, model, validation)), together, rtol=1e-4, atol=1e-4)
     run, *rest = subject()
     parts = []
     for rank in range(3):
-        ranks = type("Alone", (t.Ranks,), {"sum_": lambda self, tensor: tensor})(rank, 3, run.ranks.device)
+        ranks = type("Alone", (t.Ranks,), {"all_reduce_sum_": lambda self, tensor: tensor})(rank, 3, run.ranks.device)
         parts.append(t.score_documents(t.replace(run, ranks=ranks), *rest))
     torch.testing.assert_close(sum(parts)[0], together, rtol=1e-4, atol=1e-4)
     assert (sum(parts)[1] == 1).all() and all(part[1].any() for part in parts)
@@ -135,13 +135,13 @@ def test_settings_act(subject: Callable[..., Scored], change: dict[str, Any]) ->
 @pytest.mark.parametrize("part", ["qkv", "out", "up", "down", "head"])
 def test_every_matrix_learns(subject: Callable[..., Scored], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one matrix's additions the score is another."""
-    both, init = nats(subject()), t.DocumentAdditions.__init__
+    both, init = nats(subject()), t.DocumentLoRA.__init__
 
-    def without(additions: t.DocumentAdditions, *arguments: Any) -> None:
+    def without(additions: t.DocumentLoRA, *arguments: Any) -> None:
         init(additions, *arguments)
         additions.first[part].zero_()
 
-    monkeypatch.setattr(t.DocumentAdditions, "__init__", without)
+    monkeypatch.setattr(t.DocumentLoRA, "__init__", without)
     assert abs(float(nats(subject()).sum() - both.sum())) > 1e-3
 
 
