@@ -561,6 +561,9 @@ def validate(cfg: Config, rules: list[tuple[Any, str]]) -> None:
 # are bytes, lengths are tokens.
 
 
+PATIENCE = timedelta(minutes=5)  # with a rank that does not answer; a group of its own would wait for 30
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among its peers, and the few collectives that the run needs."""
@@ -580,8 +583,8 @@ class Ranks:
             return cls(rank, world, device)
         bound = {"device_id": device} if device.type == "cuda" else {}
         try:
-            dist.init_process_group("nccl" if bound else "gloo", timeout=timedelta(minutes=5), **bound)
-            return cls(rank, world, device, dist.new_group(backend="gloo"), env)
+            dist.init_process_group("nccl" if bound else "gloo", timeout=PATIENCE, **bound)
+            return cls(rank, world, device, dist.new_group(backend="gloo", timeout=PATIENCE), env)
         except (RuntimeError, ValueError) as problem:
             where = f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}"
             raise UserError(f"{where}: the {world} ranks do not find each other: {str(problem)[:300]}") from None
@@ -2395,7 +2398,7 @@ def resid_mix_norm_backward_kernel(x, skip, x0, mix, new, factors, dnew, dproxy,
 
 @operator
 def resid_mix_norm(
-    x: Tensor, skip: Tensor | None, skip_twin: Tensor | None, x0: Tensor, x0_twin: Tensor, mix: Tensor, scale: float
+    x: Tensor, skip: Tensor | None, skip_proxy: Tensor | None, x0: Tensor, x0_proxy: Tensor, mix: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The parts of Residual, and the proxies of x and x0; 5 activations are written and read where inductor's kernels
     take 6, backward 10 of 14."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -277,3 +278,13 @@ def test_no_thread_of_gloo_outlives_the_group(tmp_path: Path) -> None:
     assert ranks.all_reduce_max(1.0, 2.0) == [1.0, 2.0] and gloo_threads() >= 2
     ranks.close(None)
     assert not gloo_threads() and not dist.is_initialized()
+
+
+def test_ranks_wait_five_minutes_for_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both groups: torch gives a second one 30 minutes of its own."""
+    waits = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: waits.append(timeout))
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: waits.append(timeout))
+    launch = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    t.Ranks.start(tiny_config(), launch)
+    assert waits == [timedelta(minutes=5)] * 2
