@@ -2267,17 +2267,17 @@ def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
 # ----------------------------------------------------------------------------------------------
 # 5. Kernels
 # ----------------------------------------------------------------------------------------------
-# What a Hopper GPU runs instead of the plain parts of a layer: the same function from fewer bytes, which
-# are what bounds a step. Each kernel's share of the gain is in benchmarks/RESULTS.md.
+# The plain layer's function for Hopper GPUs, from fewer bytes, which bound a step (benchmarks/RESULTS.md).
 #
-# The normalized input of a product is never written. With r = scale * rsqrt(mean(x^2) + eps) per row, the
-# product of the normalized row is r times the product of x; what follows a product takes r along, in its
-# ending, on tiles that are still in registers. The gradient of such a row needs no gradient of r: for
-# g = dL/dx with r held fixed, dL/dr is <g, x> / r and dr/dx is -r^3 / (C scale^2) x, so
-# dx = g - x (r^2 / (C scale^2)) <g, x>: one pass over g and x, in which the residual gradient is added too.
-# Hence the proxies of `Residual` and `PlainLayer.resid_mix_norm`: inductor cannot add inside an operator.
-# The feed-forward needs no such pass: it is homogeneous of degree 2, so <g, x> is twice the sum of a row's
-# activations times their gradients. The kernel that makes these sums it; the product that makes g ends with dx.
+# RMSNorm has no kernel. Its output r x, with r = scale / sqrt(mean(x^2) + eps) per token, is never written:
+# a matmul reads x, and its epilogue multiplies by r, on tiles that are still in registers.
+# Backward, let g be the gradient of x with r held fixed. The whole gradient is
+#     dx = g - x (r^2 / (C scale^2)) <g, x>
+# so that one kernel makes it from g and x, and adds the residual gradient in the same pass. Autograd needs a
+# tensor that carries g to that kernel: the `proxy` of `Residual`, memory that holds no values. A second reader
+# of x (a U-Net skip) or of x0 hands its gradient to such a proxy too: an operator cannot add to a gradient.
+# The MLP needs no such pass: it is homogeneous of degree 2, so <g, x> is twice the sum of a token's activations
+# times their gradients. The kernel that makes these sums it, and the matmul that makes g ends with dx.
 
 TILE = (128, 256, 64)  # rows, columns, inner length of a product's tile; 8 warps, 3 stages: the best of 27 tried
 
