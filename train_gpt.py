@@ -793,12 +793,13 @@ class Claim:
         self.locks[name] = handle
         self.last_beat = beat if variable == "WEIGHTS_PATH" else self.last_beat
 
-    def is_taken(self, variable: str, path: Path) -> bool:
+    @classmethod
+    def is_taken(cls, variable: str, path: Path) -> bool:
         """Whether weights, an artifact, or a log with steps or scores are there; UserError for a foreign file."""
         if variable == "RUN_ID":
             events = path.with_suffix(".jsonl")
             return events.is_file() and bool(re.search(rb'"event": "(train|score)"', events.read_bytes()))
-        if path.exists() and not path.open("rb").read(8).startswith(self.MARKS[variable]):
+        if path.exists() and not path.open("rb").read(8).startswith(cls.MARKS[variable]):
             raise UserError(f"{variable}={path}: not a file that a run has written; set another one or remove it")
         return path.exists()
 

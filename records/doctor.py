@@ -169,8 +169,9 @@ def artifact(t: Any, cfg: train_gpt.Config, validation: train_gpt.ValidationSet)
     path = cfg.artifact_file
     try:
         header = t.read_header(path.read_bytes(), path)[0]
-        t.refuse_other_data(header["identity"], validation, f"ARTIFACT_PATH={path}", "val_sha256")
-    except t.UserError as error:
+        where = f"ARTIFACT_PATH={path} belongs to other data"
+        t.refuse_other(header["identity"], validation.identity, where, "set its own")
+    except (t.UserError, OSError) as error:
         return CheckResult("artifact", "fail", str(error))
     return CheckResult("artifact", "pass", f"{path} was made with this tokenizer and validation set")
 
@@ -178,9 +179,12 @@ def artifact(t: Any, cfg: train_gpt.Config, validation: train_gpt.ValidationSet)
 def outputs(t: Any, cfg: train_gpt.Config) -> CheckResult:
     """What the run would write over; it refuses to."""
     try:
-        t.refuse_to_replace(cfg)
+        taken = [f"{name}={path}" for name, path in cfg.outputs.items() if t.Claim.is_taken(name, path)]
     except (t.UserError, OSError) as error:
         return CheckResult("outputs", "fail", str(error))
+    if taken and not (cfg.overwrite or cfg.resume):
+        return CheckResult("outputs", "fail", f"{' '.join(taken)}: an earlier run left its files there; set another "
+                           "one, OVERWRITE=1 or RESUME=1")  # fmt: skip
     return CheckResult("outputs", "pass", f"nothing stands at {', '.join(map(str, cfg.outputs.values()))} that the run "
                        "may not replace")
 

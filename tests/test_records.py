@@ -1218,6 +1218,21 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     assert main(["doctor", "--", "nonsense"]) == 1 and "KEY=value" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("at_work")
+def test_doctor_compares_what_is_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The data of an artifact that is to be scored, and files of an earlier run."""
+    scored = ["doctor", "--", "EVAL_ONLY=1", "ARTIFACT_PATH=logs/tiny_seed42.pgolf"]
+    main(scored)
+    assert re.search(r"pass artifact: \S+/tiny_seed42.pgolf was made with this tokenizer", capsys.readouterr().out)
+    shutil.copytree(os.environ["DATA_PATH"], tmp_path / "cut")
+    shard = tmp_path / "cut/fineweb_val_000000.bin"
+    write_shard(shard, np.frombuffer(shard.read_bytes()[1024:], "<u2")[:-500])
+    assert main([*scored, f"DATA_PATH={tmp_path / 'cut'}"]) == 1
+    assert re.search(r"fail artifact: \S+/tiny_seed42.pgolf belongs to other data: VAL_SHA256", capsys.readouterr().out)
+    assert main(["doctor", "--", "RUN_ID=tiny_seed42"]) == 1
+    assert "fail outputs: RUN_ID=" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("leak", [False, True])
 def test_overlap(tmp_path: Path, leak: bool) -> None:
     """Validation documents in a later training shard are found at any offset; other text is not."""
