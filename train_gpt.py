@@ -868,7 +868,7 @@ class Log:
             wanted |= {Path(name): self.lines["txt"] for name in names}
         for path, blob in wanted.items():
             try:
-                atomic_write(path, blob, "log")
+                atomic_write(path, bytes(blob), "log")  # a copy: the warning below makes the lines longer
             except UserError as problem:
                 self(f"WARNING: {problem}")
         for file in self.files.values():

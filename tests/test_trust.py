@@ -1,5 +1,6 @@
 """What must not be silently wrong or lost: shards with another tokenizer, two runs with one name, outputs that fail."""
 
+import errno
 import json
 import os
 import pty
@@ -403,6 +404,24 @@ def test_a_log_file_that_fails_is_written_at_the_end(in_tmp: Path, capsys: pytes
     log.close(ended_well=False)
     assert Path("logs/full.txt").read_text().splitlines() == ["first", warning, "second"]
     assert json.loads(Path("logs/full.jsonl").read_text()) == {"event": "last"}
+
+
+def test_a_disk_that_stays_full_ends_nothing(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A warning for each log that cannot be written at the end, on the console, whose lines are kept as well."""
+
+    def write_bytes(path: Path, data: bytes) -> None:
+        view = memoryview(data)  # as the real one; the traceback keeps it
+        raise OSError(errno.ENOSPC, "No space left on device", len(view))
+
+    log = t.Log(tiny_config(RUN_ID="full", SEED=3), enabled=True)
+    log("a line")
+    Path("logs/full.txt").unlink()
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    log.close(ended_well=True)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1] for line in said[1:]] == [" log=logs/full.txt", " log=train_seed3.log"]
 
 
 def test_a_failed_run_leaves_no_seed_log(in_tmp: Path, corpus: dict[str, str]) -> None:
