@@ -132,12 +132,12 @@ class Config:
     train_batch_tokens: int = opt(786_432, "tokens per optimizer step over all ranks", low=1)
     train_seq_len: int = opt(2048, "tokens per training sequence", low=2, high=2**20)
     short_seq_len: tuple[int, ...] = opt((1024,), "tokens per sequence at first, as 1024,2048 (0 or none below: never)")
-    short_seq_frac: tuple[float, ...] = opt((0.6,), "parts of the run at which each SHORT_SEQ_LEN ends, as 0.1,0.7")
+    short_seq_frac: tuple[float, ...] = opt((0.35,), "parts of the run at which each SHORT_SEQ_LEN ends, as 0.1,0.7")
     grad_accum_steps: int = opt(0, "micro-steps per step (0: fewest with at most 98,304 tokens each)", low=0)
     warmup_steps: int = opt(20, "untimed steps per phase before the clock starts, undone afterwards", low=0)
     warmdown_iters: int = opt(0, "last steps over which the learning rate falls to 0 (0: WARMDOWN_FRAC)", low=0)
-    warmdown_frac: float = opt(0.6, "the same as a fraction of the run, by steps or clock", low=0, high=1)
-    min_lr: float = opt(0.0, "floor of the learning-rate scale during warmdown", low=0, high=1)
+    warmdown_frac: float = opt(0.85, "the same as a fraction of the run, by steps or clock", low=0, high=1)
+    min_lr: float = opt(0.1, "floor of the learning-rate scale during warmdown", low=0, high=1)
     train_log_every: int = opt(200, "steps between training log lines (0: steps 1-10 only)", low=0)
     val_loss_every: int = opt(4000, "steps between validations (0: only after the last step)", low=0)
 
@@ -145,12 +145,12 @@ class Config:
     model_dim: int = opt(512, "width of the residual stream", low=1, high=65_536)
     num_heads: int = opt(8, "query heads", low=1)
     num_kv_heads: int = opt(4, "key/value heads", low=1)
-    mlp_mult: float = opt(3.0, "MLP width over MODEL_DIM", low=0, high=1024)
+    mlp_mult: float = opt(4.0, "MLP width over MODEL_DIM", low=0, high=1024)
     mlp_hidden: int = opt(0, "MLP width in units (0: MLP_MULT x MODEL_DIM)", low=0, high=2**20)
     mlp_activation: str = opt("leaky_relu2", "MLP nonlinearity", choices="relu2 leaky_relu2 asqu")
     negative_slope: float = opt(0.5, "slope of leaky_relu2 below zero, before squaring")
     asqu_beta_init: float = opt(0.25, "initial negative-side factor of ASQU, per channel")
-    num_loops: int = opt(0, "extra passes over layers LOOP_START to LOOP_END (0: none)", low=0, high=64)
+    num_loops: int = opt(2, "extra passes over layers LOOP_START to LOOP_END (0: none)", low=0, high=64)
     loop_start: int = opt(3, "first looped layer, counted from 0", low=0)
     loop_end: int = opt(5, "last looped layer", low=0)
     enable_looping_at: float = opt(0.35, "fraction of the run after which loops run (0: from the start)", low=0, high=1)
@@ -158,7 +158,7 @@ class Config:
     logit_softcap: float = opt(30.0, "logits are capped to +-this by tanh", low=1e-6)
     rope_base: float = opt(10_000.0, "base of the rotary frequencies", low=1)
     rope_dims: int = opt(16, "rotated dimensions per head (0: all)", low=0)
-    qk_gain_init: float = opt(1.5, "initial gain on normalized queries, per head", low=0.01)
+    qk_gain_init: float = opt(5.0, "initial gain on normalized queries, per head", low=0.01)
     doc_attention: bool = opt(True, "attention that does not cross documents (not with ATTN_BACKEND=cudnn)")
     xsa_last_n: int = opt(11, "last layers with exclusive self-attention", low=0)
     key_offset: bool = opt(True, "second half of every key from the token before; stops at BOS")
@@ -173,10 +173,7 @@ class Config:
     ve_dim: int = opt(128, "width of the value embedding", low=1, high=65_536)
     ve_layers: tuple[int, ...] = opt((9, 10), "layers that get the value embedding, as 9,10")
     value_residual: bool = opt(False, "mix each layer's values with those of the first layer")
-    skip_gates_enabled: bool = opt(False, "a skip takes the place of part of x, by a sigmoid gate per channel")
-    parallel_start_layer: int = opt(0, "first layer of two parallel residual lanes (0: one lane)", low=0)
     gated_attn_enabled: bool = opt(False, "sigmoid gate per head on the attention output")
-    sparse_attn_gate_scale: float = opt(0.0, "the same from 12 inputs: factor on its logits, as 0.5 (0: none)", low=0)
 
     matrix_lr: float = opt(0.025, "Muon learning rate", group="Optimizer", low=0)
     scalar_lr: float = opt(0.025, "Adam learning rate of vectors and small matrices", low=0)
@@ -185,25 +182,25 @@ class Config:
     head_lr: float = opt(0.008, "Adam learning rate of the untied head", low=0)
     lora_lr: float = opt(0.01, "Adam learning rate of the additions of LORA_RANK", low=0)
     asqu_lr: float = opt(0.001, "Adam learning rate of the ASQU factors", low=0)
-    muon_momentum: float = opt(0.99, "Muon momentum after warm-up", low=0, high=1)
+    muon_momentum: float = opt(0.97, "Muon momentum after warm-up", low=0, high=1)
     muon_momentum_warmup_start: float = opt(0.92, "Muon momentum at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = opt(1500, "steps of linear momentum warm-up", low=0)
-    muon_rails_at: float = opt(1.0, "part of the run after which momentum has two rails (1: never)", low=0, high=1)
+    muon_rails_at: float = opt(0.3, "part of the run after which momentum has two rails (1: never)", low=0, high=1)
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
-    muon_head_group: int = opt(0, "heads whose rows of Q, or of K, Muon orthogonalizes together (0: all)", low=0)
+    muon_head_group: int = opt(2, "heads whose rows of Q, or of K, Muon orthogonalizes together (0: all)", low=0)
     muon_row_normalize: bool = opt(True, "normalize update rows before orthogonalizing (MuonEq-R)")
     muon_rank_frac: float = opt(1.0, "part of Muon's directions left at the end, by cosine (NuMuon)", low=0.01, high=1)
     polar_express: bool = opt(True, "Polar Express coefficients instead of the fixed quintic")
-    muon_wd: float = opt(0.04, "decoupled weight decay of the banks", low=0)
+    muon_wd: float = opt(0.095, "decoupled weight decay of the banks", low=0)
     adam_wd: float = opt(0.04, "decoupled weight decay of vectors and small matrices", low=0)
-    embed_wd: float = opt(0.04, "decoupled weight decay of embeddings", low=0)
+    embed_wd: float = opt(0.085, "decoupled weight decay of embeddings", low=0)
     beta1: float = opt(0.9, "Adam beta1", low=0, high=1)
-    beta2: float = opt(0.95, "Adam beta2", low=0, high=1)
+    beta2: float = opt(0.99, "Adam beta2", low=0, high=1)
     adam_eps: float = opt(1e-8, "Adam epsilon", low=0)
     grad_clip_norm: float = opt(0.3, "global gradient norm limit (0: none)", low=0)
 
     ema_enabled: bool = opt(True, "export an exponential moving average of the weights", group="Averaging and QAT")
-    ema_decay: float = opt(0.997, "decay of the average per step", low=0, high=1)
+    ema_decay: float = opt(0.9965, "decay of the average per step", low=0, high=1)
     swa_enabled: bool = opt(False, "export the mean of snapshots (of the EMA where that is on)")
     swa_every: int = opt(50, "steps between SWA snapshots", low=1)
     swa_start_frac: float = opt(0.2, "SWA starts when the learning-rate scale falls below this", low=0)
@@ -211,7 +208,7 @@ class Config:
     lawa_k: int = opt(10, "snapshots in the LAWA window", low=1)
     lawa_freq: int = opt(100, "steps between LAWA snapshots", low=1)
     qat_enabled: bool = opt(False, "train on the export grid (straight-through) during the whole run")
-    late_qat_threshold: float = opt(0.15, "the same once the rate's scale is below this (0: never)", low=0, high=1)
+    late_qat_threshold: float = opt(0.0, "the same once the rate's scale is below this (0: never)", low=0, high=1)
 
     post_qat_seconds: float = opt(0.0, "seconds of the clock for QAT after the main training (0: none)", low=0)
     post_qat_lr: float = opt(0.001, "Muon learning rate of that time; the others keep their ratio to it", low=0)
@@ -375,7 +372,7 @@ ACTIVATION=MLP_ACTIVATION ADAM_WEIGHT_DECAY=ADAM_WD BIGRAM_BUCKETS=BIGRAM_VOCAB_
 BIGRAM_HASH_BUCKETS=BIGRAM_VOCAB_SIZE COMPILE_MODEL=COMPILE EMBED_QUANT_BITS=EMBED_BITS LAWA_INTERVAL=LAWA_FREQ
 GATED_ATTENTION=GATED_ATTN_ENABLED GPTQ_RESERVE_MS=GPTQ_RESERVE_SECONDS LAWA_WINDOW=LAWA_K LEAKY_SLOPE=NEGATIVE_SLOPE
 LEAKY_RELU_SLOPE=NEGATIVE_SLOPE MLP_LEAKY_SLOPE=NEGATIVE_SLOPE MUON_EQ_R=MUON_ROW_NORMALIZE MUON_WEIGHT_DECAY=MUON_WD
-PARALLEL_RESIDUAL_START=PARALLEL_START_LAYER PARTIAL_ROPE_DIMS=ROPE_DIMS QAT_THRESHOLD=LATE_QAT_THRESHOLD
+PARTIAL_ROPE_DIMS=ROPE_DIMS QAT_THRESHOLD=LATE_QAT_THRESHOLD
 QUANT_BITS=MATRIX_BITS QUANT_BITS_EMBED=EMBED_BITS SERIAL_COMPRESSOR=COMPRESSOR SLIDING_EVAL_STRIDE=EVAL_STRIDE
 SMEARGATE=SMEAR_GATE_ENABLED STRIDE=EVAL_STRIDE TARGET_MB=TARGET_BYTES TARGET_TOTAL_BYTES=TARGET_BYTES
 USE_SMEARGATE=SMEAR_GATE_ENABLED VAL_BATCH_TOKENS=VAL_BATCH_SIZE VRL=VALUE_RESIDUAL WEIGHT_DECAY=MUON_WD
@@ -473,7 +470,7 @@ def parse_value(name: str, text: str, spec: Field) -> Any:
 
 def model_rules(cfg: Config) -> list[tuple[Any, str]]:
     """What must hold between variables of the model, and what the error says otherwise; $NAME stands for NAME=value."""
-    layers, head_dim, lanes = cfg.num_layers, cfg.head_dim, cfg.parallel_start_layer
+    layers, head_dim = cfg.num_layers, cfg.head_dim
     ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(layers))) != []
     return [
         (cfg.model_dim % cfg.num_heads == 0, "$MODEL_DIM is not divisible by $NUM_HEADS"),
@@ -485,14 +482,10 @@ def model_rules(cfg: Config) -> list[tuple[Any, str]]:
          "$ATTN_BACKEND: not with DOC_ATTENTION=1; leave it at auto or set DOC_ATTENTION=0"),
         (cfg.xsa_last_n <= layers, "$XSA_LAST_N exceeds $NUM_LAYERS"),
         (ve_fits or not cfg.ve_enabled, "$VE_LAYERS: different layers below $NUM_LAYERS, or set VE_ENABLED=0"),
-        (not lanes or bool(cfg.num_loops) * (cfg.loop_end + 1) <= lanes < layers,
-         "$PARALLEL_START_LAYER: not below $NUM_LAYERS, or not above $LOOP_END"),
         (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < layers,
-         "$LOOP_START $LOOP_END: not in order within $NUM_LAYERS"),
+         "$LOOP_START $LOOP_END: not in order within $NUM_LAYERS; NUM_LOOPS=0 for no loops"),
         (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
          "$LORA_RANK: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
-        (not (cfg.gated_attn_enabled and cfg.sparse_attn_gate_scale),
-         "$GATED_ATTN_ENABLED $SPARSE_ATTN_GATE_SCALE: one gate for a head"),
         (cfg.bigram_vocab_size != 1, "$BIGRAM_VOCAB_SIZE: 0 switches it off, else at least 2"),
     ]  # fmt: skip
 
@@ -1389,7 +1382,6 @@ def load_validation(run: Runtime) -> ValidationSet:
 OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, n := f"pgolf{i or ''}"), "xsa"))
 CalibHook = Callable[[str, Tensor], None]  # name of a matrix and its inputs
 NORM_EPS = 1e-6
-GATE_INPUTS = 12  # channels of the normalized residual stream that the sparse gates of heads read
 ALLOWED_ERROR = 4.0  # of a back end, in errors of the plain definition in the same precision
 ATTN_CHUNK_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 at once take 7 to 9% longer
 
@@ -1569,7 +1561,6 @@ class Residual(NamedTuple):
     proxy: Tensor | None
     r: Tensor | None = None
     scale: float = 1.0  # that r includes
-    gates: Tensor | None = None  # at a layer's entrance, in kernels: such memory for the first channels
 
 
 WithProxy = tuple[Tensor, Tensor]  # values and the tensor that takes their gradient: in plain parts the same
@@ -1676,10 +1667,6 @@ class PlainLayer:
         """The normalized x of Residual, (N, C)."""
         return rows.proxy
 
-    def gate_inputs(self, rows: Residual) -> Tensor:
-        """The first channels of the normalized x of Residual, (N, GATE_INPUTS)."""
-        return rows.proxy[:, :GATE_INPUTS]
-
     def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
         """Negative log-likelihood in nats, (N,) float32, of targets (N,) under logits (N, V) before their soft cap."""
         return F.cross_entropy(softcap(logits, cap), targets, reduction="none")
@@ -1740,17 +1727,15 @@ def check_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
     dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
     matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
     vectors = [(3, dim), (cfg.num_heads,), (hidden,)]
-    vectors += [(cfg.num_heads, GATE_INPUTS)] if cfg.sparse_attn_gate_scale else []
 
     def layer(parts: PlainLayer, x: Tensor, x0: Tensor, extra: Tensor, *rest: Tensor) -> Tensor:
         qkv, out, up, down = (w * w.shape[1] ** -0.5 for w in rest[:4])
-        (mix, gain, beta, *gates), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
+        (mix, gain, beta), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
         rows, kept, first = parts.resid_mix_norm(x, (x0, x0), (x0, x0), mix, 0.5)
         follows = torch.arange(len(x), device=x.device) % 50 > 0 if cfg.key_offset else None
         q, k, v, proxy = parts.qkv_rope(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)), follows)
         y = PLAIN_ATTENTION(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
-        gates = [F.linear(parts.gate_inputs(rows), gate).sigmoid() for gate in gates]
-        z = parts.xsa(y, v, proxy, *gates).flatten(1)
+        z = parts.xsa(y, v, proxy).flatten(1)
         y = parts.mlp(parts.attn_proj(rows, z, out, 0.5), up, down, beta)[0]
         y = parts.materialize_norm(parts.resid_mix_norm(y, (x, kept), first, mix, 0.5)[0])
         return torch.cat([y.flatten(), parts.nll(2 * y, torch.arange(len(y), device=y.device) % dim, 3.0).to(y.dtype)])
@@ -1925,8 +1910,6 @@ def param_table(cfg: Config) -> list[ParamSpec]:
     dim, layers, heads, vocab = cfg.model_dim, cfg.num_layers, cfg.num_heads, cfg.vocab_size
     kv, buckets, is_asqu = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size, cfg.mlp_activation == "asqu"
     skips = max(len(phase.order) // 2 for phase in phases(cfg).values())
-    lanes = layers - cfg.parallel_start_layer if cfg.parallel_start_layer else 0
-    shares = torch.tensor([1.1, 1.0, 1.0]).expand(lanes, 2, 3)  # of a lane itself, attention and MLP
     mix = torch.stack([torch.ones(dim), torch.zeros(dim)]).expand(layers, 2, dim)  # all of x, nothing of x0
     rows = [
         (True, ParamSpec("tok_emb", (vocab, dim), ("normal", cfg.tied_embed_init_std), "embed", coded=True)),
@@ -1939,17 +1922,13 @@ def param_table(cfg: Config) -> list[ParamSpec]:
         (cfg.ve_enabled, ParamSpec("ve_scale", (len(cfg.ve_layers),), 0.1, "scalar")),
         (cfg.smear_gate_enabled, ParamSpec("smear_gate", (dim,), 0.0, "scalar")),
         (skips, ParamSpec("skip_weights", (skips, dim), 1.0, "scalar")),
-        (skips and cfg.skip_gates_enabled, ParamSpec("skip_gates", (skips, dim), 0.0, "scalar")),
         (True, ParamSpec("resid_mix", (layers, 2, dim), mix, "scalar", per_layer=True)),
         (True, ParamSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
         (True, ParamSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
         (True, ParamSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
-        (lanes, ParamSpec("lane_mix", (lanes, 2, 3), shares, "scalar")),
         (cfg.value_residual, ParamSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, ParamSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
         (cfg.gated_attn_enabled, ParamSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
-        (cfg.sparse_attn_gate_scale,
-         ParamSpec("sparse_gate", (layers, heads, GATE_INPUTS), 0.0, "scalar", per_layer=True)),
         (is_asqu, ParamSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
     ]
     rank, passes = cfg.lora_rank, len(final_order(cfg))
@@ -2080,18 +2059,13 @@ class GPT(nn.Module):
 
     def mixes(self, order: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Factors (3, C) of x, skip and x0 at the entrance of each position: the skip's weight is multiplied in here,
-        on vectors, and once for all positions. With gates s, x and skip become s x + (1 - s) weight skip (PR #1218)."""
+        on vectors, and once for all positions."""
         resid = torch.stack([self.rest["resid_mix"][layer] for layer in order])
-        half, shut, skips = len(order) // 2, 0.0, torch.zeros_like(resid[:, 0])
+        half, skips = len(order) // 2, torch.zeros_like(resid[:, 0])
         if half:
             weights = self.rest["skip_weights"][:half]
-            place = (0, 0, half, len(order) - half - len(weights))
-            if "skip_gates" in self.rest:
-                shut = 1 - torch.sigmoid(self.rest["skip_gates"][:half])
-                weights, shut = weights * shut, F.pad(shut, place)
-            skips = F.pad(weights, place)
-        mixes = resid[:, 0] * (1 - shut), resid[:, 0] * skips, resid[:, 1]
-        return torch.stack(mixes, 1).to(self.dtype).unbind()
+            skips = F.pad(weights, (0, 0, half, len(order) - half - len(weights)))
+        return torch.stack([resid[:, 0], resid[:, 0] * skips, resid[:, 1]], 1).to(self.dtype).unbind()
 
     def attention(self, rows: Residual, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
         """What the heads of a layer attend to, (N, C) before the output matrix, and its own values (N, KV, D)."""
@@ -2108,10 +2082,7 @@ class GPT(nn.Module):
             v = proxy = mix[0] * (own if first_v is None else first_v) + mix[1] * own
         y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), p.mask).flatten(0, 1)
         gate = None
-        if "sparse_gate" in vectors:  # PR #1787
-            weight = cfg.sparse_attn_gate_scale * vectors["sparse_gate"][layer]
-            gate = F.linear(parts.gate_inputs(rows), weight).sigmoid()
-        elif "gate_weight" in vectors:
+        if "gate_weight" in vectors:
             weight, bias = (vectors[name][layer] for name in ("gate_weight", "gate_bias"))
             gate = F.linear(parts.materialize_norm(rows), weight, bias).sigmoid()
         if layer >= cfg.num_layers - cfg.xsa_last_n:
@@ -2132,29 +2103,17 @@ class GPT(nn.Module):
             p.observe(f"down.{layer}", act)
         return x
 
-    def two_lanes(self, rows: Residual, lane: Residual, z: Tensor, position: int, p: Pass) -> tuple[Tensor, Residual]:
-        """The end of a layer whose MLP reads another lane than its attention, and its entrance to the next layer.
-
-        Each lane takes its own share of both and of itself (PR #1204, PR #1529).
-        """
-        layer, following = p.order[position], p.order[min(position + 1, len(p.order) - 1)]
-        own, attended, added = self.rest["lane_mix"][layer - self.cfg.parallel_start_layer].to(self.dtype).unbind(1)
-        a, b = product(z, p.banks["out"][position]), self.mlp(lane, position, p)  # b: the lane and the MLP's output
-        x = own[0] * rows.x + attended[0] * a + added[0] * (b - lane.x)
-        mix = torch.stack([added[1], own[1] - added[1], attended[1]]).unsqueeze(1).expand(3, a.shape[1]).contiguous()
-        return x, self.parts.resid_mix_norm(b, (lane.x, lane.x), (a, a), mix, self.norm_scales[following])[0]
-
     def hidden(
         self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: CalibHook | None = None
     ) -> Tensor:
         """Normalized output of the last layer (B, T, C) for ids (B, T), running the layers in `order`.
 
         The first half of the order pushes its outputs, the second half pops them (U-Net skips); every layer mixes
-        the embedding x0 back in. From PARALLEL_START_LAYER on there are two lanes, at the end their mean.
+        the embedding x0 back in.
         """
         p = self.begin(ids, weights, order, observe)
         x = self.embed(ids, observe).flatten(0, 1)
-        x0, half, skips, first_v, lane = (x, x), len(order) // 2, [], None, None
+        x0, half, skips, first_v = (x, x), len(order) // 2, [], None
         for position, layer in enumerate(order):
             skip = None
             if half <= position < 2 * half:
@@ -2164,12 +2123,9 @@ class GPT(nn.Module):
                 skips.append((x, proxy))
             z, own_v = self.attention(rows, position, first_v, p)
             first_v = own_v if first_v is None else first_v
-            if "lane_mix" in self.rest and layer >= self.cfg.parallel_start_layer:
-                x, lane = self.two_lanes(rows, lane or rows, z, position, p)
-            else:
-                rows = self.parts.attn_proj(rows, z, p.banks["out"][position], self.norm_scales[layer])
-                x = self.mlp(rows, position, p)
-        return rms_norm(0.5 * (x + lane.x) if lane else x).view(*ids.shape, -1)
+            rows = self.parts.attn_proj(rows, z, p.banks["out"][position], self.norm_scales[layer])
+            x = self.mlp(rows, position, p)
+        return rms_norm(x).view(*ids.shape, -1)
 
     def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: CalibHook | None = None) -> Tensor:
         """Softcapped logits (B, T, V) in float32."""
@@ -2351,9 +2307,9 @@ def resid_mix_norm_kernel(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl
 
 
 @jit
-def resid_mix_norm_backward_kernel(x, skip, x0, mix, new, factors, dnew, dproxy, dgates, dkept, dnext, dx, dskip, dx0,
-                                   sums, tokens, scale, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
-                                   STAGES: tl.constexpr, GATES: tl.constexpr):  # fmt: skip
+def resid_mix_norm_backward_kernel(x, skip, x0, mix, new, factors, dnew, dproxy, dkept, dnext, dx, dskip, dx0, sums,
+                                   tokens, scale, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+                                   STAGES: tl.constexpr):  # fmt: skip
     """Gradients of x, skip and x0, walking over blocks of rows; sums (programs, 3, WIDTH) of mix's.
 
     The sums stay in registers, a tile each, and are added up over the tile's rows once, at the end of the walk.
@@ -2374,8 +2330,6 @@ def resid_mix_norm_backward_kernel(x, skip, x0, mix, new, factors, dnew, dproxy,
         value = tl.load(new + at, mask=live, other=0.0).to(tl.float32)
         upstream = tl.load(dnew + at, mask=live, other=0.0).to(tl.float32)
         r = tl.load(factors + row, mask=row < tokens, other=0.0)
-        if dgates is not None:
-            g += tl.load(dgates + row[:, None] * GATES + column, mask=live & (column < GATES), other=0.0).to(tl.float32)
         shrink = r * r / (WIDTH * scale * scale) * tl.sum(g * value, 1)
         d = upstream + g - value * shrink[:, None]
         dkeep += d * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
@@ -2400,36 +2354,35 @@ def resid_mix_norm_backward_kernel(x, skip, x0, mix, new, factors, dnew, dproxy,
 @operator
 def resid_mix_norm(
     x: Tensor, skip: Tensor | None, skip_proxy: Tensor | None, x0: Tensor, x0_proxy: Tensor, mix: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The parts of Residual, and the proxies of x and x0; 5 activations are written and read where inductor's kernels
     take 6, backward 10 of 14."""
-    (n, width), r, gates = x.shape, x.new_empty(len(x), dtype=torch.float32), x.new_empty((len(x), GATE_INPUTS))
+    (n, width), r = x.shape, x.new_empty(len(x), dtype=torch.float32)
     new, proxy, kept, following = (torch.empty_like(x) for _ in range(4))
     launch(resid_mix_norm_kernel, (triton.cdiv(n, 4),), x, skip, x0, mix, new, r, n, scale, NORM_EPS, width,
            triton.next_power_of_2(width), 4, num_warps=2, num_stages=2)  # fmt: skip
-    return new, proxy, r, gates, kept, following
+    return new, proxy, r, kept, following
 
 
 @operator
 def resid_mix_norm_backward(
-    dnew: Tensor, dproxy: Tensor, dgates: Tensor | None, dkept: Tensor | None, dnext: Tensor | None, new: Tensor,
-    r: Tensor, mix: Tensor, x: Tensor, x0: Tensor, skip: Tensor | None, scale: float,
+    dnew: Tensor, dproxy: Tensor, dkept: Tensor | None, dnext: Tensor | None, new: Tensor, r: Tensor, mix: Tensor,
+    x: Tensor, x0: Tensor, skip: Tensor | None, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, skip (empty without one) and x0, and each program's part of mix's, given those of the new x, of
-    its proxy and, where they were used, of the gates' memory and of the proxies of x and x0."""
+    its proxy and, where they were used, of the proxies of x and x0."""
     (n, width), grid = new.shape, persistent_grid(new.device, triton.cdiv(len(new), 2), 8)
     dx, dx0, dskip = torch.empty_like(new), torch.empty_like(new), new.new_empty(0 if skip is None else new.shape)
     sums = new.new_empty((*grid, 3, width), dtype=torch.float32)
-    launch(resid_mix_norm_backward_kernel, grid, x, skip, x0, mix, new, r, dnew, dproxy, dgates, dkept, dnext, dx,
-           dskip, dx0, sums, n, scale, width, triton.next_power_of_2(width), 2, 2, GATE_INPUTS,
-           num_warps=2)  # fmt: skip
+    launch(resid_mix_norm_backward_kernel, grid, x, skip, x0, mix, new, r, dnew, dproxy, dkept, dnext, dx, dskip,
+           dx0, sums, n, scale, width, triton.next_power_of_2(width), 2, 2, num_warps=2)  # fmt: skip
     return [dx, dskip, dx0, sums]
 
 
 def differentiate_resid_mix_norm(
     ctx: Any, dnew: Tensor | None, dproxy: Tensor | None, _: None, *others: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, the proxies of skip and x0, and mix; `others` are those of the gates' memory and the proxies."""
+    """Gradients of x, the proxies of skip and x0, and mix; `others` are those of the proxies."""
     new, _, mix, _, _, skip = saved = ctx.saved_tensors
     given = [torch.zeros_like(new) if d is None else d.contiguous() for d in (dnew, dproxy)]
     given += [d if d is None else d.contiguous() for d in others]
@@ -2965,8 +2918,8 @@ class TritonLayer(PlainLayer):
             raise NotImplementedError("for Hopper GPUs and later: older ones have no room for the tiles")
 
     def resid_mix_norm(self, x: Tensor, skip: WithProxy | None, x0: WithProxy, mix: Tensor, scale: float) -> Entered:
-        x_new, proxy, r, gates, kept, following = resid_mix_norm(x, *(skip or (None, None)), *x0, mix, scale)
-        return Residual(x_new, proxy, r, scale, gates), kept, (x0[0], following)
+        x_new, proxy, r, kept, following = resid_mix_norm(x, *(skip or (None, None)), *x0, mix, scale)
+        return Residual(x_new, proxy, r, scale), kept, (x0[0], following)
 
     def qkv_rope(
         self, rows: Residual, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None, follows: Tensor | None
@@ -2990,9 +2943,6 @@ class TritonLayer(PlainLayer):
 
     def materialize_norm(self, rows: Residual) -> Tensor:
         return rms_norm(rows.x) * rows.scale if rows.proxy is None else MaterializeNorm.apply(*rows[:3])
-
-    def gate_inputs(self, rows: Residual) -> Tensor:
-        return MaterializeNorm.apply(rows.x[:, :GATE_INPUTS], rows.gates, rows.r)
 
     def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
         return nll(logits.contiguous(), targets.contiguous(), cap)[0]

@@ -110,16 +110,17 @@ def build(run: t.Runtime) -> tuple[t.Trainer, t.Averager]:
     return trainer, t.Averager(run.cfg, trainer.model)
 
 
-def one_step(trainer: t.Trainer, averager: t.Averager, number: int, lr_scale: float = 1.0) -> torch.Tensor:
-    """A training step as the loop does it, in the first phase on whole windows."""
+def one_step(trainer: t.Trainer, averager: t.Averager, number: int, planned: t.StepPlan | None = None) -> torch.Tensor:
+    """A training step as the loop does it, of a plan or at full learning rate, in the first phase on whole windows."""
     cfg, name = trainer.run.cfg, whole_phase(trainer.run.cfg)
     phase = t.phases(cfg)[name]
     trainer.model.order = phase.order
-    loss = trainer.step(number, t.StepPlan(lr_scale, t.muon_momentum_at(cfg, number), name))
+    plan = (planned or t.StepPlan(1.0, t.muon_momentum_at(cfg, number), name))._replace(phase=name)
+    loss = trainer.step(number, plan)
     if not number and phase not in trainer.graphs:
         trainer.record(phase)
     with torch.profiler.record_function("optimizer"):
-        averager.update(number + 1, lr_scale)
+        averager.update(number + 1, plan.lr_scale)
     return loss
 
 
@@ -265,13 +266,13 @@ def perturb(model: t.GPT) -> None:
 
 
 def curve(run: t.Runtime, steps: int, perturbed: bool = False) -> list[float]:
-    """The loss of each of `steps` steps, the learning rate falling as over a run of that many."""
+    """The loss of each of `steps` steps, learning rate and momentum those of a run of that many."""
     trainer, averager = build(run)
     if perturbed:
         perturb(trainer.model)
     cfg, losses = t.replace(run.cfg, iterations=steps), []
     for number in range(steps):
-        losses.append(one_step(trainer, averager, number, t.lr_scale_at(cfg, number, 0.0, math.inf)))
+        losses.append(one_step(trainer, averager, number, t.plan_step(cfg, number, 0.0, math.inf)))
     return torch.stack(losses).tolist()
 
 
@@ -360,7 +361,8 @@ def sweep(settings: dict[str, str], lengths: Sequence[int], widths: Sequence[int
         if rest or heads * cfg.num_kv_heads % cfg.num_heads:
             raise UsageError(f"--widths {width}: heads of {cfg.head_dim} do not divide it into a multiple of "
                              f"{cfg.num_heads // cfg.num_kv_heads}")  # fmt: skip
-        shape = {"MODEL_DIM": width, "NUM_HEADS": heads, "NUM_KV_HEADS": heads * cfg.num_kv_heads // cfg.num_heads}
+        kv_heads = heads * cfg.num_kv_heads // cfg.num_heads  # a group of heads would have to divide each number
+        shape = {"MODEL_DIM": width, "NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, "MUON_HEAD_GROUP": 0}
         for length in lengths:
             values = {key: str(value) for key, value in {**shape, "TRAIN_SEQ_LEN": length}.items()}
             variants.append(Variant(f"width {width}, length {length}", settings | values))

@@ -46,7 +46,7 @@ def draw(scores: Sequence[Score], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8.0, 0.8 + 0.36 * len(scores)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9.5, 0.8 + 0.36 * len(scores)), layout="constrained")
     for line, score in enumerate(scores):
         weights, artifact = score.numbers["after_average"], score.numbers["round_trip"]
         axes.plot([weights, artifact], [line, line], "-", color=COLOURS[score.by])
@@ -57,8 +57,8 @@ def draw(scores: Sequence[Score], out: Path) -> None:
     axes.set_yticks(range(len(scores)), [score.system for score in scores], fontsize=8)
     axes.invert_yaxis()
     left, right = axes.get_xlim()
-    axes.set_xlim(left, right + 0.3 * (right - left))  # room for the texts
-    axes.set_xlabel("bits per byte after 600 s of one H200: averaged weights (ring), artifact (dot)")
+    axes.set_xlim(left, right + 0.35 * (right - left))  # room for the texts
+    axes.set_xlabel("bits per byte after 600 s of one H200: averaged weights (ring), artifact (dot)", fontsize=9)
     axes.grid(axis="x", alpha=0.25)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -204,28 +205,36 @@ def size(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT) -> CheckResult:
 
 
 class Measured(NamedTuple):
-    """What a run will take: milliseconds per step, and seconds of the clock kept for calibration and GPTQ."""
+    """What a run will take: milliseconds per step of each of its phases in turn, the part of the run that each has, and
+    seconds of the clock kept for calibration and GPTQ."""
 
-    rate: float
+    rates: list[float]
+    shares: list[float]
     reserve: float
+
+    @property
+    def rate(self) -> float:
+        """Milliseconds per step of the whole run: phases have parts of its time, not of its steps."""
+        return sum(self.shares) / sum(share / rate for share, rate in zip(self.shares, self.rates, strict=True))
 
 
 def measure(t: Any, run: train_gpt.Runtime, model: train_gpt.GPT, steps: int) -> Measured:
-    """Steps on whole windows after three untimed ones, recorded as in a run; then what that would reserve."""
-    trainer = t.Trainer(run, model)
-    name = next(name for name in ("train", "layer_loop") if name in t.phases(run.cfg))
-    phase, plan = t.phases(run.cfg)[name], t.StepPlan(1.0, t.muon_momentum_at(run.cfg, 0), name)
-    for step in range(3):
-        trainer.step(step, plan)
-        if not step:
-            trainer.record(phase)
-    t.synchronize(run.ranks.device)
-    start = time.perf_counter()
-    for step in range(3, 3 + steps):
-        trainer.step(step, plan)
-    t.synchronize(run.ranks.device)
-    rate = 1000 * (time.perf_counter() - start) / steps
-    return Measured(rate, t.measure_reserve(run, trainer))
+    """Steps of each phase after three untimed ones, recorded as in a run; then what that would reserve."""
+    trainer, rates = t.Trainer(run, model), []
+    turns = Counter(t.phase_at(run.cfg, (i + 0.5) / 1000)[0] for i in range(1000))
+    for name in turns:
+        plan = t.StepPlan(1.0, t.muon_momentum_at(run.cfg, 0), name)
+        for step in range(3):
+            trainer.step(step, plan)
+            if not step:
+                trainer.record(t.phases(run.cfg)[name])
+        t.synchronize(run.ranks.device)
+        start = time.perf_counter()
+        for step in range(3, 3 + steps):
+            trainer.step(step, plan)
+        t.synchronize(run.ranks.device)
+        rates.append(1000 * (time.perf_counter() - start) / steps)
+    return Measured(rates, [count / 1000 for count in turns.values()], t.measure_reserve(run, trainer))
 
 
 def device_name(device: torch.device) -> str:
@@ -252,13 +261,14 @@ def ranks_of(args: argparse.Namespace) -> int:
 
 
 def forecast(run: train_gpt.Runtime, found: Measured, args: argparse.Namespace, key: str) -> Iterator[CheckResult]:
-    """Steps that the budget allows at the measured rate, and the rate against the stored reference."""
-    cfg, rate = run.cfg, found.rate
+    """Steps that the budget allows at the measured rates, and the last phase's rate against the stored reference."""
+    cfg, rate = run.cfg, found.rates[-1]
     limit, kept = cfg.max_wallclock_seconds, found.reserve + cfg.post_qat_seconds
-    steps = min(cfg.iterations, int(1000 * max(limit - kept, 0) / rate)) if limit else cfg.iterations
+    steps = min(cfg.iterations, int(1000 * max(limit - kept, 0) / found.rate)) if limit else cfg.iterations
     budget = f"in {limit:g} s, {kept:.1f} of them for calibration, GPTQ and QAT" if limit else "and no limit of time"
     remedy = "" if steps else ": nothing is left to train in; raise MAX_WALLCLOCK_SECONDS"
-    yield CheckResult("forecast", "pass" if steps else "fail", f"{rate:.1f} ms per step of {cfg.train_batch_tokens} "
+    each = ", then ".join(f"{ms:.1f}" for ms in found.rates)
+    yield CheckResult("forecast", "pass" if steps else "fail", f"{each} ms per step of {cfg.train_batch_tokens} "
                       f"tokens (one of {ranks_of(args)} ranks, no communication): {steps} steps {budget}; compilation "
                       f"is not timed{remedy}")
     rates = json.loads(RATES.read_text(encoding="utf-8")) if RATES.is_file() else {}

@@ -162,11 +162,17 @@ def tiny_settings(cfg: Any) -> dict[str, Any]:
         "xsa_last_n": math.ceil(cfg.xsa_last_n / cfg.num_layers * layers), "ve_dim": HEAD_DIM,
         "ve_layers": list(range(layers))[-min(len(cfg.ve_layers), layers):] if cfg.ve_layers else [],
         "bigram_vocab_size": min(cfg.bigram_vocab_size, 32), "bigram_dim": HEAD_DIM, "train_seq_len": LENGTH,
-        "short_seq_len": 0,
+        "short_seq_len": 0, "muon_head_group": 0,
         "eval_seq_len": window if cfg.eval_seq_len else 0, "val_batch_size": 5 * window,
         "eval_stride": min(window, max(5, round(window * cfg.eval_stride / cfg.eval_len))) if cfg.eval_stride else 0,
-        **online_settings(cfg, window, layers), **document_settings(cfg),
+        **loop_settings(cfg, layers), **online_settings(cfg, window, layers), **document_settings(cfg),
     }  # fmt: skip
+
+
+def loop_settings(cfg: Any, layers: int) -> dict[str, Any]:
+    """The same part of fewer layers loops."""
+    start, ends = (place * layers / cfg.num_layers for place in (cfg.loop_start, cfg.loop_end + 1))
+    return {"loop_start": int(start), "loop_end": math.ceil(ends) - 1} if cfg.num_loops else {}
 
 
 def online_settings(cfg: Any, window: int, layers: int) -> dict[str, Any]:

@@ -116,8 +116,8 @@ def test_command_lines_that_mean_nothing(words: list[str], message: str, capsys:
 def test_identity_is_configuration_seed_and_script() -> None:
     """Another setting, seed or number of ranks is another run; another spelling of a default is the same one."""
     keys = [planned(*words)["a", seed].key for words, seed in (
-        (["a"], 1337), (["--seeds", "1", "a"], 1), (["--ranks", "2", "a"], 1337), (["a", "MIN_LR=0.1"], 1337),
-        (["a", "MIN_LR=0"], 1337))]  # fmt: skip
+        (["a"], 1337), (["--seeds", "1", "a"], 1), (["--ranks", "2", "a"], 1337), (["a", "MIN_LR=0.2"], 1337),
+        (["a", "MIN_LR=0.10"], 1337))]  # fmt: skip
     assert len(set(keys)) == 4 and keys[0] == keys[4]
 
 

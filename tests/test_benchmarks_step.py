@@ -108,7 +108,7 @@ def flops(run: t.Runtime, **changes: Any) -> float:
 
 def test_flops_by_hand(run: t.Runtime) -> None:
     """6 per matrix entry and token, 6 T C per attention; a looped layer counts as often as it runs."""
-    layer = (32 + 2 * 16) * 32 + 32 * 32 + 2 * 32 * 96
+    layer = (32 + 2 * 16) * 32 + 32 * 32 + 2 * 32 * 128
     assert flops(run) == 6 * (4 * layer + 512 * 32) + 6 * 4 * 32 * 32
     looped = {"NUM_LOOPS": 2, "LOOP_START": 1, "LOOP_END": 2, "ENABLE_LOOPING_AT": 0}
     assert flops(run, **looped) == 6 * (8 * layer + 512 * 32) + 6 * 8 * 32 * 32

@@ -190,7 +190,7 @@ def test_a_value_nested_deeply_is_refused(artifacts: list[bytes], name: str, dep
         assert "some.pgolf" in attempt(pack(zlib.compress(text.encode()), streams))
 
 
-@pytest.mark.parametrize("name", ["loop_start", "loop_end", "xsa_last_n", "parallel_start_layer", "num_loops"])
+@pytest.mark.parametrize("name", ["loop_start", "loop_end", "xsa_last_n", "num_loops"])
 def test_a_layer_that_does_not_exist_takes_no_memory(artifacts: list[bytes], name: str) -> None:
     """Without NUM_LOOPS the loop's ends mean nothing: any number is read, and no list of so many layers is made."""
     header, streams = unpack(artifacts[0])

@@ -274,7 +274,7 @@ def probed_layers() -> None:
         (REAL_TILE, wide, True),
     ]
     for t.TILE, sizes, fits in rows:
-        cfg = tiny_config(**sizes, MLP_HIDDEN=40, SPARSE_ATTN_GATE_SCALE=int(not fits))
+        cfg = tiny_config(**sizes, MLP_HIDDEN=40)
         assert fit(cfg) == fits, sizes
         error, allowed = t.check_layer(t.TritonLayer(), cfg, CPU)
         assert error < min(2e-6, allowed), (t.TILE, sizes, error, allowed)
@@ -289,16 +289,14 @@ def fit(cfg: t.Config) -> bool:
 SMALL_MODEL = {"VOCAB_SIZE": 64, "MLP_HIDDEN": 40, "TRAIN_SEQ_LEN": 10, "EVAL_STRIDE": 5, "TRAIN_BATCH_TOKENS": 20}
 ONE_LAYER = {"NUM_LAYERS": 1, "XSA_LAST_N": 1, "VE_LAYERS": 0}
 TWO_LAYERS = {"NUM_LAYERS": 2, "XSA_LAST_N": 2, "VE_LAYERS": 1}
-GATES = {"KEY_OFFSET": 0, "LN_SCALE": 1, "VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "SKIP_GATES_ENABLED": 1,
+GATES = {"KEY_OFFSET": 0, "LN_SCALE": 1, "VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1,
          "MLP_ACTIVATION": "asqu"}  # fmt: skip
 MODELS: list[dict[str, Any]] = [
     {"NUM_LAYERS": 5, "XSA_LAST_N": 3}, GATES, ONE_LAYER, {"VE_ENABLED": 0, "ROPE_DIMS": 0},
     {**TWO_LAYERS, "NUM_LOOPS": 2, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0},
-    {**TWO_LAYERS, "DOC_ATTENTION": 0}, {"SPARSE_ATTN_GATE_SCALE": 0.5, "XSA_LAST_N": 3},
-    {"PARALLEL_START_LAYER": 2},
+    {**TWO_LAYERS, "DOC_ATTENTION": 0},
 ]  # fmt: skip
-GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER,
-          {**TWO_LAYERS, "DOC_ATTENTION": 0, "SPARSE_ATTN_GATE_SCALE": 0.5, "PARALLEL_START_LAYER": 1}]  # fmt: skip
+GRAPHS = [{}, {**TWO_LAYERS, **GATES}, ONE_LAYER, {**TWO_LAYERS, "DOC_ATTENTION": 0}]
 
 
 def model_results(cfg: t.Config, parts: t.PlainLayer, is_graph: bool) -> Values:
@@ -407,7 +405,7 @@ def compiled_for(capability: int) -> dict[str, int]:
         stacks[name] = max(stack_bytes(done.asm["cubin"]), stacks.get(name, 0))
 
     t.triton.JITFunction.run = compile_only
-    for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu", "SPARSE_ATTN_GATE_SCALE": "1"}):
+    for changes in ({}, {"KEY_OFFSET": "0", "MLP_ACTIVATION": "asqu"}):
         t.check_layer(t.TritonLayer(), t.Config.from_env({"RUN_ID": "default", **changes}), CPU)
     matrix, rows = torch.zeros(512, 512, dtype=torch.bfloat16), torch.zeros(512)
     t.unit_product(matrix, matrix, rows, rows, matrix, False)  # with a fixed beta

@@ -188,6 +188,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "no feature": {"smear_gate_enabled": False, "bigram_vocab_size": 0, "ve_enabled": False, "ve_layers": [],
                    "xsa_last_n": 0, "rope_dims": 0, "eval_stride": 0, "num_layers": 9, "mlp_activation": "relu2"},
     "other shapes": {"num_layers": 3, "num_heads": 8, "num_kv_heads": 1, "xsa_last_n": 2, "ve_layers": [0, 1, 2],
+                     "num_loops": 0, "muon_head_group": 0,
                      "model_dim": 768, "train_seq_len": 1024, "short_seq_len": 256, "eval_seq_len": 512,
                      "eval_stride": 512},
 }  # fmt: skip
@@ -210,6 +211,7 @@ def test_the_tiny_model_has_the_features_of_the_log() -> None:
     }
     cfg = subject.run.cfg
     assert (cfg.eval_len, cfg.train_seq_len, cfg.xsa_last_n, cfg.num_layers) == (48, 24, 4, 4)
+    assert (cfg.num_loops, cfg.loop_start, cfg.loop_end) == (2, 1, 2)
     assert sum(parameter.numel() for parameter in subject.model.parameters()) < 100_000
 
 

@@ -54,13 +54,11 @@ def test_every_pass_has_its_part() -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    {"LOOP_END": 4}, {"LOOP_START": 3}, {"ENABLE_LOOPING_AT": 1.5}, {"PARALLEL_START_LAYER": 2},
-    {"PARALLEL_START_LAYER": 4},
+    {"LOOP_END": 4}, {"LOOP_START": 3}, {"ENABLE_LOOPING_AT": 1.5},
 ])  # fmt: skip
 def test_loops_outside_the_stack_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(t.UserError, match=next(iter(settings))):
         tiny_config(**{**LOOP, **settings})
-    assert tiny_config(**LOOP, PARALLEL_START_LAYER=3).parallel_start_layer == 3
 
 
 def finished(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> str:

@@ -18,18 +18,17 @@ from conftest import VOCAB, codes_of, tiny_config, tiny_model, unscaled
 
 CPU = torch.device("cpu")
 BOS, LENGTH, FLIPPED = 1, 24, 13
-ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "LN_SCALE": 1, "SKIP_GATES_ENABLED": 1}
-SPARSE_GATE = {"GATED_ATTN_ENABLED": 0, "SPARSE_ATTN_GATE_SCALE": 0.5}
+ALL_ON = {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "LN_SCALE": 1}
 FEATURES: dict[str, dict[str, Any]] = {
     "default": {}, "all on": ALL_ON, "value residual": {"VALUE_RESIDUAL": 1}, "gated": {"GATED_ATTN_ENABLED": 1},
-    "sparse gate": SPARSE_GATE, "sparse gate, no xsa": {**SPARSE_GATE, "XSA_LAST_N": 0},
+    "gated, no xsa": {"GATED_ATTN_ENABLED": 1, "XSA_LAST_N": 0},
     "no xsa": {"XSA_LAST_N": 0}, "xsa on two": {"XSA_LAST_N": 2}, "no smear": {"SMEAR_GATE_ENABLED": 0},
     "no bigram": {"BIGRAM_VOCAB_SIZE": 0}, "no value embedding": {"VE_ENABLED": 0}, "ln scale": {"LN_SCALE": 1},
     "full rope": {"ROPE_DIMS": 0}, "relu2": {"MLP_ACTIVATION": "relu2"}, "asqu": {"MLP_ACTIVATION": "asqu"},
     "untied": {"TIE_EMBEDDINGS": 0}, "multi-head": {"NUM_KV_HEADS": 4}, "multi-query": {"NUM_KV_HEADS": 1},
     "odd layers": {"NUM_LAYERS": 5}, "one layer": {"NUM_LAYERS": 1, "XSA_LAST_N": 1, "VE_LAYERS": 0},
     "across documents": {"DOC_ATTENTION": 0}, "no key offset": {"KEY_OFFSET": 0},
-    "wide mlp": {"MLP_HIDDEN": 48}, "two lanes": {"PARALLEL_START_LAYER": 2},
+    "wide mlp": {"MLP_HIDDEN": 48},
     "longer than trained": {"TRAIN_SEQ_LEN": 16}, "5 bits": {"MATRIX_BITS": 5},
     "bare": {"SMEAR_GATE_ENABLED": 0, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": 0, "XSA_LAST_N": 0},
 }  # fmt: skip
@@ -335,19 +334,15 @@ def textbook_attention(model: t.GPT, x: Tensor, ids: Tensor, layer: int, first_v
         y = scores.masked_fill(~visible, -math.inf).softmax(-1) @ mixed
         direction = mixed / mixed.norm(dim=-1, keepdim=True)
         y = y - (y * direction).sum(-1, keepdim=True) * direction
-        if cfg.gated_attn_enabled:
-            gate = x @ rest["gate_weight"][layer, head] + rest["gate_bias"][layer, head]
-        else:
-            gate = cfg.sparse_attn_gate_scale * x[:, :12] @ rest["sparse_gate"][layer, head]
+        gate = x @ rest["gate_weight"][layer, head] + rest["gate_bias"][layer, head]
         outputs.append(y * gate.sigmoid()[:, None])
     return torch.cat(outputs, 1) @ model.banks["out"][layer].T * rest["attn_scale"][layer]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("gate", [{}, SPARSE_GATE], ids=["dense gate", "sparse gate"])
-def test_attention_with_every_feature_equals_its_definition(gate: dict[str, float]) -> None:
+def test_attention_with_every_feature_equals_its_definition() -> None:
     """Value embedding, value residual, exclusive attention (along the mixed value) and gate, in one layer."""
-    model, ids = tiny_model(**{**ALL_ON, **gate}), random_ids(1)
+    model, ids = tiny_model(**ALL_ON), random_ids(1)
     generator = torch.Generator().manual_seed(8)
     x = torch.randn(LENGTH, 32, generator=generator)
     normalized, first_v = t.rms_norm(x), torch.randn(LENGTH, 2, 8, generator=generator)
@@ -357,28 +352,6 @@ def test_attention_with_every_feature_equals_its_definition(gate: dict[str, floa
     expected = textbook_attention(model, normalized, ids[0], 3, first_v)
     torch.testing.assert_close(got.x - x, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(got.proxy, t.rms_norm(got.x) / 4**0.5)  # LN_SCALE of the fourth layer
-
-
-def test_two_lanes_follow_their_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention reads the first, the MLP the second, which begins as the first; each adds its shares; the mean ends."""
-    model = tiny_model(PARALLEL_START_LAYER=2)
-    seen = []
-
-    def textbook(rows: t.Residual, lane: t.Residual, z: Tensor, position: int, p: t.Pass) -> tuple[Tensor, t.Residual]:
-        seen.append((position, lane.x is rows.x))
-        (own, attended, added), (own_2, attended_2, added_2) = model.rest["lane_mix"][position - 2]
-        a, up, down = z @ p.banks["out"][position].T, p.banks["up"][position], p.banks["down"][position]
-        h = t.rms_norm(lane.x) @ up.T
-        m = torch.where(h > 0, h, 0.5 * h).square() @ down.T
-        second = own_2 * lane.x + attended_2 * a + added_2 * m
-        return own * rows.x + attended * a + added * m, t.Residual(second, t.rms_norm(second))
-
-    ids = random_ids()
-    got = logits_of(model, ids)
-    monkeypatch.setattr(model, "two_lanes", textbook)
-    torch.testing.assert_close(logits_of(model, ids), got, rtol=1e-4, atol=1e-4)
-    assert seen == [(2, True), (3, False)] and model.rest["lane_mix"].shape == (2, 2, 3)
-    assert not torch.allclose(logits_of(tiny_model(), ids), got, atol=1e-2)
 
 
 def test_value_residual_hands_on_the_first_layer_s_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,11 +430,10 @@ def test_an_order_longer_than_the_layers_runs(order: tuple[int, ...]) -> None:
     assert torch.isfinite(logits_of(model, random_ids(), order=order)).all()
 
 
-@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
-def test_unet_skips_pair_first_with_last(layers: int, gated: bool) -> None:
+def test_unet_skips_pair_first_with_last(layers: int) -> None:
     """With attention and MLP silenced the residual stream is arithmetic: check mixing and pairing against it."""
-    model = tiny_model(NUM_LAYERS=layers, XSA_LAST_N=0, VE_ENABLED=0, SKIP_GATES_ENABLED=int(gated))
+    model = tiny_model(NUM_LAYERS=layers, XSA_LAST_N=0, VE_ENABLED=0)
     with torch.no_grad():
         model.rest["attn_scale"].zero_()
         model.rest["mlp_scale"].zero_()
@@ -470,8 +442,7 @@ def test_unet_skips_pair_first_with_last(layers: int, gated: bool) -> None:
         for layer in range(layers):
             partner = layers // 2 * 2 - 1 - layer  # of an even number of layers i and n - 1 - i; the odd one is alone
             if layer >= layers // 2 and partner >= 0:
-                skip = model.rest["skip_weights"][layer - layers // 2] * outputs[partner]
-                x = skip.lerp(x, model.rest["skip_gates"][layer - layers // 2].sigmoid()) if gated else x + skip
+                x = x + model.rest["skip_weights"][layer - layers // 2] * outputs[partner]
             x = mix[layer, 0] * x + mix[layer, 1] * x0
             outputs.append(x)
     torch.testing.assert_close(got, x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt(), rtol=1e-4, atol=1e-5)
@@ -483,15 +454,12 @@ PARAMETERS_OF = {
     "value embedding": ({"VE_ENABLED": 0}, {"ve_table", "ve_proj", "ve_scale"}),
     "value residual": ({"VALUE_RESIDUAL": 0}, {"value_mix"}),
     "gate": ({"GATED_ATTN_ENABLED": 0}, {"gate_weight", "gate_bias"}),
-    "sparse gate": ({"SPARSE_ATTN_GATE_SCALE": 0}, {"sparse_gate"}),
-    "skip gates": ({"SKIP_GATES_ENABLED": 0}, {"skip_gates"}),
     "asqu": ({"MLP_ACTIVATION": "relu2"}, {"asqu_beta"}),
     "untied head": ({"TIE_EMBEDDINGS": 1}, {"lm_head"}),
     "xsa": ({"XSA_LAST_N": 0}, set()),
     "xsa in part": ({"XSA_LAST_N": 2}, set()),
     "ln scale": ({"LN_SCALE": 0}, set()),
     "key offset": ({"KEY_OFFSET": 0}, set()),
-    "two lanes": ({"PARALLEL_START_LAYER": 0}, {"lane_mix"}),
     "partial rope": ({"ROPE_DIMS": 0}, set()),
     "value embedding layers": ({"VE_LAYERS": "1,3"}, set()),
 }
@@ -500,8 +468,7 @@ PARAMETERS_OF = {
 @pytest.mark.parametrize(("off", "own"), PARAMETERS_OF.values(), ids=PARAMETERS_OF.keys())
 def test_a_feature_that_is_off_has_no_parameters_and_no_effect(off: dict[str, Any], own: set[str]) -> None:
     """Off: exactly its parameters are gone. On: with all others equal, the output is another."""
-    everything = {**ALL_ON, "MLP_ACTIVATION": "asqu", "TIE_EMBEDDINGS": 0, "PARALLEL_START_LAYER": 2}
-    everything |= SPARSE_GATE if own == {"sparse_gate"} else {}
+    everything = {**ALL_ON, "MLP_ACTIVATION": "asqu", "TIE_EMBEDDINGS": 0}
     with_it, without = tiny_model(**everything), tiny_model(**{**everything, **off})
     assert set(with_it.rest) - set(without.rest) == own and set(without.rest) <= set(with_it.rest)
     shared = {name: value for name, value in with_it.state_dict().items() if name in without.state_dict()}
@@ -516,19 +483,19 @@ def count_parameters(**settings: Any) -> int:
 
 
 def test_default_parameter_count() -> None:
-    """11 layers of 512 with 8/4 heads and an MLP of 1536, counted on paper."""
-    layer = (512 + 256 + 256) * 512 + 512 * 512 + 2 * 512 * 1536
+    """11 layers of 512 with 8/4 heads and an MLP of 2048, counted on paper; 17 passes have 8 skips."""
+    layer = (512 + 256 + 256) * 512 + 512 * 512 + 2 * 512 * 2048
     vectors = 2 * 512 + 512 + 512 + 8  # residual mix, attention and MLP scales, query gains
     bigram, value_embedding = 2048 * 128 + 128 * 512 + 1, 1024 * 128 + 128 * 256 + 2
-    expected = 11 * (layer + vectors) + 1024 * 512 + bigram + value_embedding + 512 + 5 * 512
-    assert count_parameters() == expected == 26_993_755
+    expected = 11 * (layer + vectors) + 1024 * 512 + bigram + value_embedding + 512 + 8 * 512
+    assert count_parameters() == expected == 32_762_459
 
 
 def test_official_baseline_parameter_count() -> None:
     """The challenge's own 9-layer model has 17,059,912 parameters."""
     assert count_parameters(
         NUM_LAYERS=9, MLP_MULT=2, MLP_ACTIVATION="relu2", XSA_LAST_N=0, ROPE_DIMS=0, SMEAR_GATE_ENABLED=0,
-        BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0, TRAIN_SEQ_LEN=1024,
+        BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0, TRAIN_SEQ_LEN=1024, NUM_LOOPS=0,
     ) == 17_059_912  # fmt: skip
 
 

@@ -18,7 +18,8 @@ SIZES = {k: TINY[k] for k in ("VOCAB_SIZE", "VE_DIM", "BIGRAM_DIM",
                               "TRAIN_BATCH_TOKENS", "ITERATIONS", "WARMUP_STEPS", "GPTQ_CALIBRATION_BATCHES", "VAL_BATCH_SIZE",
                               "DEVICE", "COMPILE")}  # fmt: skip
 SIZES |= {"MODEL_DIM": 64, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "MLP_HIDDEN": 64, "TRAIN_SEQ_LEN": 32, "EVAL_SEQ_LEN": 0,
-          "MAX_WALLCLOCK_SECONDS": 0, "WARMDOWN_ITERS": 10, "SWA_EVERY": 1, "LAWA_FREQ": 2}  # fmt: skip
+          "MAX_WALLCLOCK_SECONDS": 0, "WARMDOWN_ITERS": 10, "SWA_EVERY": 1, "LAWA_FREQ": 2,
+          "MUON_HEAD_GROUP": 0}  # fmt: skip
 # Feature of a recipe -> the variables that take it away; the model's output must change.
 MODEL_FEATURES = {
     "int6_mlp1488": {"MLP_HIDDEN": 48, "QK_GAIN_INIT": 1.0},

@@ -1156,10 +1156,10 @@ def test_table(submission: Path, capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_a_reference_rate_is_stored() -> None:
-    """Of the default configuration on one of eight H100s, so that a slow pod is seen before the first own run."""
+    """Of 11 layers on one of eight H100s, so that a slow pod is seen before the first own run."""
     import train_gpt as t
 
-    cfg = t.replace(t.Config.from_env({}), train_batch_tokens=98_304)
+    cfg = t.Config.from_env({"MLP_MULT": "3", "NUM_LOOPS": "0", "QK_GAIN_INIT": "1.5", "TRAIN_BATCH_TOKENS": "98304"})
     keys = [doctor.rate_key(cfg, "NVIDIA H100 80GB HBM3", attention) for attention in ("flash", "fa4")]
     assert sorted(keys) == sorted(json.loads(doctor.RATES.read_text()))
     assert doctor.rate_key(t.replace(cfg, num_layers=9), "x", "fa4") != doctor.rate_key(cfg, "x", "fa4")
@@ -1192,6 +1192,11 @@ def test_leaky_shards() -> None:
     assert not is_leaky(80, 8 * 10**9, "fineweb10B_sp1024") and not is_leaky(1, 10**6, "fineweb10B_sp1024")
 
 
+def test_a_forecast_gives_each_phase_its_part_of_the_clock() -> None:
+    """Half of 600 s at 50 ms and half at 100 are 9,000 steps."""
+    assert doctor.Measured([50.0, 100.0], [0.5, 0.5], 0.0).rate == pytest.approx(600_000 / 9000)
+
+
 @pytest.mark.usefixtures("at_work")
 def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is looked at and nothing is left behind; a wrong value or missing data fails with the remedy."""
@@ -1212,6 +1217,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     assert 0 < int(found[1]) < 99999 and 1 <= float(found[2]) < 60, "the reserve is at least a second"
     assert main([*limited[:-1], "MAX_WALLCLOCK_SECONDS=0.1"]) == 1
     assert "nothing is left to train" in capsys.readouterr().out
+    loops = ["NUM_LOOPS=1", "LOOP_START=0", "LOOP_END=0"]
+    assert main(["doctor", "--steps", "1", "--ranks", "2", "--", *loops]) == 0
+    assert re.search(r"pass forecast: [\d.]+, then [\d.]+ ms per step", capsys.readouterr().out)
     assert main(["doctor", "--", "DOC_ATTENTION=1"]) == 0 and "pass attention: math " in capsys.readouterr().out
     assert main(["doctor", "--", "MODEL_DIM=33"]) == 1 and "MODEL_DIM=33 is not divisible" in capsys.readouterr().out
     assert main(["doctor", "--", "DATA_PATH=nowhere"]) == 1 and "DATA_PATH=" in capsys.readouterr().out

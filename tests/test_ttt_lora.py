@@ -149,8 +149,7 @@ def test_looped_layers_and_documents_work_with_it(subject: Callable[..., Scored]
     """Passes of a layer share its additions; with LORA_RANK every pass has its own matrices already."""
     for settings in ({"NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 2, "ENABLE_LOOPING_AT": 0},
                      {"NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 2, "ENABLE_LOOPING_AT": 0, "LORA_RANK": 2},
-                     {"DOC_ATTENTION": 1}, {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "TIE_EMBEDDINGS": 0},
-                     {"PARALLEL_START_LAYER": 2, "SPARSE_ATTN_GATE_SCALE": 1}):  # fmt: skip
+                     {"DOC_ATTENTION": 1}, {"VALUE_RESIDUAL": 1, "GATED_ATTN_ENABLED": 1, "TIE_EMBEDDINGS": 0}):  # fmt: skip
         tried = subject(**settings)
         assert nats(tried).sum() < plain_nats(tried).sum()
 
