@@ -54,13 +54,13 @@ def rows_of(i: Values) -> t.Residual:
 
 
 def enter_part(parts: t.PlainLayer, i: Values, uses: str) -> list[Tensor]:
-    """`uses`: which of the new x, its normalized rows, all or the first of their channels, and the proxies of x (as a
+    """`uses`: which of the new x, its normalized rows, and the proxies of x (as a
     skip) and x0 find a use."""
     skip = (i["skip"], i["skip"]) if "skip" in i else None
     rows, kept, (x0, x0_twin) = parts.resid_mix_norm(i["x"], skip, (i["x0"], i["x0"]), i["mix"], SCALE)
     assert x0 is i["x0"]
     users = {"x": lambda: rows.x, "normalized": lambda: parts.materialize_norm(rows),
-             "gates": lambda: parts.gate_inputs(rows), "skip": lambda: Carry.apply(i["x"], kept),
+             "skip": lambda: Carry.apply(i["x"], kept),
              "x0": lambda: Carry.apply(x0, x0_twin)}  # fmt: skip
     return [users[use]() for use in uses.split()]
 
@@ -155,7 +155,7 @@ def draw(**shapes: tuple[int, ...]) -> Values:
 def enter_cases() -> None:
     """With and without a skip; used for everything, and with each proxy unused."""
     shapes = {"x": (23, 40), "x0": (23, 40), "mix": (3, 40)}
-    for uses in ("x normalized gates skip x0", "normalized", "x x0", "normalized skip", "gates", "normalized gates"):
+    for uses in ("x normalized skip x0", "normalized", "x x0", "normalized skip"):
         check_part(enter_part, draw(**shapes), "", uses)
         check_part(enter_part, draw(**shapes, skip=(23, 40)), "", uses)
     check_part(enter_part, draw(x=(1, 64), x0=(1, 64), mix=(3, 64)), "", "x normalized")

@@ -223,7 +223,7 @@ def test_eval_only_refuses_another_architecture(
 ) -> None:
     """A variable that was set and contradicts the artifact is an error that names it; one that agrees is fine."""
     name, value = variable.split("=")
-    env = evaluation_variables(corpus, full / "logs/full.pgolf") | {"VE_LAYERS": "2", "XSA_LAST_N": "3"}
+    env = evaluation_variables(corpus, full / "logs/full.pgolf") | {"VE_LAYERS": "2", "XSA_LAST_N": "3", "NUM_LOOPS": "0"}
     cfg = t.Config.from_env({**env, "VE_LAYERS": "2,3", "XSA_LAST_N": "4", "NUM_LAYERS": "4"})
     assert t.load_architecture(cfg).model_dim == 32
     if name != "NUM_LAYERS":
