@@ -381,7 +381,7 @@ def shared_codes(run: t.Runtime) -> dict[str, t.QuantizedTensor]:
         for name in job.hessians:
             inputs = torch.randn(99, job.tensor.shape[2], generator=generator)
             hessians[name] = inputs.T @ inputs
-    return {name: tuple(coded) for name, coded in t.quantize_tensors(run, jobs, hessians, 4.0).items()}
+    return {name: tuple(coded[:2]) for name, coded in t.quantize_tensors(run, jobs, hessians, 4.0).items()}
 
 
 def export_hessians(run: t.Runtime) -> dict[str, Tensor]:
