@@ -219,11 +219,12 @@ class Config:
     gptq_block_size: int = opt(128, "columns per lazy GPTQ update", low=1)
     gptq_damp: float = opt(0.01, "damping over the mean diagonal of the Hessian", low=0)
     gptq_act_order: bool = opt(True, "quantize the columns of largest Hessian diagonal first")
+    trellis: bool = opt(False, "codes walk an 8-state trellis: a seventh less error from the same bytes")
     matrix_bits: int = opt(6, "bits of the code of a matrix entry (2 to 8)", low=2, high=8)
     lowbit_bits: int = opt(0, "bits of the matrices in LOWBIT_NAME_PATTERNS (0: MATRIX_BITS)", low=0, high=8)
     lowbit_name_patterns: tuple[str, ...] = opt((), "parts of names blocks.<i>.<matrix>., as .mlp.,.attn.proj.")
     embed_bits: int = opt(8, "bits of the code of an embedding entry (2 to 8)", low=2, high=8)
-    clip_policy: str = opt("sigma", "grid from k x std, amax, or a search", choices="sigma amax search")
+    clip_policy: str = opt("sigma", "grid: k x std, equal cost, amax, a search", choices="sigma cost amax search")
     matrix_clip_sigmas: float = opt(0.0, "k of clip policy sigma (0: what fills TARGET_BYTES)", low=0)
     embed_clip_sigmas: float = opt(8.0, "k of the embeddings under clip policy sigma", low=0.1)
     compressor: str = opt("auto", "auto and ans: entropy coder for codes", choices="auto ans zlib lzma zstd brotli")
@@ -281,7 +282,7 @@ class Config:
     @property
     def auto_clip(self) -> bool:
         """Whether the clip of the matrices is ours to choose, so that the artifact fills TARGET_BYTES."""
-        return self.clip_policy == "sigma" and not self.matrix_clip_sigmas
+        return self.clip_policy in ("sigma", "cost") and not self.matrix_clip_sigmas
 
     @property
     def eval_len(self) -> int:
@@ -3284,13 +3285,13 @@ class Grid(NamedTuple):
     """A uniform grid per row: codes in [-2^(bits-1), 2^(bits-1) - 1] times the row's scale."""
 
     bits: Tensor | int  # a tensor is (..., rows, 1)
-    policy: str  # sigma: clip at `sigmas` standard deviations; amax: at the largest entry
+    policy: str  # amax: clip at the largest entry; else at `sigmas` standard deviations
     sigmas: Tensor | float
 
 
 def row_scale(w: Tensor, grid: Grid) -> Tensor:
     """Scale (..., rows) of w (..., rows, cols), rounded to half as it is stored; sigma is SDClip (PR #1394)."""
-    by_std = grid.policy == "sigma"
+    by_std = grid.policy != "amax"
     clip = grid.sigmas * w.std(-1, correction=0, keepdim=True) if by_std else w.abs().amax(-1, keepdim=True)
     return (clip / (2 ** (grid.bits - 1) - 1)).clamp_min(2.0**-20).half().to(w.dtype).squeeze(-1)
 
@@ -3520,19 +3521,23 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     if cfg.gptq_reserve_seconds is not None or not cfg.max_wallclock_seconds:
         return cfg.gptq_reserve_seconds or 0.0
     hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
-    calibration, rounding = Clock(run.ranks.device), Clock(run.ranks.device)
+    calibration, costs, rounding = (Clock(run.ranks.device) for _ in range(3))
     if batches:
         collect_hessians(run, trainer, 0, 1)  # compiles
         calibration.start()
         hessians = collect_hessians(run, trainer, 0, 3)
         calibration.stop()
+        hessians |= row_costs(run, trainer, 0, hessians)  # compiles
+        costs.start()
+        row_costs(run, trainer, 0, hessians)
+        costs.stop()
     exporter = Exporter(replace(run, ledger=[]), model, hessians, {})
     exporter.quantize()  # loads libraries
     rounding.start()
     exporter.quantize()
     rounding.stop()
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.auto_clip else 1  # what fitting the size may take
-    seconds = batches * calibration.total / 3 + passes * rounding.total
+    seconds = batches * calibration.total / 3 + costs.total + passes * rounding.total
     return run.ranks.all_reduce_max(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
 
 
@@ -3873,7 +3878,8 @@ def refuse_other_version(saved: Any, where: str) -> None:
 # ----------------------------------------------------------------------------------------------
 # Every matrix becomes integer codes times a scale per row. GPTQ (arXiv 2210.17323) rounds column by
 # column and lets the columns still to come absorb the error, weighted by the Hessian X^T X of the
-# layer's inputs on training data. All layers of a bank are quantized at once.
+# layer's inputs on training data. All layers of a bank are quantized at once. With CLIP_POLICY=cost
+# rounding costs the loss the same in every weight (reverse water filling): bytes go where they gain most.
 
 
 def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -> dict[str, Tensor]:
@@ -3886,6 +3892,34 @@ def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -
             for name, moment in moments(trainer.loader.fetch(number)[0], weights, order).items():
                 totals[name] = totals[name] + moment if name in totals else moment
     return {name: run.ranks.all_reduce_sum_(total).to(float64_device(total.device)) for name, total in totals.items()}
+
+
+COST_BATCHES = 8  # per rank, behind what rounding costs a row: rare tokens need more than half a million tokens
+
+
+def row_costs(run: Runtime, trainer: Trainer, first: int, hessians: dict[str, Tensor]) -> dict[str, Tensor]:
+    """cost.<coded tensor>, (n, rows): what rounding to steps of 1 costs the loss per weight, up to a common factor.
+
+    That is the mean square of a row's gradient, the Fisher information, along the errors that GPTQ leaves: multiples
+    of the rows of U, each over its diagonal entry, as large as the step. Nothing where CLIP_POLICY does not ask.
+    """
+    model, phase, costs = trainer.model, Phase(trainer.model.order, False, run.cfg.train_seq_len), {}
+    if run.cfg.clip_policy != "cost" or not hessians:
+        return costs
+    jobs = [job for job in quant_specs(model) if all(name in hessians for name in job.hessians)]
+    stacks = (torch.stack([hessians[name] for name in job.hessians]) for job in jobs)
+    factors = (hessian_inv_cholesky(stack, run.cfg.gptq_damp) for stack in stacks)
+    errors = [(u / u.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).mT.float().to(run.ranks.device) for u in factors]
+    for number in range(first, first + COST_BATCHES):
+        model.zero_grad()
+        trainer.gradients(phase, *trainer.batch(number, phase))
+        for job, error in zip(jobs, errors, strict=True):
+            parameter = model.banks[job.name] if job.name in model.banks else model.rest[job.name]
+            cost = (parameter.grad.view(job.tensor.shape) @ error).square().mean(-1)
+            total = run.ranks.all_reduce_sum_(cost).to(job.tensor.device)
+            costs[f"cost.{job.name}"] = costs.get(f"cost.{job.name}", 0.0) + total
+    model.zero_grad()
+    return costs
 
 
 def input_moments(model: GPT, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> dict[str, Tensor]:
@@ -3908,6 +3942,7 @@ class QuantSpec(NamedTuple):
     hessians: list[str]
     bits: Tensor  # (n, rows, 1) integer
     sigmas: float  # k of policy sigma; 0: the common one
+    unit: Tensor | None = None  # step over k of policy cost, (n, rows)
 
 
 class QuantizedTensor(NamedTuple):
@@ -3915,13 +3950,21 @@ class QuantizedTensor(NamedTuple):
 
     codes: Tensor
     scale: Tensor
+    trellis: bool = False
 
     def dequantize(self) -> Tensor:
-        return self.codes.float() * self.scale.float().unsqueeze(-1)
+        values = trellis_values(self.codes) if self.trellis else self.codes.float()
+        return values * self.scale.float().unsqueeze(-1)
 
 
-def quant_specs(model: GPT, matrix_bits: Mapping[int, int] | None = None) -> list[QuantSpec]:
-    """All coded tensors of the model in artifact order; `matrix_bits` limits the bits of single layers."""
+def quant_specs(
+    model: GPT, matrix_bits: Mapping[int, int] | None = None, costs: Mapping[str, Tensor] | None = None
+) -> list[QuantSpec]:
+    """All coded tensors of the model in artifact order; `matrix_bits` limits the bits of single layers.
+
+    `costs` of rounding give a row its unit, a step that costs as much as in all other rows; steps are on the average
+    those of policy sigma for the same k. A row whose cost the batches hardly show (a rare token) has some all the same.
+    """
     cfg, jobs, home = model.cfg, [], float64_device(model.clip_sigmas.device)
     for spec in model.specs:
         bank = model.banks[spec.name].detach().to(home)
@@ -3936,7 +3979,14 @@ def quant_specs(model: GPT, matrix_bits: Mapping[int, int] | None = None) -> lis
             bits = torch.full((1, tensor.shape[1], 1), cfg.embed_bits, device=tensor.device)
             inputs = "head" if spec.name == head else spec.name
             jobs.append(QuantSpec(spec.name, tensor, [inputs], bits, cfg.embed_clip_sigmas))
-    return jobs
+    known = {job.name: costs[f"cost.{job.name}"] for job in jobs if f"cost.{job.name}" in (costs or {})}
+    known = {name: cost + cost.mean(-1, keepdim=True) / 32 + 1e-30 for name, cost in known.items()}
+    jobs = [job._replace(unit=known[job.name].rsqrt() if job.name in known else None) for job in jobs]
+    paid = [job for job in jobs if job.unit is not None]
+    logs = [(job.tensor.std(-1, correction=0) / job.unit).clamp_min(1e-15).log().mean().item() for job in paid]
+    mean = sum(log * job.tensor.numel() for log, job in zip(logs, paid, strict=True))
+    scale = math.exp(mean / max(sum(job.tensor.numel() for job in paid), 1)) / (2 ** (cfg.matrix_bits - 1) - 1)
+    return [job if job.unit is None else job._replace(unit=scale * job.unit) for job in jobs]
 
 
 def passthrough(model: GPT) -> dict[str, Tensor]:
@@ -3950,6 +4000,11 @@ def row_scales(cfg: Config, job: QuantSpec, hessians: Mapping[str, Tensor], sigm
     `search` takes per row the clip percentile of least Hessian-weighted rounding error (GPTQ-lite, PR #374); a
     column's weight is its Hessian's diagonal, or 1 where no inputs were observed.
     """
+    if job.unit is not None:  # rounded to 1/8 of an octave: as good, and stored in half the bytes
+        finest = row_scale(job.tensor, Grid(job.bits, "amax", 0.0))
+        coarsest = finest * (2 ** (job.bits[..., 0] - 1) - 1)  # all codes but the largest are 0
+        half = (sigmas * job.unit).clamp(1.07 * finest, coarsest).clamp(2.0**-14, 2.0**15).half()
+        return ((half.view(torch.int16) + 64) & ~127).view(torch.half).to(job.tensor.dtype)
     if cfg.clip_policy != "search":
         return row_scale(job.tensor, Grid(job.bits, cfg.clip_policy, job.sigmas or sigmas))
     w, ones = job.tensor, torch.ones_like(job.tensor[0, 0])
@@ -3965,7 +4020,9 @@ def row_scales(cfg: Config, job: QuantSpec, hessians: Mapping[str, Tensor], sigm
 
 def hessian_inv_cholesky(hessian: Tensor, damp: float) -> Tensor:
     """Upper U with U^T U = (H + damp x mean diagonal)^-1 (n, cols, cols); damp grows tenfold where that fails."""
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    hessian = hessian + torch.diag_embed((diagonal == 0).to(hessian.dtype))  # inputs that are always zero
+    mean = diagonal.mean(-1)[:, None, None]
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     lower, failed = torch.linalg.cholesky_ex(hessian + damp * mean * eye)
     if failed.any():
@@ -3982,7 +4039,6 @@ def gptq_quantize(job: QuantSpec, hessian: Tensor, scale: Tensor, cfg: Config) -
     w, scale, hessian = job.tensor.double(), scale.double(), hessian.double()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
-    hessian = hessian + torch.diag_embed(dead.to(hessian.dtype))
     w = w.masked_fill(dead[:, None, :], 0.0)
     columns = torch.arange(w.shape[2], device=w.device).expand_as(diagonal)
     order = diagonal.argsort(dim=-1, descending=True, stable=True) if cfg.gptq_act_order else columns
@@ -4003,16 +4059,78 @@ def gptq_quantize(job: QuantSpec, hessian: Tensor, scale: Tensor, cfg: Config) -
     return codes.take_along_dim(order.argsort()[:, None, :], 2)
 
 
+# Dependent quantization as in the video coder VVC: a state knows one of two grids, and the code's parity leads to the
+# next state. In odd states every grid point but 0 is half a step nearer to 0. The two grids together are twice as fine
+# as one, and the choice among paths makes good most of what a code, which says only its own grid's point, leaves open.
+TRELLIS = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))  # state -> next after an even, an odd code
+
+
+def trellis_values(codes: Tensor) -> Tensor:
+    """What trellis codes (n, rows, cols) int8 stand for, in steps; every row starts in state 0."""
+    following, values = torch.tensor(TRELLIS, device=codes.device), codes.float()
+    state = torch.zeros_like(codes[..., 0], dtype=torch.long)
+    for code, value in zip(codes.unbind(-1), values.unbind(-1), strict=True):
+        value -= 0.5 * (state & 1) * code.sign()
+        state = following[state, code.long() & 1]
+    return values
+
+
+def trellis_block(w: Tensor, factor: Tensor, scale: Tensor, state: Tensor, top: Tensor) -> tuple[Tensor, ...]:
+    """Codes and errors (n, rows, block) of some columns w, and the state (n, rows) after them, by Viterbi's algorithm.
+
+    Of all paths into a state the one of least error survives, with columns that have absorbed its own errors.
+    """
+    into = [[2 * i + parity for i, to in enumerate(TRELLIS) for parity in (0, 1) if to[parity] == s] for s in range(8)]
+    into, parity, past = torch.tensor(into, device=w.device), torch.arange(2, device=w.device), []
+    shift = 0.5 * (torch.arange(8, device=w.device) & 1)
+    cost = torch.full((*w.shape[:2], 8), math.inf, dtype=w.dtype, device=w.device).scatter_(2, state[..., None], 0.0)
+    left, scale, top = w.unsqueeze(2).expand(-1, -1, 8, -1), scale[..., None], top[..., None] - 2 + parity
+    for j in range(w.shape[2]):
+        y, row = left[..., 0], factor[:, None, None, j, j:]
+        code = 2 * ((y / scale + shift * y.sign())[..., None] / 2 - parity / 2).round() + parity
+        code = torch.minimum(torch.maximum(code, -top), top)
+        error = (y[..., None] - (code - shift[:, None] * code.sign()) * scale[..., None]) / row[..., :1]
+        both = (cost[..., None] + error.square()).flatten(2)[..., into]
+        second = both[..., 1] < both[..., 0]
+        cost, source = both.amin(-1), torch.where(second, into[:, 1], into[:, 0])
+        code, error = (x.flatten(2).gather(2, source) for x in (code, error))
+        past.append((code, error, source // 2))
+        left = left[..., 1:].gather(2, past[-1][2][..., None].expand(-1, -1, -1, left.shape[3] - 1))
+        left -= error[..., None] * row[..., 1:]
+    best, found = cost.argmin(-1, keepdim=True), []
+    state = best[..., 0]
+    for code, error, origin in reversed(past):
+        found.append((code.gather(2, best), error.gather(2, best)))
+        best = origin.gather(2, best)
+    return *(torch.cat(parts[::-1], 2) for parts in zip(*found, strict=True)), state
+
+
+def trellis_quantize(job: QuantSpec, hessian: Tensor, scale: Tensor, cfg: Config) -> Tensor:
+    """`gptq_quantize` with trellis codes: blocks of columns as they stand, which costs a trellis a hundredth."""
+    w, scale, factor = job.tensor.double(), scale.double(), hessian_inv_cholesky(hessian.double(), cfg.gptq_damp)
+    w = w.masked_fill((hessian.diagonal(dim1=-2, dim2=-1) == 0)[:, None, :], 0.0)
+    codes, state = torch.empty_like(w), torch.zeros_like(w[..., 0], dtype=torch.long)
+    for begin in range(0, w.shape[2], cfg.gptq_block_size):
+        end = begin + cfg.gptq_block_size
+        block, own = w[..., begin:end], factor[:, begin:end, begin:end]
+        codes[..., begin:end], errors, state = trellis_block(block, own, scale, state, 2.0 ** (job.bits - 1))
+        w[..., end:] -= errors @ factor[:, begin:end, end:]
+    return codes
+
+
 def quantize(cfg: Config, job: QuantSpec, hessians: Mapping[str, Tensor], sigmas: float) -> QuantizedTensor:
     """Codes of a job by GPTQ where its inputs were observed, by rounding to nearest elsewhere (embedding tables)."""
     scale = row_scales(cfg, job, hessians, sigmas)
     if broken := [name for name in job.hessians if name in hessians and not hessians[name].isfinite().all()]:
         raise UserError(f"Hessians of {broken} are not finite: activations overflowed on the calibration data")
     if cfg.gptq_enabled and all(name in hessians for name in job.hessians):
-        codes = gptq_quantize(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
+        method = trellis_quantize if cfg.trellis else gptq_quantize
+        codes = method(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
+    elif cfg.trellis:
+        codes = trellis_quantize(job, torch.eye(job.tensor.shape[2], device=scale.device)[None], scale, cfg)
     else:
         codes = round_to_grid(job.tensor, scale, job.bits)
-    return QuantizedTensor(codes.to(torch.int8), scale.half())
+    return QuantizedTensor(codes.to(torch.int8), scale.half(), cfg.trellis)
 
 
 def quantize_tensors(
@@ -4032,24 +4150,36 @@ def quantize_tensors(
         scale = torch.zeros_like(job.tensor[..., 0], dtype=torch.half)
         if own := (owner == ranks.rank).nonzero()[:, 0].tolist():
             names = [job.hessians[layer] for layer in own]
-            part = job._replace(tensor=job.tensor[own], bits=job.bits[own], hessians=names)
-            codes[own], scale[own] = quantize(run.cfg, part, hessians, sigmas)
-        coded[job.name] = QuantizedTensor(codes, scale)
-    return {name: QuantizedTensor(*map(ranks.all_reduce_sum_, parts)) for name, parts in coded.items()}
+            unit = None if job.unit is None else job.unit[own]
+            part = job._replace(tensor=job.tensor[own], bits=job.bits[own], hessians=names, unit=unit)
+            codes[own], scale[own] = quantize(run.cfg, part, hessians, sigmas)[:2]
+        coded[job.name] = QuantizedTensor(ranks.all_reduce_sum_(codes), ranks.all_reduce_sum_(scale), run.cfg.trellis)
+    return coded
 
 
-def entropy_bytes(codes: Tensor) -> float:
-    """Bytes that an ideal coder needs for codes (n, rows, cols), with one distribution per layer."""
-    layers = torch.arange(len(codes), device=codes.device)[:, None, None]
-    counts = torch.bincount((codes.long() + 128 + 256 * layers).flatten(), minlength=256 * len(codes)).double()
-    totals = counts.view(len(codes), 256).sum(1, keepdim=True).expand(-1, 256).flatten()
+def row_classes(codes: Tensor) -> Tensor:
+    """Class (n, rows) uint8 of each row of codes: its root mean square in quarters of an octave, from 1/256 up.
+
+    Rows of a class share a distribution, wherever they are: codes are all but normal, and so their size says it.
+    """
+    return (4 * codes.float().square().mean(-1).clamp_min(2.0**-16).log2() / 2 + 32).round().to(torch.uint8)
+
+
+def entropy_bytes(*tensors: Tensor) -> float:
+    """Bytes that an ideal coder needs for codes (n, rows, cols), with one distribution per class of rows."""
+    counts = torch.zeros(64 * 256, dtype=torch.double)
+    for codes in tensors:
+        places = codes.long() + 128 + 256 * row_classes(codes).long().unsqueeze(-1)
+        counts += torch.bincount(places.flatten(), minlength=64 * 256).cpu()
+    totals = counts.view(64, 256).sum(1, keepdim=True).clamp_min(1).expand(-1, 256).flatten()
     return float((counts * (totals / counts.clamp_min(1)).log2()).sum()) / 8
 
 
 def ideal_bytes(coded: Iterable[QuantizedTensor], kept: Mapping[str, Tensor]) -> float:
     """Bytes of an artifact whose codes take their entropy and whose scales and kept tensors are stored as they are."""
-    halves = sum(tensor.numel() for tensor in kept.values())
-    return sum(entropy_bytes(c.codes) + 2 * c.scale.numel() for c in coded) + 2 * halves
+    coded = list(coded)
+    halves = sum(tensor.numel() for tensor in [*kept.values(), *(c.scale for c in coded)])
+    return entropy_bytes(*(c.codes for c in coded)) + 2 * halves
 
 
 def bisect(size: Callable[[float], float], low: float, high: float, limit: float) -> float:
@@ -4061,7 +4191,7 @@ def bisect(size: Callable[[float], float], low: float, high: float, limit: float
 
 
 SIGMAS_RANGE = (4.0, 20.0)  # of 6 bits: below 4 the grid clips more than it gains; at 20 a weight has 2.6 bits
-SIZE_BAND = (0.995, 0.9985, 1.0)  # least, aimed-at and greatest part of TARGET_BYTES that the artifact takes
+SIZE_BAND = (0.998, 0.9990, 1.0)  # least, aimed-at and greatest part of TARGET_BYTES that the artifact takes
 
 
 def fit_clip_sigmas(cfg: Config, jobs: list[QuantSpec], kept: Mapping[str, Tensor], ratio: float = 1.0) -> float:
@@ -4082,11 +4212,12 @@ def fit_clip_sigmas(cfg: Config, jobs: list[QuantSpec], kept: Mapping[str, Tenso
 # 11. Artifact
 # ----------------------------------------------------------------------------------------------
 # magic | length of header | header (zlib JSON: architecture, layer order, tensor table, streams) |
-# streams | first 8 bytes of the SHA-256 of all that. Codes, scales and kept tensors are one stream
-# each; the coder is chosen per stream and named in the header. The bytes that count are those on
-# disk: this file's and the artifact's.
+# streams | first 8 bytes of the SHA-256 of all that. Codes, classes of their rows, scales and kept
+# tensors are one stream each; the coder is chosen per stream and named in the header. Codes are
+# stored row by row, the rows of a class together. The bytes that count are those on disk: this
+# file's and the artifact's.
 
-MAGIC = b"PGOLF\x01"
+MAGIC = b"PGOLF\x02"
 
 
 def code_bytes() -> int:
@@ -4241,15 +4372,23 @@ def ans_decode(blob: bytes, sizes: Sequence[int]) -> np.ndarray:
     return symbols
 
 
+def rows_by_class(classes: np.ndarray, lengths: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """Order of the rows (n,) in which those of a class stand together, and how many codes each class has (256)."""
+    sizes = np.bincount(classes, lengths, minlength=256).astype(np.int64)
+    return classes.argsort(kind="stable"), sizes.tolist()
+
+
 def encode_artifact(
     cfg: Config, coded: Mapping[str, QuantizedTensor], kept: Mapping[str, Tensor], notes: dict
 ) -> bytes:
     """The artifact's bytes: see the section's head for the layout. `notes` go into the header as they are."""
-    codes = np.concatenate([c.codes.cpu().numpy().reshape(-1) for c in coded.values()])
-    sizes = [c.codes[0].numel() for c in coded.values() for _ in c.codes]
-    use_ans = cfg.compressor in ("auto", "ans")
+    classes = np.concatenate([row_classes(c.codes).cpu().numpy().reshape(-1) for c in coded.values()])
+    rows = [row for c in coded.values() for row in c.codes.flatten(0, 1).cpu().numpy()]
+    order, sizes = rows_by_class(classes, [len(row) for row in rows])
+    codes, use_ans = np.concatenate([rows[i] for i in order]), cfg.compressor in ("auto", "ans")
     streams = {
         "codes": ("ans", ans_encode(codes, sizes)) if use_ans else encode_stream(cfg, codes.tobytes()),
+        "classes": encode_stream(cfg, classes.tobytes()),
         "scales": encode_stream(cfg, byte_shuffle(torch.cat([c.scale.flatten() for c in coded.values()]))),
         "kept": encode_stream(cfg, byte_shuffle(torch.cat([t.flatten() for t in kept.values()]))),
     }
@@ -4257,6 +4396,7 @@ def encode_artifact(
         "architecture": cfg.architecture(),
         "order": list(final_order(cfg)),
         "matrix_bits": cfg.matrix_bits,
+        "trellis": cfg.trellis,
         "coded": [[name, list(c.codes.shape)] for name, c in coded.items()],
         "kept": [[name, list(t.shape)] for name, t in kept.items()],
         "streams": [[name, coder, len(data)] for name, (coder, data) in streams.items()],
@@ -4313,11 +4453,11 @@ def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
         sound = [
             # As text, since Python takes true and 1.0 for 1.
             json.dumps([header["coded"], header["kept"]]) == json.dumps([[*coded.items()], [*kept.items()]]),
-            names == ("codes", "scales", "kept") and json.dumps(header["order"]) in map(json.dumps, orders),
+            names == ("codes", "classes", "scales", "kept") and json.dumps(header["order"]) in map(json.dumps, orders),
             sum(map(math.prod, [*coded.values(), *kept.values()])) <= 16 * len(blob),
             {*coders[1:]} <= CODECS.keys() and coders[0] in ("ans", *CODECS),
             all(type(size) is int and size >= 0 for size in sizes) and end + sum(sizes) + 8 == len(blob),
-            type(header["matrix_bits"]) is int and 2 <= header["matrix_bits"] <= 8,
+            type(header["trellis"]) is bool and type(header["matrix_bits"]) is int and 2 <= header["matrix_bits"] <= 8,
             {*map(type, header["identity"].values())} <= {str},
         ]
     except DAMAGE as problem:
@@ -4333,23 +4473,26 @@ def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
     coded, kept = tensor_table(cfg)
     file = io.BytesIO(blob[offset:])
     streams = [(coder, file.read(size)) for _, coder, size in header["streams"]]
-    layers = [rows * cols for count, rows, cols in coded.values() for _ in range(count)]
+    lengths = [cols for count, rows, cols in coded.values() for _ in range(count * rows)]
 
     def halves(stream: int, shapes: list[list[int]]) -> list[Tensor]:
         """A stream's tensors of half-precision values."""
         return cut(byte_unshuffle(decode_stream(*streams[stream], 2 * sum(map(math.prod, shapes)))), shapes)
 
     try:
-        codes = np.frombuffer(decode_stream(*streams[0], *layers), np.int8).copy()
-        codes = cut(torch.from_numpy(codes), [*coded.values()])
-        scales, values = halves(1, [shape[:2] for shape in coded.values()]), halves(2, [*kept.values()])
+        classes = np.frombuffer(decode_stream(*streams[1], len(lengths)), np.uint8)
+        order, sizes = rows_by_class(classes, lengths)
+        codes = torch.from_numpy(np.frombuffer(decode_stream(*streams[0], *sizes), np.int8).copy())
+        rows = codes.split([lengths[i] for i in order])
+        codes = cut(torch.cat([rows[i] for i in order.argsort()]), [*coded.values()])
+        scales, values = halves(2, [shape[:2] for shape in coded.values()]), halves(3, [*kept.values()])
     except DAMAGE as problem:
         raise UserError(f"{path}: its streams are damaged ({str(problem)[:200]})") from None
     if not all(tensor.isfinite().all() for tensor in [*scales, *values]):
         raise UserError(f"{path}: it holds scales that are not finite; export it again with EXPORT_ONLY=1")
     parameters, banks = {}, {spec.name for spec in bank_specs(cfg)}
     for name, *pair in zip(coded, codes, scales, strict=True):
-        tensor = QuantizedTensor(*pair).dequantize()
+        tensor = QuantizedTensor(*pair, header["trellis"]).dequantize()
         parameters[f"banks.{name}" if name in banks else f"rest.{name}"] = tensor if name in banks else tensor[0]
     return header, parameters | {f"rest.{name}": value.float() for name, value in zip(kept, values, strict=True)}
 
@@ -4368,7 +4511,7 @@ class Exporter:
     def quantize(self, ratio: float = 1.0) -> None:
         """Quantize; a clip that is ours to choose is first chosen by the expected size, `ratio` times its estimate."""
         with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
-            jobs = quant_specs(self.model, self.layer_bits)
+            jobs = quant_specs(self.model, self.layer_bits, self.hessians)
             if self.cfg.auto_clip and not self.layer_bits:
                 (self.sigmas,) = self.run.ranks.all_reduce_max(fit_clip_sigmas(self.cfg, jobs, self.kept, ratio))
             self.coded = quantize_tensors(self.run, jobs, self.hessians, self.sigmas)
@@ -4394,7 +4537,7 @@ class Exporter:
 
     def fill(self) -> None:
         """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
-        ratio = 1.0
+        ratio = 1.035 if self.cfg.trellis else 1.0  # over rounding to the nearest of a grid as wide
         for _ in range(3):
             self.quantize(ratio)
             share = (self.encode() + code_bytes()) / self.cfg.target_bytes
@@ -4442,7 +4585,7 @@ class Exporter:
     def export(self) -> bytes:
         """The artifact (on rank 0); UserError, with the excess, when nothing that is allowed makes it fit."""
         self.fill()
-        if self.size > self.limit and self.cfg.selective_prune_enabled:
+        if self.size > self.limit and self.cfg.selective_prune_enabled and not self.cfg.trellis:  # no code stands alone
             self.prune()
         if self.size > self.limit and self.cfg.int5_fallback and self.cfg.matrix_bits > 5:
             self.lower_layers()
@@ -4468,9 +4611,12 @@ def export_model(run: Runtime, trainer: Trainer, trained: TrainResult, validatio
     hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
     if batches:
         with run.timed("hessians", "train"):
-            hessians = collect_hessians(run, trainer, trained.steps * trainer.loader.shape.accum, batches)
+            first = trained.steps * trainer.loader.shape.accum
+            hessians = collect_hessians(run, trainer, first, batches)
+            costs = row_costs(run, trainer, first, hessians)
         seconds, count = run.ledger[-1][2], cfg.gptq_calibration_batches
         run.log(f"GPTQ:collected {len(hessians)} Hessians over {count} batches in {seconds:.1f}s")
+        hessians |= costs
     blob, path = Exporter(run, model, hessians, validation.identity).export(), cfg.artifact_file
     if run.ranks.is_main_process:
         path = write_output(run, path, blob, "ARTIFACT_PATH")

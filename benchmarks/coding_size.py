@@ -22,15 +22,17 @@ def read_codes(path: Path) -> tuple[np.ndarray, list[int], list[torch.Tensor]]:
     """All codes, the sizes of their segments, and the codes as tensors (n, rows, cols)."""
     blob = path.read_bytes()
     header, _, offset = t.read_header(blob, path)
-    _, coder, size = header["streams"][0]
+    (_, coder, size), (_, packer, packed) = header["streams"][:2]
     if coder != "ans":
         raise SystemExit(f"{path}: the codes are coded with {coder}; export with COMPRESSOR=auto")
-    sizes = [rows * cols for _, (n, rows, cols) in header["coded"] for _ in range(n)]
-    codes = t.ans_decode(blob[offset : offset + size], sizes)
-    tensors, begin = [], 0
-    for _, (n, rows, cols) in header["coded"]:
-        tensors.append(torch.from_numpy(codes[begin : begin + n * rows * cols].copy()).view(n, rows, cols))
-        begin += n * rows * cols
+    lengths = [cols for _, (n, rows, cols) in header["coded"] for _ in range(n * rows)]
+    begin = offset + size
+    classes = np.frombuffer(t.decode_stream(packer, blob[begin : begin + packed], len(lengths)), np.uint8)
+    order, sizes = t.rows_by_class(classes, lengths)
+    codes = t.ans_decode(blob[offset:begin], sizes)
+    rows = np.split(codes, np.cumsum([lengths[i] for i in order])[:-1])
+    flat = torch.from_numpy(np.concatenate([rows[i] for i in order.argsort()]))
+    tensors = t.cut(flat, [shape for _, shape in header["coded"]])
     return codes, sizes, tensors
 
 
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.coding_size", description=__doc__.splitlines()[0])
     parser.add_argument("artifact", type=Path, help="logs/<RUN_ID>.pgolf of a run with COMPRESSOR=auto or ans")
     codes, sizes, tensors = read_codes(parser.parse_args(arguments).artifact)
-    entropy = sum(t.entropy_bytes(tensor) for tensor in tensors)
+    entropy = t.entropy_bytes(*tensors)
     each = 8 * entropy / len(codes)
     print(f"{len(codes):,} codes, {each:.4f} bits each by entropy, {torch.get_num_threads()} threads")
     print(markdown(["coder", "bytes", "over entropy", "coding s", "decoding s"], rows_of(codes, sizes, entropy)))

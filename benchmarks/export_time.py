@@ -168,7 +168,8 @@ def gptq_algebra(cfg: t.Config, jobs: list[t.QuantSpec], hessians: Mapping[str, 
 def coded_size(cfg: t.Config, jobs: list[t.QuantSpec], sigmas: float) -> float:
     """Bytes by entropy of all codes at one clip: whatever chooses the clip looks at one at least."""
     scales = [t.row_scales(cfg, job, {}, sigmas) for job in jobs]
-    return sum(t.entropy_bytes(t.round_to_grid(job.tensor, s, job.bits)) for job, s in zip(jobs, scales, strict=True))
+    pairs = zip(jobs, scales, strict=True)
+    return t.entropy_bytes(*(t.round_to_grid(job.tensor, scale, job.bits) for job, scale in pairs))
 
 
 def count_codes(coded: Mapping[str, t.QuantizedTensor]) -> np.ndarray:
@@ -236,7 +237,7 @@ def time_artifact(
     )
     model.load(parameters)
     _, coder, size = header["streams"][0]
-    count, entropy = sum(c.codes.numel() for c in on_host), sum(t.entropy_bytes(c.codes) for c in on_host)
+    count, entropy = sum(c.codes.numel() for c in on_host), t.entropy_bytes(*(c.codes for c in on_host))
     return (f"artifact: {len(blob):,} bytes; {count:,} codes: {size:,} bytes by {coder}, {entropy:,.0f} by entropy "
             f"({8 * entropy / count:.4f} bits each), {size / entropy - 1:+.2%}")  # fmt: skip
 

@@ -225,6 +225,24 @@ def test_an_artifact_that_fits_is_left_alone(run: t.Runtime) -> None:
     assert all(torch.equal(exact.coded[n].codes, codes[n].codes) for n in codes)
 
 
+@pytest.mark.parametrize("trellis", [0, 1])
+def test_under_policy_cost_the_artifact_fills_the_limit_and_reads_back(run: t.Runtime, trellis: int) -> None:
+    """Rows differ in their steps and so in the sizes of their codes, which the coder knows by their class."""
+    settings = {"MATRIX_CLIP_SIGMAS": 0, "CLIP_POLICY": "cost", "MATRIX_BITS": 8, "MODEL_DIM": 96, "TRELLIS": trellis}
+    limit = 240_000
+    fitted = exporter(run, limit, **settings)
+    run = replace(fitted.run, cfg=fitted.cfg)
+    fitted.hessians |= t.row_costs(run, t.Trainer(run, fitted.model), 0, fitted.hessians)
+    blob = fitted.export()
+    assert t.SIZE_BAND[0] * fitted.cfg.target_bytes <= len(blob) + t.code_bytes() <= fitted.cfg.target_bytes
+    _, parameters = t.decode_artifact(blob, SOMEWHERE)
+    for name, tensor in fitted.coded.items():
+        assert tensor.trellis == bool(trellis)
+        kind = "banks" if name in fitted.model.banks else "rest"
+        assert torch.equal(parameters[f"{kind}.{name}"].view(tensor.codes.shape), tensor.dequantize())
+    assert len({int(c) for tensor in fitted.coded.values() for c in t.row_classes(tensor.codes).unique()}) > 8
+
+
 @pytest.mark.parametrize("share", [0.999, 0.995, 0.99, 0.985, 0.98, 0.97])
 def test_pruning_fits_the_artifact_by_zeroing_ones_only(run: t.Runtime, share: float) -> None:
     """Only codes of +-1 change, to 0, cheapest scales first; embeddings and scales stay; what is exported decodes."""

@@ -74,7 +74,7 @@ def mutated(blob: bytes, rng: random.Random) -> bytes:
             data[at : at + rng.choice([0, 1, 1, 50])] = rng.randbytes(rng.choice([0, 1, 1, 50]))
         streams = bytes(data)
         if rng.random() < 0.7:  # so that the lengths are right again
-            header["streams"][rng.randrange(3)][2] += len(streams) - sum(size for *_, size in header["streams"])
+            header["streams"][rng.randrange(4)][2] += len(streams) - sum(size for *_, size in header["streams"])
         return pack(header, streams)
     for _ in range(rng.randint(1, 3)):
         *path, last = rng.choice(places(header))
@@ -134,10 +134,10 @@ def bomb(coder: str) -> bytes:
 
 
 @pytest.mark.parametrize("coder", ["zlib", "lzma", "zstd", "brotli"])
-@pytest.mark.parametrize("stream", [0, 1, 2], ids=["codes", "scales", "kept"])
+@pytest.mark.parametrize("stream", range(4), ids=["codes", "classes", "scales", "kept"])
 def test_a_stream_that_swells_is_cut_off(artifacts: list[bytes], coder: str, stream: int) -> None:
     header, streams = unpack(artifacts[1])
-    ends = [0, *(sum(size for *_, size in header["streams"][: i + 1]) for i in range(3))]
+    ends = [0, *(sum(size for *_, size in header["streams"][: i + 1]) for i in range(4))]
     parts = [streams[a:b] for a, b in zip(ends, ends[1:])]
     parts[stream] = bomb(coder)
     header["streams"][stream][1:] = coder, len(parts[stream])
@@ -201,8 +201,8 @@ def test_a_layer_that_does_not_exist_takes_no_memory(artifacts: list[bytes], nam
 def test_weights_that_are_no_numbers_are_refused(artifacts: list[bytes]) -> None:
     """Half-precision infinities in the scales."""
     header, streams = unpack(artifacts[1])
-    first = header["streams"][0][2]
+    first = header["streams"][0][2] + header["streams"][1][2]
     raw = zlib.compress(b"\xff" * (2 * sum(n * rows for _, (n, rows, _) in header["coded"])))
-    rest = streams[first + header["streams"][1][2] :]
-    header["streams"][1][1:] = "zlib", len(raw)
+    rest = streams[first + header["streams"][2][2] :]
+    header["streams"][2][1:] = "zlib", len(raw)
     assert "not finite" in attempt(pack(header, streams[:first] + raw + rest))

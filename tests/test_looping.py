@@ -83,7 +83,7 @@ def test_a_looped_run_from_the_schedule_to_a_fresh_process(
     assert re.search(r"^layer_loop:enabled step:6 ", log, re.MULTILINE) and "never activated: none" in log
     artifact = tmp_path / "logs/looped.pgolf"
     assert t.read_header(artifact.read_bytes(), artifact)[0]["order"] == list(LOOPED)
-    again = finished(tmp_path, monkeypatch, RUN_ID="again", EVAL_ONLY=1, ARTIFACT_PATH=artifact, NUM_LOOPS="", **corpus)
+    again = finished(tmp_path, monkeypatch, RUN_ID="again", EVAL_ONLY=1, ARTIFACT_PATH=artifact, **LOOP, **corpus)
     assert scores(again) == scores(log) != []
 
 
@@ -96,7 +96,7 @@ def test_loops_that_never_began_are_reported_and_not_scored(
     assert re.search(r"^never activated: layer_loop \(ENABLE_LOOPING_AT=1.0\)$", log, re.MULTILINE)
     artifact = tmp_path / "logs/early.pgolf"
     assert t.read_header(artifact.read_bytes(), artifact)[0]["order"] == [0, 1, 2, 3]
-    again = finished(tmp_path, monkeypatch, RUN_ID="again", EVAL_ONLY=1, ARTIFACT_PATH=artifact, NUM_LOOPS="", **corpus)
+    again = finished(tmp_path, monkeypatch, RUN_ID="again", EVAL_ONLY=1, ARTIFACT_PATH=artifact, **{**LOOP, **settings})
     assert scores(again) == scores(log) != []
     weights = tmp_path / "logs/early.weights.pt"
     exported = finished(

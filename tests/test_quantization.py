@@ -281,20 +281,32 @@ def test_the_steps_of_qat_see_banks_on_a_sane_grid(run: t.Runtime, changes: dict
 
 @pytest.mark.parametrize("shape", [(1, 3, 5), (4, 16, 32), (2, 1, 1)])
 def test_entropy_of_codes_equals_that_of_numpy(shape: tuple[int, ...]) -> None:
-    """One distribution per layer; the codes span the whole range of int8."""
+    """One distribution for all rows of about one size, in whatever layer or tensor; the codes span all of int8."""
     generator = torch.Generator().manual_seed(2)
-    codes = (torch.randn(shape, generator=generator) * 40).round().clamp(-128, 127).to(torch.int8)
-    bits = 0.0
-    for layer in codes.numpy():
-        _, counts = np.unique(layer, return_counts=True)
+    sizes = torch.logspace(-2, 2, shape[1])[:, None]
+    tensors = [(torch.randn(shape, generator=generator) * sizes).round().clamp(-128, 127).to(torch.int8)] * 2
+    rows, bits = np.concatenate([tensor.flatten(0, 1).numpy() for tensor in tensors]), 0.0
+    classes = np.concatenate([t.row_classes(tensor).flatten().numpy() for tensor in tensors])
+    for number in np.unique(classes):
+        _, counts = np.unique(rows[classes == number], return_counts=True)
         bits -= (counts * np.log2(counts / counts.sum())).sum()
-    assert t.entropy_bytes(codes) == pytest.approx(bits / 8, rel=1e-9, abs=1e-9)
+    assert t.entropy_bytes(*tensors) == pytest.approx(bits / 8, rel=1e-9, abs=1e-9)
+
+
+def test_rows_of_a_class_differ_by_less_than_a_quarter_octave() -> None:
+    codes = (torch.randn(1, 200, 64) * torch.logspace(-2, 1.5, 200)[:, None]).round().to(torch.int8)
+    codes[0, :3] = torch.tensor([0, 127, -128], dtype=torch.int8)[:, None]  # the least and the greatest
+    sizes, classes = codes[0].float().square().mean(-1).sqrt(), t.row_classes(codes)[0]
+    assert classes.max() < 64 and classes[0] == classes.min() == 0
+    for number in classes.unique():
+        own = sizes[(classes == number) & (sizes > 0)]
+        assert not len(own) or own.max() <= 2**0.25 * own.min() * 1.001
 
 
 def estimated_bytes(model: t.GPT, sigmas: float) -> float:
     """Code, entropy of the rounded codes, two bytes per scale and kept value."""
     coded = codes_of(replace(model.cfg, gptq_enabled=False), t.quant_specs(model), {}, sigmas)
-    streams = sum(t.entropy_bytes(c.codes) + 2 * c.scale.numel() for c in coded.values())
+    streams = t.entropy_bytes(*(c.codes for c in coded.values())) + 2 * sum(c.scale.numel() for c in coded.values())
     return t.code_bytes() + streams + 2 * sum(v.numel() for v in t.passthrough(model).values())
 
 
@@ -390,3 +402,109 @@ def test_control_parameters_are_only_rounded_to_half(changes: dict[str, Any]) ->
     assert all(torch.equal(value, model.rest[name].detach().half()) for name, value in kept.items())
     assert ("asqu_beta" in kept) == (model.cfg.mlp_activation == "asqu")
     assert {"attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear_gate"} <= set(kept)
+
+
+# Costs of rows
+
+
+def test_costs_are_squared_gradients_along_the_errors_of_gptq(run: t.Runtime) -> None:
+    """With white inputs those directions are the columns themselves; a table without inputs has no cost."""
+    model = tiny_model(CLIP_POLICY="cost")
+    costly = replace(run, cfg=replace(run.cfg, clip_policy="cost"))
+    trainer = t.Trainer(costly, model)
+    jobs = [job for job in t.quant_specs(model) if job.name not in ("bigram_table", "ve_table")]
+    white = {name: torch.eye(job.tensor.shape[2]) for job in jobs for name in job.hessians}
+    costs, expected = t.row_costs(costly, trainer, 3, white), dict.fromkeys((job.name for job in jobs), 0.0)
+    for number in range(3, 3 + t.COST_BATCHES):
+        model.zero_grad()
+        trainer.gradients(t.Phase(model.order, False, run.cfg.train_seq_len), *trainer.loader.batch(number))
+        for job in jobs:
+            parameter = (model.banks if job.name in model.banks else model.rest)[job.name]
+            expected[job.name] += parameter.grad.view(job.tensor.shape).square().mean(-1)
+    assert costs.keys() == {f"cost.{name}" for name in expected}
+    for name, cost in expected.items():
+        torch.testing.assert_close(costs[f"cost.{name}"], cost, rtol=1e-4, atol=1e-12)
+    assert t.row_costs(run, trainer, 3, white) == {}, "other clip policies do not ask"
+
+
+def test_gptq_errors_cost_what_the_quadratic_form_says() -> None:
+    """For random gradients g, the mean of (error . g)^2 over roundings is step^2 / 12 times the cost times columns."""
+    hessian, generator = correlated(1), torch.Generator().manual_seed(3)
+    job = t.QuantSpec("up", torch.randn(1, 20_000, 24, generator=generator), ["up.0"], torch.full((1, 20_000, 1), 8), 0.0)
+    scale = torch.full((1, 20_000), 0.25)
+    codes = t.gptq_quantize(job, hessian, scale, cfg := tiny_config(GPTQ_ACT_ORDER=0))
+    gradient = torch.randn(24, generator=generator).double()
+    factor = t.hessian_inv_cholesky(hessian.double(), cfg.gptq_damp)[0]
+    cost = (gradient @ (factor / factor.diagonal()[:, None]).T).square().mean()
+    actual = ((codes * 0.25 - job.tensor)[0].double() @ gradient).square().mean()
+    assert actual == pytest.approx((0.25**2 / 12 * cost * 24).item(), rel=0.05)
+
+
+def test_under_policy_cost_a_step_costs_the_same_in_every_row() -> None:
+    """Up to the rounding of steps and to rows that need a coarser one for their largest entry to have a code."""
+    model = tiny_model(CLIP_POLICY="cost", MATRIX_BITS=8)
+    generator, costs = torch.Generator().manual_seed(4), {}
+    for job in t.quant_specs(model):
+        costs[f"cost.{job.name}"] = torch.rand(job.tensor.shape[:2], generator=generator) + 0.5
+    spent = []
+    for job in t.quant_specs(model, None, costs):
+        scale, cost = t.row_scales(model.cfg, job, {}, 30.0), costs[f"cost.{job.name}"]
+        assert (scale.half().view(torch.int16) & 127 == 0).all(), "a byte of the stored scale is not 0"
+        codes = torch.round(job.tensor / scale.unsqueeze(-1))
+        assert codes.min() >= -128 and codes.max() <= 127
+        free = 30.0 * job.unit > 1.2 * t.row_scale(job.tensor, t.Grid(job.bits, "amax", 0.0))
+        spent.append((scale.square() * (cost + cost.mean(-1, keepdim=True) / 32))[free].log2())
+    spent = torch.cat(spent)
+    assert len(spent) > 300 and spent.max() - spent.min() < 0.36  # twice an eighth of an octave, squared
+
+
+def test_a_model_without_gradients_is_still_quantized() -> None:
+    """As at the start, where matrices at zero hide those before them: costs of 0 give finite steps."""
+    model = tiny_model(CLIP_POLICY="cost")
+    costs = {f"cost.{job.name}": torch.zeros(job.tensor.shape[:2]) for job in t.quant_specs(model)}
+    costs["cost.up"][0] = 1.0
+    with torch.no_grad():
+        model.banks["down"].zero_()
+    for job in t.quant_specs(model, None, costs):
+        assert t.quantize(model.cfg, job, {}, 9.0).dequantize().isfinite().all()
+
+
+# Trellis
+
+
+def test_without_correlations_the_trellis_finds_the_best_of_all_codes() -> None:
+    """Against every combination of codes from -2 to 2 in five columns, in one block or in several paths' worth."""
+    generator, cols = torch.Generator().manual_seed(5), 5
+    job = t.QuantSpec("up", torch.randn(2, 20, cols, generator=generator), [], torch.full((2, 20, 1), 3), 0.0)
+    scale, white = torch.full((2, 20), 0.9), torch.eye(cols).expand(2, -1, -1)
+    codes = t.trellis_quantize(job, white, scale, tiny_config(GPTQ_DAMP=0)).to(torch.int8)
+    every = torch.cartesian_prod(*[torch.arange(-3, 4)] * cols).to(torch.int8)
+    values = 0.9 * t.trellis_values(every[None])[0]
+    best = (job.tensor[:, :, None] - values).square().sum(-1).amin(-1)
+    found = (job.tensor - 0.9 * t.trellis_values(codes)).square().sum(-1)
+    assert (found <= best * 1.02 + 1e-6).float().mean() > 0.9 and found.mean() < 1.02 * best.mean()
+
+
+@pytest.mark.parametrize("block", [16, 24, 128])
+def test_the_trellis_beats_gptq_at_the_same_entropy(block: int) -> None:
+    """Error in the Hessian norm times 4^bits, which is the same for all steps of a quantizer."""
+    generator, hessian = torch.Generator().manual_seed(6), correlated(1, cols=96)
+    job = t.QuantSpec("up", torch.randn(1, 512, 96, generator=generator), ["up.0"], torch.full((1, 512, 1), 8), 0.0)
+    scale, cfg, figures = torch.full((1, 512), 0.4), tiny_config(GPTQ_BLOCK_SIZE=block), []
+    for is_trellis in (False, True):
+        job, method = job._replace(unit=scale / 4), replace(cfg, trellis=is_trellis)
+        tensor = t.quantize(method, job, {"up.0": hessian[0]}, 4.0)
+        error = (tensor.dequantize() - job.tensor).double()
+        bits = 8 * t.entropy_bytes(tensor.codes) / tensor.codes.numel()
+        figures.append((error @ hessian[0].double() * error).sum().item() * 4**bits)
+    assert figures[1] < 0.93 * figures[0]
+
+
+def test_trellis_codes_keep_to_their_bits_and_layers_to_themselves() -> None:
+    job, cfg, hessian = a_job((3, 5, 8)), tiny_config(), correlated()
+    scale = scales_of(job, 1.0)
+    together = t.trellis_quantize(job, hessian, scale, cfg)
+    for i, bits in enumerate((3, 5, 8)):
+        alone = t.trellis_quantize(one_layer(job, i), hessian[i : i + 1], scale[i : i + 1], cfg)
+        assert torch.equal(together[i], alone[0])
+        assert together[i].abs().max() < 2 ** (bits - 1)

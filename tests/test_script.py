@@ -266,6 +266,15 @@ def test_export_only_repeats_the_export(full: Path, tmp_path: Path, corpus: dict
         assert all(torch.equal(after[kind][n], before[kind][n]) for n in before[kind]), f"{kind} weights overwritten"
 
 
+def test_a_run_with_costs_and_a_trellis_scores_what_it_wrote(tmp_path: Path, corpus: dict[str, str]) -> None:
+    """From the reserve, measured before training, to the artifact that is read back."""
+    settings = {"CLIP_POLICY": "cost", "TRELLIS": 1, "MATRIX_BITS": 8, "LATE_QAT_THRESHOLD": 0}
+    result = start(tmp_path, tiny_env(**corpus, RUN_ID="fair", MAX_WALLCLOCK_SECONDS=600, **settings))
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "logs/fair.txt").read_text()
+    assert abs(float(re.search(r"quantization_degradation bpb:(\S+)", text)[1])) < 0.02
+
+
 def test_two_ranks_end_with_the_same_score(full: Path, tmp_path: Path, corpus: dict[str, str]) -> None:
     """torchrun with two processes: the score within 0.001, one writer, every line once."""
     env = tiny_env(**corpus, RUN_ID="full", SWA_ENABLED=1, SWA_EVERY=1000, VAL_LOSS_EVERY=5)
