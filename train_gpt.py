@@ -364,7 +364,7 @@ class Config:
 
 def as_text(value: Any) -> str:
     """A value as the environment would spell it."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     return "" if value is None else str(int(value) if isinstance(value, bool) else value)
 
@@ -4332,11 +4332,9 @@ def tensor_table(cfg: Config) -> tuple[dict[str, list[int]], dict[str, list[int]
 def saved_config(saved: Any, where: str) -> Config:
     """The configuration with the architecture of a saved model; UserError unless a user could have set it."""
     refuse_other_version(saved, where)
-    values = {}
-    for name, value in saved.items():
-        words = value if isinstance(value, list | tuple) else [int(value) if isinstance(value, bool) else value]
-        values[name] = parse_value(name.upper(), ",".join(map(str, words)), Config.variables()[name.upper()])
-    cfg = replace(Config(), **values)
+    specs = Config.variables()
+    words = {name: as_text(value) for name, value in saved.items()}
+    cfg = Config(**{name: parse_value(name.upper(), text, specs[name.upper()]) for name, text in words.items()})
     validate(cfg, model_rules(cfg))
     return cfg
 
@@ -4660,20 +4658,17 @@ def score_windows(
     length, device, share = run.cfg.eval_len, run.ranks.device, run.ranks.share(len(windows))
     batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, model.micro_batch) // length)
     plan = torch.from_numpy(np.pad(windows[share.start : share.stop], ((0, -len(share) % batch), (0, 0)))).to(device)
-    weights, order = model.fast_weights(False), model.order
-    exact = float64_device(device)
-    sums = torch.zeros(3 if mixer is None else 4, dtype=torch.float64, device=exact)
+    weights, exact = model.fast_weights(False), float64_device(device)
+    sums = torch.zeros(4 if mixer else 3, dtype=torch.float64, device=exact)
     for chunk in plan.split(batch) if len(plan) else ():  # a rank may have no share of a short chunk
         positions = chunk[:, :1] + torch.arange(length, device=device)
         scored = (positions >= chunk[:, 1:2]) & (positions < chunk[:, 2:])
-        counted = validation.token_bytes[positions + 1] * scored
-        tokens, targets = validation.batch(positions)
-        if mixer is None:
-            nll, mixed = model.fast_nll(tokens, targets, weights, order), []
-        else:
-            nll, entropy = model.fast_nll_and_entropy(tokens, targets, weights, order)
-            mixed = [mixer.mix(*(t[scored].to(exact) for t in (positions + 1, nll, entropy))).sum()]
-        sums += torch.stack([*(t.to(exact).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)), *mixed])
+        inputs = *validation.batch(positions), weights, model.order
+        nll, *entropy = model.fast_nll_and_entropy(*inputs) if mixer else [model.fast_nll(*inputs)]
+        columns = [nll * scored, scored, validation.token_bytes[positions + 1] * scored]
+        if mixer:
+            columns.append(mixer.mix(*(t[scored].to(exact) for t in (positions + 1, nll, *entropy))))
+        sums += torch.stack([column.to(exact).sum(dtype=torch.float64) for column in columns])
     return run.ranks.all_reduce_sum_(sums)
 
 
@@ -4727,16 +4722,14 @@ class TestTimeTrainer:
         cfg, ranks = self.cfg, self.run.ranks
         weight = (torch.arange(cfg.ttt_batch_seqs, device=ranks.device) < len(starts)) / len(starts)
         filled = torch.from_numpy(np.resize(starts, cfg.ttt_batch_seqs)).to(ranks.device)
-        offsets = torch.arange(cfg.eval_len, device=ranks.device)
-        share, most = ranks.share(cfg.ttt_batch_seqs), max(self.model.micro_batch // cfg.eval_len, 1)
+        offsets, most = torch.arange(cfg.eval_len, device=ranks.device), max(self.model.micro_batch // cfg.eval_len, 1)
         self.optimizer.zero_grad()
-        for part in (slice(i, min(i + most, share.stop)) for i in share[::most]):
+        for part in torch.tensor(ranks.share(cfg.ttt_batch_seqs), device=ranks.device).split(most):
             inputs, targets = self.validation.batch(filled[part, None] + offsets)
             nll = self.model.fast_nll(inputs, targets, self.model.fast_weights(False), self.model.order)
             (nll.mean(1) * weight[part]).sum().backward()
-        grads = [parameter.grad for parameter in self.parameters]
-        bucket = ranks.all_reduce_sum_(torch.cat([grad.flatten() for grad in grads]))
-        torch._foreach_copy_(grads, cut(bucket, [grad.shape for grad in grads]))
+        for parameter in self.parameters:
+            ranks.all_reduce_sum_(parameter.grad)
         for parameter in self.layered:
             parameter.grad[: cfg.ttt_freeze_blocks] = 0
         if cfg.ttt_grad_clip:
@@ -4866,8 +4859,7 @@ def evaluate_documents(run: Runtime, model: GPT, validation: ValidationSet) -> S
     """Score the whole validation set document by document; asserts that every target was scored once."""
     nats, times = score_documents(run, model, validation)
     assert (times == 1).all(), f"{int((times != 1).sum())} targets were not scored exactly once"
-    counted = (times * validation.token_bytes[1:].to(times)).sum()
-    return scores(validation, torch.stack([nats.sum(), times.sum(), counted]))[0]
+    return Score(nats.sum().item(), validation.targets, int(validation.token_bytes[1:].sum()))
 
 
 def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
@@ -4923,28 +4915,22 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: ExportR
             with run.timed(name, "eval"):
                 score = evaluate(run, model, validation, cfg.eval_stride, name == "document windows")
             log_score(run, f"final_{kind}_{name.replace(' ', '_')}", score, f" stride:{cfg.eval_stride}")
-    if cfg.ttt_enabled or cfg.ngram_enabled:
-        eval_and_log_ttt(run, model, validation)
+    if learners := [name for name, on in (("ttt", cfg.ttt_enabled), ("ngram", cfg.ngram_enabled)) if on]:
+        with run.timed("+".join(learners), "eval"):
+            trainer = TestTimeTrainer(run, model, validation) if cfg.ttt_enabled else None
+            mixer = NgramMixer(run, validation) if cfg.ngram_enabled else None
+            results = evaluate_online(run, model, validation, trainer, mixer)
+        about = f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens}" + (f" lr:{cfg.ttt_lr:g}" if trainer else "")
+        if trainer:
+            log_score(run, "legal_ttt", results[0], about)
+        if mixer:
+            about += f" orders:{cfg.ngram_min_order}-{cfg.ngram_max_order}"
+            log_score(run, "legal_ttt_ngram" if trainer else "ngram_mix", results[1], about)
     if cfg.ttt_lora_enabled:
         with run.timed("ttt_lora", "eval"):
             score = evaluate_documents(run, model, validation)
         about = f" rank:{cfg.ttt_lora_rank} chunk:{cfg.ttt_chunk_size} lr:{cfg.ttt_lora_lr:g}"
         log_score(run, "legal_ttt_lora", score, about)
-
-
-def eval_and_log_ttt(run: Runtime, model: GPT, validation: ValidationSet) -> None:
-    """The scores of evaluation that learns from what it has scored: test-time training, n-grams, and both."""
-    cfg = run.cfg
-    with run.timed("+".join(n for n, on in (("ttt", cfg.ttt_enabled), ("ngram", cfg.ngram_enabled)) if on), "eval"):
-        trainer = TestTimeTrainer(run, model, validation) if cfg.ttt_enabled else None
-        mixer = NgramMixer(run, validation) if cfg.ngram_enabled else None
-        results = evaluate_online(run, model, validation, trainer, mixer)
-    about = f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens}" + (f" lr:{cfg.ttt_lr:g}" if trainer else "")
-    if trainer:
-        log_score(run, "legal_ttt", results[0], about)
-    if mixer:
-        about += f" orders:{cfg.ngram_min_order}-{cfg.ngram_max_order}"
-        log_score(run, "legal_ttt_ngram" if trainer else "ngram_mix", results[1], about)
 
 
 # ----------------------------------------------------------------------------------------------
