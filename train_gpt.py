@@ -2029,7 +2029,7 @@ class GPT(nn.Module):
         banks = dict(self.banks.items())
         if fake_quant:
             policy, sigmas = self.cfg.clip_policy, self.clip_sigmas
-            banks = {n: fake_quantize(bank, Grid(self.bits[n], policy, sigmas)) for n, bank in banks.items()}
+            banks = {n: fake_quantize(bank, self.bits[n], policy, sigmas) for n, bank in banks.items()}
         scales = {"out": self.rest["attn_scale"], "down": self.rest["mlp_scale"]}
         if self.cfg.lora_rank:  # from here on one matrix per pass, not per layer
             added = {name: self.rest[f"lora_{name}_out"] @ self.rest[f"lora_{name}_in"] for name in banks}
@@ -2285,10 +2285,7 @@ TILE = (128, 256, 64)  # rows, columns, inner length of a product's tile; 8 warp
 
 def jit(function: Callable) -> Any:
     """triton.jit, without one more compilation for each kind of number that a count can be; nothing without Triton."""
-    if triton is None:
-        return function
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[name for name in ("tokens", "length", "items") if name in names])
+    return triton.jit(function, do_not_specialize=["tokens", "length", "items"]) if triton else function
 
 
 def persistent_grid(device: torch.device, blocks: int, per_processor: int = 1) -> tuple[int]:
@@ -2328,8 +2325,6 @@ def tile_halves(a, b, row, column, inputs, ROWS: tl.constexpr, COLS: tl.constexp
 
 
 # The step of the residual stream into a layer
-
-
 @jit
 def resid_mix_norm_kernel(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr, WIDTH: tl.constexpr,
                           COLS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
@@ -2443,8 +2438,6 @@ differentiable(resid_mix_norm, differentiate_resid_mix_norm, lambda x, skip, _, 
 
 
 # Queries, keys and values
-
-
 @jit
 def angles(rotary, place, tokens, length, SIZE: tl.constexpr, HALF: tl.constexpr):
     """Cosines and sines (ROWS, 1, SIZE / 2 HALF, HALF) for rows `place`; 1 and 0 where nothing rotates.
@@ -2678,8 +2671,6 @@ differentiable(qkv_rope, differentiate_qkv_rope, lambda x, _, r, weight, gain, r
 
 
 # Exclusive self-attention
-
-
 @jit
 def xsa_kernel(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, COPIES: tl.constexpr,
                SIZE: tl.constexpr, COLS: tl.constexpr, ITEMS: tl.constexpr):  # fmt: skip
@@ -2740,8 +2731,6 @@ differentiable(xsa, differentiate_xsa, lambda y, v, gate, _, __, kv, out: (y, v,
 
 
 # Products that end in sums
-
-
 @jit
 def matmul_add_kernel(a, b, x, new, along, squares, shrink, width, tokens, inputs, ROWS: tl.constexpr,
                       COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
@@ -2787,8 +2776,6 @@ differentiable(
 
 
 # Feed-forward
-
-
 @jit
 def mlp_kernel(a, b, act, out, r, low, products, sums, hidden, tokens, inputs, ROWS: tl.constexpr,
                COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
@@ -2875,8 +2862,6 @@ class MaterializeNorm(torch.autograd.Function):
 
 
 # The loss
-
-
 @jit
 def capped(logits, at, live, cap):
     """Capped logits at `at` in bits (nats times log2 e), and a quarter of the cap's slope there.
@@ -2922,36 +2907,25 @@ def softcap_ce_backward_kernel(logits, targets, logs, dnll, dlogits, tokens, cap
     tl.store(dlogits + at, (d * slope * upstream[:, None]).to(dlogits.dtype.element_ty), mask=live)
 
 
-def nll_blocks(logits: Tensor) -> tuple[int, int]:
-    """Rows and columns that a program of the loss holds in registers."""
-    cols = min(triton.next_power_of_2(logits.shape[1]), 4096)
-    return 4096 // cols, cols
-
-
 @operator
-def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def nll(logits: Tensor, targets: Tensor, logs: Tensor | None, dnll: Tensor | None, cap: float) -> tuple[Tensor, Tensor]:
     """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,): all that is kept, so that the
-    logits are read once, and once more to write their gradient."""
-    (n, width), (rows, cols) = logits.shape, nll_blocks(logits)
-    loss, logs = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
-    grid = (triton.cdiv(n, rows),)
-    launch(softcap_ce_kernel, grid, logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
-    return loss, logs
-
-
-@operator
-def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
-    """The gradient of the logits."""
-    (n, width), (rows, cols), dlogits = logits.shape, nll_blocks(logits), torch.empty_like(logits)
-    grid = (triton.cdiv(n, rows), triton.cdiv(width, cols))
-    launch(softcap_ce_backward_kernel, grid, logits, targets, logs, dnll.contiguous(), dlogits, n, cap, width, rows,
-           cols, num_warps=4)  # fmt: skip
-    return dlogits
+    logits are read once. Given these logarithms and the gradient of the loss, that of the logits."""
+    n, width = logits.shape
+    cols = min(triton.next_power_of_2(width), 4096)
+    sizes = n, cap, width, 4096 // cols, cols  # the last two: rows and columns that a program holds in registers
+    if dnll is None:
+        loss, logs = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
+        launch(softcap_ce_kernel, (triton.cdiv(n, 4096 // cols),), logits, targets, loss, logs, *sizes, num_warps=4)
+        return loss, logs
+    dlogits, grid = torch.empty_like(logits), (triton.cdiv(n, 4096 // cols), triton.cdiv(width, cols))
+    launch(softcap_ce_backward_kernel, grid, logits, targets, logs, dnll.contiguous(), dlogits, *sizes, num_warps=4)
+    return dlogits, logits.new_empty(0)
 
 
 differentiable(
-    nll, lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, *ctx.numbers), None, None),
-    lambda logits, targets, cap, out: (logits, targets, out[1], cap),
+    nll, lambda ctx, dnll, _: (nll(*ctx.saved_tensors, dnll, *ctx.numbers)[0], *[None] * 4),
+    lambda logits, targets, _, __, cap, out: (logits, targets, out[1], cap),
 )  # fmt: skip
 
 
@@ -2995,7 +2969,7 @@ class TritonLayer(PlainLayer):
         return MaterializeNorm.apply(rows.x[:, :GATE_INPUTS], rows.gates, rows.r)
 
     def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-        return nll(logits.contiguous(), targets.contiguous(), cap)[0]
+        return nll(logits.contiguous(), targets.contiguous(), None, None, cap)[0]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3258,12 +3232,8 @@ def phases(cfg: Config) -> dict[str, Phase]:
     """Name -> phase, in the order in which the schedule will use them; late QAT has all loops and the whole length."""
     begins = {0.0, *cfg.seq_lengths.values(), cfg.enable_looping_at if cfg.num_loops else 0.0} - {math.inf}
     found = dict(phase_at(cfg, begin) for begin in sorted(begins))
-    late = Phase(final_order(cfg), True, cfg.train_seq_len)
-    if cfg.late_qat_threshold > 0 and not cfg.qat_enabled:
-        found["late_qat"] = late
-    if cfg.post_qat_seconds:
-        found["post_qat"] = late
-    return found
+    late = {"late_qat": cfg.late_qat_threshold > 0 and not cfg.qat_enabled, "post_qat": cfg.post_qat_seconds}
+    return found | {name: Phase(final_order(cfg), True, cfg.train_seq_len) for name, is_used in late.items() if is_used}
 
 
 def training_frac(cfg: Config, step: int, seconds: float, budget: float) -> float:
@@ -3330,31 +3300,25 @@ def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan
     return StepPlan(scale, muon_momentum_at(cfg, step), phase, share, two_rails=progress >= cfg.muon_rails_at < 1)
 
 
-class Grid(NamedTuple):
-    """A uniform grid per row: codes in [-2^(bits-1), 2^(bits-1) - 1] times the row's scale."""
+def row_scale(w: Tensor, bits: Tensor | int, policy: str, sigmas: Tensor | float) -> Tensor:
+    """Scale (..., rows) of w (..., rows, cols), rounded to half as it is stored; bits (..., rows, 1), or one for all.
 
-    bits: Tensor | int  # a tensor is (..., rows, 1)
-    policy: str  # sigma: clip at `sigmas` standard deviations; amax: at the largest entry
-    sigmas: Tensor | float
-
-
-def row_scale(w: Tensor, grid: Grid) -> Tensor:
-    """Scale (..., rows) of w (..., rows, cols), rounded to half as it is stored; sigma is SDClip (PR #1394)."""
-    by_std = grid.policy == "sigma"
-    clip = grid.sigmas * w.std(-1, correction=0, keepdim=True) if by_std else w.abs().amax(-1, keepdim=True)
-    return (clip / (2 ** (grid.bits - 1) - 1)).clamp_min(2.0**-20).half().to(w.dtype).squeeze(-1)
+    Policy sigma clips at `sigmas` standard deviations (SDClip, PR #1394), the others at the largest entry.
+    """
+    clip = sigmas * w.std(-1, correction=0, keepdim=True) if policy == "sigma" else w.abs().amax(-1, keepdim=True)
+    return (clip / (2 ** (bits - 1) - 1)).clamp_min(2.0**-20).half().to(w.dtype).squeeze(-1)
 
 
 def round_to_grid(w: Tensor, scale: Tensor, bits: Tensor | int) -> Tensor:
-    """Integer codes of w (..., rows, cols), as a float tensor, for scale (..., rows)."""
+    """Codes of w (..., rows, cols) for scale (..., rows): whole numbers in [-2^(bits-1), 2^(bits-1) - 1], as floats."""
     top = 2 ** (bits - 1)
     return torch.round(w / scale.unsqueeze(-1)).clamp(-top, top - 1)
 
 
-def fake_quantize(w: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(w: Tensor, bits: Tensor | int, policy: str, sigmas: Tensor | float) -> Tensor:
     """w rounded to its grid in the forward pass, the identity in the backward pass (straight-through)."""
-    scale = row_scale(w.detach(), grid)
-    return w + (round_to_grid(w.detach(), scale, grid.bits) * scale.unsqueeze(-1) - w).detach()
+    scale = row_scale(w.detach(), bits, policy, sigmas)
+    return w + (round_to_grid(w.detach(), scale, bits) * scale.unsqueeze(-1) - w).detach()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3371,9 +3335,9 @@ class Averager:
         self.cfg = cfg
         self.names, parameters = zip(*model.named_parameters(), strict=True)
         self.live = [p.detach() for p in parameters]
-        self.ema = [p.clone() for p in self.live] if cfg.ema_enabled else None
+        self.ema = [p.clone() for p in self.live if cfg.ema_enabled]
         self.snapshots: list[list[Tensor]] = []  # LAWA: the latest LAWA_K; SWA: one, the running mean
-        self.count = 0
+        self.count = 0  # of what is in the mean
 
     def update(self, step: int, lr_scale: float) -> None:
         """Take in the parameters after `step` steps. EMA: e <- d e + (1 - d) w (PR #287).
@@ -3389,7 +3353,6 @@ class Averager:
             self.snapshots = self.snapshots or [[torch.zeros_like(p) for p in self.live]]
             torch._foreach_lerp_(self.snapshots[0], self.ema or self.live, 1 / self.count)
         if cfg.lawa_enabled and step % cfg.lawa_freq == 0:
-            self.count += 1
             self.snapshots = [*self.snapshots, [p.clone() for p in self.ema or self.live]][-cfg.lawa_k :]
 
     def weights(self) -> dict[str, Tensor]:
@@ -3406,13 +3369,13 @@ class Averager:
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a `state`, from any device."""
         device = self.live[0].device
-        move = [[tensor.to(device) for tensor in tensors] for tensors in [state["ema"] or [], *state["snapshots"]]]
-        self.ema, self.snapshots, self.count = move[0] or None, move[1:], state["count"]
+        moved = [[tensor.to(device) for tensor in tensors] for tensors in (state["ema"], *state["snapshots"])]
+        (self.ema, *self.snapshots), self.count = moved, state["count"]
 
     def active(self) -> set[str]:
         """Which of the configured averages have taken anything in."""
         snapshots = "swa" if self.cfg.swa_enabled else "lawa"
-        return {name for name, taken in {"ema": self.ema, snapshots: self.count}.items() if taken}
+        return {name for name, taken in {"ema": self.ema, snapshots: self.snapshots}.items() if taken}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3804,8 +3767,7 @@ def eval_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str)
     kept = {name: bank.detach().clone() for name, bank in model.banks.items()}
     with run.timed(f"{when} rounded", "untimed"), torch.no_grad():
         for name, bank in model.banks.items():
-            grid = Grid(model.bits[name], run.cfg.clip_policy, model.clip_sigmas)
-            bank.copy_(fake_quantize(bank, grid))
+            bank.copy_(fake_quantize(bank, model.bits[name], run.cfg.clip_policy, model.clip_sigmas))
         score = evaluate(run, model, validation, run.cfg.eval_len)
         for name, bank in model.banks.items():
             bank.copy_(kept[name])
@@ -4001,13 +3963,13 @@ def row_scales(cfg: Config, job: QuantSpec, hessians: Mapping[str, Tensor], sigm
     column's weight is its Hessian's diagonal, or 1 where no inputs were observed.
     """
     if cfg.clip_policy != "search":
-        return row_scale(job.tensor, Grid(job.bits, cfg.clip_policy, job.sigmas or sigmas))
+        return row_scale(job.tensor, job.bits, cfg.clip_policy, job.sigmas or sigmas)
     w, ones = job.tensor, torch.ones_like(job.tensor[0, 0])
     weight = torch.stack([hessians[n].diagonal() if n in hessians else ones for n in job.hessians]).unsqueeze(1)
     scales, errors = [], []
     for percentile in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
         clip = torch.stack([torch.quantile(layer.abs(), percentile, dim=-1, keepdim=True) for layer in w])
-        scales.append(row_scale(clip, Grid(job.bits, "amax", 0.0)))
+        scales.append(row_scale(clip, job.bits, "amax", 0.0))
         rounded = round_to_grid(w, scales[-1], job.bits) * scales[-1].unsqueeze(-1)
         errors.append(((rounded - w).square() * weight).sum(-1))
     return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
@@ -4332,9 +4294,8 @@ def tensor_table(cfg: Config) -> tuple[dict[str, list[int]], dict[str, list[int]
 def saved_config(saved: Any, where: str) -> Config:
     """The configuration with the architecture of a saved model; UserError unless a user could have set it."""
     refuse_other_version(saved, where)
-    specs = Config.variables()
-    words = {name: as_text(value) for name, value in saved.items()}
-    cfg = Config(**{name: parse_value(name.upper(), text, specs[name.upper()]) for name, text in words.items()})
+    cfg = Config(**{spec.name: parse_value(variable, as_text(saved[spec.name]), spec)
+                    for variable, spec in Config.variables().items() if spec.name in saved})  # fmt: skip
     validate(cfg, model_rules(cfg))
     return cfg
 
@@ -4352,8 +4313,7 @@ def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
     begin = len(MAGIC) + 4
     end = begin + struct.unpack_from("<I", blob, len(MAGIC))[0]
     try:
-        unpacker = zlib.decompressobj()
-        header = json.loads(unpacker.decompress(blob[begin:end], MOST_HEADER_BYTES))
+        header = json.loads(CODECS["zlib"].read(zlib, blob[begin:end], MOST_HEADER_BYTES))
         cfg = saved_config(header["architecture"], str(path))
         coded, kept = tensor_table(cfg)
         names, coders, sizes = zip(*header["streams"], strict=True)
@@ -4379,18 +4339,14 @@ def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
     """Header, and the parameters by name in fp32 as the model has them; UserError where the streams are damaged."""
     header, cfg, offset = read_header(blob, path)
     coded, kept = tensor_table(cfg)
-    file = io.BytesIO(blob[offset:])
-    streams = [(coder, file.read(size)) for _, coder, size in header["streams"]]
-    layers = [rows * cols for count, rows, cols in coded.values() for _ in range(count)]
-
-    def halves(stream: int, shapes: list[list[int]]) -> list[Tensor]:
-        """A stream's tensors of half-precision values."""
-        return cut(byte_unshuffle(decode_stream(*streams[stream], 2 * sum(map(math.prod, shapes)))), shapes)
-
+    file, shapes = io.BytesIO(blob[offset:]), [[shape[:2] for shape in coded.values()], [*kept.values()]]
+    segments = [[rows * cols for count, rows, cols in coded.values() for _ in range(count)],
+                *([2 * math.prod(shape) for shape in halves] for halves in shapes)]  # fmt: skip
     try:
-        codes = np.frombuffer(decode_stream(*streams[0], *layers), np.int8).copy()
-        codes = cut(torch.from_numpy(codes), [*coded.values()])
-        scales, values = halves(1, [shape[:2] for shape in coded.values()]), halves(2, [*kept.values()])
+        codes, *halves = (decode_stream(coder, file.read(size), *parts)
+                          for (_, coder, size), parts in zip(header["streams"], segments, strict=True))  # fmt: skip
+        codes = cut(torch.from_numpy(np.frombuffer(codes, np.int8).copy()), [*coded.values()])
+        scales, values = map(cut, map(byte_unshuffle, halves), shapes)
     except DAMAGE as problem:
         raise UserError(f"{path}: its streams are damaged ({str(problem)[:200]})") from None
     if not all(tensor.isfinite().all() for tensor in [*scales, *values]):
@@ -4424,12 +4380,8 @@ class Exporter:
     def encode(self) -> int:
         """Encode the current codes, on rank 0; returns the artifact's size, on every rank."""
         with self.run.timed("encode", "untimed"):
-            notes = {
-                "clip_sigmas": round(self.sigmas, 4),
-                "layer_bits": self.layer_bits,
-                "order": list(self.model.order),
-                "identity": dict(self.identity),
-            }
+            notes = {"clip_sigmas": round(self.sigmas, 4), "layer_bits": self.layer_bits,
+                     "order": list(self.model.order), "identity": dict(self.identity)}  # fmt: skip
             if self.run.ranks.is_main_process:
                 self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes)
             self.size = int(self.run.ranks.all_reduce_max(len(self.blob))[0])
@@ -4457,14 +4409,14 @@ class Exporter:
     def prune(self) -> None:
         """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
         full = {spec.name: self.coded[spec.name] for spec in self.model.specs}
-        costs = {n: bank.scale.float().square().unsqueeze(-1).expand_as(bank.codes) for n, bank in full.items()}
-        ones = {n: bank.codes.abs() == 1 for n, bank in full.items()}
-        ranked = torch.cat([costs[n][ones[n]] for n in full]).sort().values
+        costs = {n: bank.scale.float().square().unsqueeze(-1).where(bank.codes.abs() == 1, math.inf)
+                 for n, bank in full.items()}  # fmt: skip
+        ranked = torch.cat([cost[cost < math.inf] for cost in costs.values()]).sort().values
 
         def zeroed_size(share: float) -> float:
             threshold = ranked[min(int(share * len(ranked)), len(ranked) - 1)]
             for n, bank in full.items():
-                self.coded[n] = bank._replace(codes=bank.codes.masked_fill(ones[n] & (costs[n] <= threshold), 0))
+                self.coded[n] = bank._replace(codes=bank.codes.masked_fill(costs[n] <= threshold, 0))
             return self.expected()
 
         for _ in range(4):  # by entropy, and then by the coder, which corrects what is expected of it
@@ -4495,15 +4447,13 @@ class Exporter:
         if self.size > self.limit and self.cfg.int5_fallback and self.cfg.matrix_bits > 5:
             self.lower_layers()
         if self.size > self.limit:
-            raise UserError(
-                f"artifact {self.size} + code {code_bytes()} bytes are {self.size - self.limit} bytes over "
-                f"TARGET_BYTES={self.cfg.target_bytes}; the weights are safe in {self.cfg.weights_file}: raise "
-                "MATRIX_CLIP_SIGMAS (0 fits by itself) or lower MATRIX_BITS, with EXPORT_ONLY=1"
-            )
+            raise UserError(f"artifact {self.size} + code {code_bytes()} bytes are {self.size - self.limit} bytes over "
+                            f"TARGET_BYTES={self.cfg.target_bytes}; the weights are safe in {self.cfg.weights_file}: "
+                            "raise MATRIX_CLIP_SIGMAS (0 fits by itself) or lower MATRIX_BITS, with EXPORT_ONLY=1")
         return self.blob
 
 
-def export_model(run: Runtime, trainer: Trainer, trained: TrainResult, validation: ValidationSet) -> "Produced":
+def export_model(run: Runtime, trainer: Trainer, trained: TrainResult, validation: ValidationSet) -> "ExportResult":
     """Average, calibrate, quantize and write ARTIFACT_PATH; scores the averaged weights."""
     cfg, model = run.cfg, trainer.model
     model.load(trained.average)
@@ -4633,16 +4583,13 @@ class NgramMixer:
 
     def mix(self, positions: Tensor, nll: Tensor, entropy: Tensor) -> Tensor:
         """Negative log-likelihood (n,) of the tokens at `positions` in the mixture; nll and entropy are the model's."""
-        cfg, share = self.cfg, torch.zeros(len(positions), dtype=torch.float64, device=positions.device)
-        found = torch.zeros_like(share, dtype=torch.bool)
+        cfg, share = self.cfg, torch.full_like(nll, -1.0, dtype=torch.float64)  # where no context is known
         for n in self.orders:  # so that the longest known context decides
             within, context = self.known(n, positions)
-            times = self.contexts[n][context]
-            decides = within & (times > 0)
-            share = torch.where(decides, self.follows[n][self.labels[n][positions]].double() / times, share)
-            found |= decides
+            times = self.contexts[n][context] * within
+            share = torch.where(times > 0, self.follows[n][self.labels[n][positions]].double() / times, share)
         rise = torch.sigmoid(2 * (entropy.double() - cfg.ngram_entropy))
-        alpha = torch.where(found, cfg.ngram_alpha_low + (cfg.ngram_alpha_high - cfg.ngram_alpha_low) * rise, 0.0)
+        alpha = torch.where(share < 0, 0.0, cfg.ngram_alpha_low + (cfg.ngram_alpha_high - cfg.ngram_alpha_low) * rise)
         return -torch.log((1 - alpha) * torch.exp(-nll.double()) + alpha * share)
 
 
@@ -4848,9 +4795,9 @@ def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tens
     table = torch.zeros(2, validation.targets, dtype=torch.float64, device=float64_device(run.ranks.device))
     model.requires_grad_(False)
     additions, spans = DocumentLoRA(run, model), document_spans(validation)
-    size = additions.documents
-    for begin in range(run.ranks.rank * size, len(spans), run.ranks.world * size):
-        ttt_document_batch(additions, validation, spans[begin : begin + size], table)
+    batches = [spans[begin : begin + additions.documents] for begin in range(0, len(spans), additions.documents)]
+    for batch in batches[run.ranks.rank :: run.ranks.world]:
+        ttt_document_batch(additions, validation, batch, table)
     model.requires_grad_(True)
     return run.ranks.all_reduce_sum_(table)
 
@@ -4880,14 +4827,11 @@ class ExportResult(NamedTuple):
     digest: bytes = b""  # with which it ends, on rank 0
 
 
-DEGRADATION_LIMIT = 0.01  # bpb that quantization may cost; the published systems lose 0.002 to 0.008
-
-
 def log_degradation(run: Runtime, before: Score, after: Score) -> None:
-    """What quantization cost, and a warning where that is more than any published system accepts."""
-    lost = after.bpb - before.bpb
-    advice = f" WARNING: above {DEGRADATION_LIMIT}; raise MATRIX_BITS or TARGET_BYTES"
-    run.log(f"quantization_degradation bpb:{lost:+.8f}{advice if lost > DEGRADATION_LIMIT else ''}")
+    """What quantization cost, and a warning where that is much: the published systems lose 0.002 to 0.008 bpb."""
+    lost, most = after.bpb - before.bpb, 0.01
+    advice = f" WARNING: above {most}; raise MATRIX_BITS or TARGET_BYTES" if lost > most else ""
+    run.log(f"quantization_degradation bpb:{lost:+.8f}{advice}")
     run.log.event("degradation", bpb=lost)
 
 
