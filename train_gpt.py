@@ -3207,20 +3207,13 @@ class Phase(NamedTuple):
 
 
 def final_order(cfg: Config) -> tuple[int, ...]:
-    """Layers in the order in which the finished model runs them: LOOP_START..LOOP_END 1 + NUM_LOOPS times (PR #1394).
-
-    A stack of shared blocks (PR #38) is LOOP_START=0 LOOP_END=NUM_LAYERS-1 ENABLE_LOOPING_AT=0; its "number of loops"
-    counts all passes and so is 1 + NUM_LOOPS.
-    """
+    """Layers in the order in which the finished model runs them: LOOP_START..LOOP_END 1 + NUM_LOOPS times (PR #1394)."""
     plain, first, end = tuple(range(cfg.num_layers)), cfg.loop_start, cfg.loop_end + 1
     return plain[:first] + plain[first:end] * (1 + cfg.num_loops) + plain[end:] if cfg.num_loops else plain
 
 
 def phase_at(cfg: Config, progress: float) -> tuple[str, Phase]:
-    """Name and phase at a part of the run, late QAT aside: sequences grow and loops begin, each at its own time.
-
-    Short sequences first (PR #2014) cost less attention, and nothing in the end: see benchmarks/RESULTS.md.
-    """
+    """Name and phase at a part of the run, late QAT aside: sequences grow and loops begin, each at its own time."""
     length = next(n for n, end in cfg.seq_lengths.items() if progress < end)
     looped = progress >= cfg.enable_looping_at
     name = "layer_loop" if looped and cfg.num_loops and cfg.enable_looping_at else "train"
@@ -3289,10 +3282,7 @@ def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, floa
 
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
-    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold.
-
-    Muon's updates have all singular directions at the start and MUON_RANK_FRAC of them at the end, by a cosine.
-    """
+    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
     scale, progress = lr_scale_at(cfg, step, seconds, budget), training_frac(cfg, step, seconds, budget)
     is_late = scale < cfg.late_qat_threshold and not cfg.qat_enabled
     phase = "late_qat" if is_late else phase_at(cfg, progress)[0]
@@ -4259,9 +4249,8 @@ def encode_artifact(
     """The artifact's bytes: see the section's head for the layout. `notes` go into the header as they are."""
     codes = np.concatenate([c.codes.cpu().numpy().reshape(-1) for c in coded.values()])
     sizes = [c.codes[0].numel() for c in coded.values() for _ in c.codes]
-    use_ans = cfg.compressor in ("auto", "ans")
     streams = {
-        "codes": ("ans", ans_encode(codes, sizes)) if use_ans else encode_stream(cfg, codes.tobytes()),
+        "codes": encode_stream(cfg, codes.tobytes()) if cfg.compressor in CODECS else ("ans", ans_encode(codes, sizes)),
         "scales": encode_stream(cfg, byte_shuffle(torch.cat([c.scale.flatten() for c in coded.values()]))),
         "kept": encode_stream(cfg, byte_shuffle(torch.cat([t.flatten() for t in kept.values()]))),
     }
@@ -4599,8 +4588,7 @@ def score_windows(
 ) -> Tensor:
     """[nats, targets, bytes] over the scored targets of `windows`, by all ranks, float64; a mixer adds its nats.
 
-    The only place that runs the model for a score. All batches have one shape: the last is filled with windows that
-    score nothing.
+    All batches have one shape: the last is filled with windows that score nothing.
     """
     length, device, share = run.cfg.eval_len, run.ranks.device, run.ranks.share(len(windows))
     batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, model.micro_batch) // length)
@@ -4662,10 +4650,7 @@ class TestTimeTrainer:
         self.trained += len(starts) * length
 
     def step(self, starts: np.ndarray) -> None:
-        """One step on the windows at `starts`, as many at a time as the memory holds.
-
-        Short batches are filled up with windows of weight 0.
-        """
+        """One step on the windows at `starts`, filled up with others of weight 0; as many at a time as memory holds."""
         cfg, ranks = self.cfg, self.run.ranks
         weight = (torch.arange(cfg.ttt_batch_seqs, device=ranks.device) < len(starts)) / len(starts)
         filled = torch.from_numpy(np.resize(starts, cfg.ttt_batch_seqs)).to(ranks.device)
