@@ -2314,10 +2314,8 @@ def launch_product(kernel: Any, a: Tensor, b: Tensor, halves: list[Tensor | None
 
 @jit
 def tile_halves(a, b, row, column, inputs, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):
-    """The tile at (row, column) of a (rows, inputs) times b (columns, inputs) transposed, as two halves of columns.
-
-    Kernels walk over tiles, so that the stores of one overlap the products of the next; halves fit into shared memory.
-    """
+    """The tile at (row, column) of a (rows, inputs) times b (columns, inputs) transposed, as two halves of columns that
+    fit into shared memory. Kernels walk over tiles, so that the stores of one overlap the products of the next."""
     total = tl.zeros((ROWS, COLS), tl.float32)
     for k in range(0, inputs, INNER):
         total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
@@ -2440,10 +2438,8 @@ differentiable(resid_mix_norm, differentiate_resid_mix_norm, lambda x, skip, _, 
 # Queries, keys and values
 @jit
 def angles(rotary, place, tokens, length, SIZE: tl.constexpr, HALF: tl.constexpr):
-    """Cosines and sines (ROWS, 1, SIZE / 2 HALF, HALF) for rows `place`; 1 and 0 where nothing rotates.
-
-    Loaded as a small tile, so that it takes on the layout of the large one and not the other way round.
-    """
+    """Cosines and sines (ROWS, 1, SIZE / 2 HALF, HALF) for rows `place`; 1 and 0 where nothing rotates. Loaded as a
+    small tile, so that it takes on the layout of the large one and not the other way round."""
     at, live = (place % length * HALF)[:, None] + tl.arange(0, HALF)[None, :], place[:, None] < tokens
     cos = tl.load(rotary + at, mask=live, other=1.0).to(tl.float32)
     sin = tl.load(rotary + length * HALF + at, mask=live, other=0.0).to(tl.float32)
@@ -2864,10 +2860,8 @@ class MaterializeNorm(torch.autograd.Function):
 # The loss
 @jit
 def capped(logits, at, live, cap):
-    """Capped logits at `at` in bits (nats times log2 e), and a quarter of the cap's slope there.
-
-    With q = 1 / (exp(2x) + 1), tanh(x) is 1 - 2q and its slope 4(q - q^2); a squared rsqrt is cheaper than a division.
-    """
+    """Capped logits at `at` in bits (nats times log2 e), and a quarter of the cap's slope there. With
+    q = 1 / (exp(2x) + 1), tanh(x) is 1 - 2q, its slope 4(q - q^2); a squared rsqrt is cheaper than a division."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     root = tl.rsqrt(tl.exp2(tl.load(logits + at, mask=live, other=0.0).to(tl.float32) * (2 * LOG2_E / cap)) + 1)
     q = root * root
@@ -3207,7 +3201,7 @@ class Phase(NamedTuple):
 
 
 def final_order(cfg: Config) -> tuple[int, ...]:
-    """Layers in the order in which the finished model runs them: LOOP_START..LOOP_END 1 + NUM_LOOPS times (PR #1394)."""
+    """Layers as the finished model runs them, in order: LOOP_START to LOOP_END 1 + NUM_LOOPS times (PR #1394)."""
     plain, first, end = tuple(range(cfg.num_layers)), cfg.loop_start, cfg.loop_end + 1
     return plain[:first] + plain[first:end] * (1 + cfg.num_loops) + plain[end:] if cfg.num_loops else plain
 
@@ -3236,9 +3230,7 @@ def training_frac(cfg: Config, step: int, seconds: float, budget: float) -> floa
 
 def lr_scale_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
     """Learning-rate scale in [MIN_LR, 1]: flat, then linear to the end of the run, whichever of steps or clock ends it.
-
-    WARMDOWN_ITERS counts steps; the steps that the clock still allows follow from the step time so far.
-    """
+    WARMDOWN_ITERS counts steps; the steps that the clock still allows follow from the step time so far."""
     if cfg.warmdown_iters:
         by_clock = (budget - seconds) * step / seconds if step and seconds > 0 else math.inf
         scale = min(cfg.iterations - step, by_clock) / cfg.warmdown_iters
@@ -3292,9 +3284,7 @@ def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan
 
 def row_scale(w: Tensor, bits: Tensor | int, policy: str, sigmas: Tensor | float) -> Tensor:
     """Scale (..., rows) of w (..., rows, cols), rounded to half as it is stored; bits (..., rows, 1), or one for all.
-
-    Policy sigma clips at `sigmas` standard deviations (SDClip, PR #1394), the others at the largest entry.
-    """
+    Policy sigma clips at `sigmas` standard deviations (SDClip, PR #1394), the others at the largest entry."""
     clip = sigmas * w.std(-1, correction=0, keepdim=True) if policy == "sigma" else w.abs().amax(-1, keepdim=True)
     return (clip / (2 ** (bits - 1) - 1)).clamp_min(2.0**-20).half().to(w.dtype).squeeze(-1)
 
@@ -4586,10 +4576,8 @@ class NgramMixer:
 def score_windows(
     run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray, mixer: NgramMixer | None = None
 ) -> Tensor:
-    """[nats, targets, bytes] over the scored targets of `windows`, by all ranks, float64; a mixer adds its nats.
-
-    All batches have one shape: the last is filled with windows that score nothing.
-    """
+    """[nats, targets, bytes] over the scored targets of `windows`, by all ranks, float64; a mixer adds its nats. All
+    batches have one shape: the last is filled with windows that score nothing."""
     length, device, share = run.cfg.eval_len, run.ranks.device, run.ranks.share(len(windows))
     batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, model.micro_batch) // length)
     plan = torch.from_numpy(np.pad(windows[share.start : share.stop], ((0, -len(share) % batch), (0, 0)))).to(device)
@@ -4673,9 +4661,7 @@ def evaluate_online(
     run: Runtime, model: GPT, validation: ValidationSet, trainer: TestTimeTrainer | None, mixer: NgramMixer | None
 ) -> list[Score]:
     """Sliding windows chunk by chunk: score a chunk, then let weights and counts learn from it, but for the last one.
-
-    Returns the score, and with a mixer a second one with its predictions mixed in. The weights are restored.
-    """
+    Returns the score, and with a mixer a second one with its predictions mixed in. The weights are restored."""
     total, kept = 0.0, {name: value.clone() for name, value in model.state_dict().items()}
     windows = plan_windows(validation.targets, run.cfg.eval_len, run.cfg.eval_stride)
     chunk_of = (windows[:, 2] - 1) // run.cfg.ttt_chunk_tokens  # where its last target lies
@@ -4691,10 +4677,8 @@ def evaluate_online(
 
 
 class DocumentLoRA:
-    """Low-rank additions to all matrices of a model, one set for each document of a batch (PR #77, #1530).
-
-    Every document starts from the same ones, which add nothing: its scores do not depend on its neighbours.
-    """
+    """Low-rank additions to all matrices of a model, one set for each document of a batch (PR #77, #1530). Every
+    document starts from the same ones, which add nothing: its scores do not depend on its neighbours."""
 
     def __init__(self, run: Runtime, model: GPT) -> None:
         """Take the model's weights as they are now, for as many documents as fit where a micro-batch is smaller."""
