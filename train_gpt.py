@@ -2457,11 +2457,9 @@ def per_head(tile):
 def qkv_epilogue(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length,
                  EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
                  HALF: tl.constexpr):  # fmt: skip
-    """Ending of a tile (ROWS, whole heads of one kind) of the product: normalize, rotate, gain or `extra`, store.
-
-    A norm per head cancels r but for eps, which becomes eps / r^2. With `follows` the second half of a key goes to the
-    next row, if that follows, and stays where it begins a document; the backward pass finds them all in `own`.
-    """
+    """Ending of a tile (ROWS, whole heads of one kind) of the product: normalize, rotate, gain or `extra`, store. The
+    norm of a head cancels r but for eps, which becomes eps / r^2. With `follows` the second half of a key goes to the
+    next row, if that follows, and stays where it begins a document; the backward pass finds them all in `own`."""
     ROWS: tl.constexpr = value.shape[0]
     GROUP: tl.constexpr = value.shape[1] // SIZE
     place, head = row + tl.arange(0, ROWS), column // SIZE + tl.arange(0, GROUP)
@@ -2621,11 +2619,8 @@ def qkv_rope(
     follows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k, v, v's proxy, the factors of the norms (N, H + KV), and with `follows` the second halves of the keys as
-    they were (N, KV, D / 2).
-
-    Attention adds up the gradients of shared keys and values in float32, in memory: filling it, adding and rounding
-    cost more than writing copies here and adding up their gradients in the backward pass.
-    """
+    they were (N, KV, D / 2). Attention adds up the gradients of shared keys and values in float32, in memory: filling
+    it, adding and rounding cost more than writing copies here and adding up their gradients in the backward pass."""
     n, (count, kv, size) = len(x), head_sizes(x, len(weight), gain)
     q, k, v, v_proxy = (x.new_empty((n, copies, size)) for copies in (count, count, count, kv))
     factors = x.new_empty((n, count + kv), dtype=torch.float32)
@@ -3320,11 +3315,9 @@ class Averager:
         self.count = 0  # of what is in the mean
 
     def update(self, step: int, lr_scale: float) -> None:
-        """Take in the parameters after `step` steps. EMA: e <- d e + (1 - d) w (PR #287).
-
-        d starts low and reaches EMA_DECAY after some 10 / (1 - d) steps, so that short runs do not average in the
-        initial weights; runs of several thousand steps end with the same average as under a constant decay.
-        """
+        """Take in the parameters after `step` steps. EMA: e <- d e + (1 - d) w (PR #287). d starts low and reaches
+        EMA_DECAY after some 10 / (1 - d) steps, so that short runs do not average in the initial weights; runs of
+        several thousand steps end with the same average as under a constant decay."""
         cfg = self.cfg
         if self.ema:
             torch._foreach_lerp_(self.ema, self.live, 1 - min(cfg.ema_decay, (1 + step) / (10 + step)))
@@ -4280,11 +4273,9 @@ def saved_config(saved: Any, where: str) -> Config:
 
 
 def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
-    """Header of an artifact, its architecture, and the offset of its first stream.
-
-    UserError for anything that this script does not write: nothing is allocated by what a header says before that is
-    compared with what its architecture implies, and a model of more than 16 weights a byte is none.
-    """
+    """Header of an artifact, its architecture, and the offset of its first stream. UserError for anything that this
+    script does not write: nothing is allocated by what a header says before that is compared with what its
+    architecture implies, and a model of more than 16 weights a byte is none."""
     if not blob.startswith(MAGIC) or len(blob) < len(MAGIC) + 12:
         raise UserError(f"{path}: not an artifact of this script (it starts with {blob[:6]!r}, not {MAGIC!r})")
     if hashlib.sha256(blob[:-8]).digest()[:8] != blob[-8:]:
@@ -4481,11 +4472,9 @@ def log_sizes(run: Runtime, path: Path, header: dict[str, Any]) -> None:
 
 
 def plan_windows(targets: int, length: int, stride: int) -> np.ndarray:
-    """Windows (n, 3) int64: first input position, first scored target, end of scored targets.
-
-    Target i is token i + 1. The first window scores all its `length` targets, every later one the `stride` targets
-    after those scored before it, with as much context as fits; the last one ends exactly at the last target.
-    """
+    """Windows (n, 3) int64: first input position, first scored target, end of scored targets; target i is token i + 1.
+    The first window scores all its `length` targets, every later one the `stride` targets after those scored before it,
+    with as much context as fits; the last one ends exactly at the last target."""
     ends = np.append(np.arange(length, targets, stride), targets)
     return np.stack([ends - length, np.append(0, ends[:-1]), ends], axis=1)
 
@@ -4630,8 +4619,7 @@ class TestTimeTrainer:
         """Train on the whole windows up to target `scored` that were not trained on yet; the rate falls as a cosine."""
         cfg, length = self.cfg, self.cfg.eval_len
         starts = np.arange(self.trained, scored - length + 1, length)
-        for group in self.optimizer.param_groups:
-            group["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))
+        self.optimizer.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))
         for _ in range(cfg.ttt_epochs):
             for first in range(0, len(starts), cfg.ttt_batch_seqs):
                 self.step(starts[first : first + cfg.ttt_batch_seqs])
@@ -4731,12 +4719,10 @@ def document_spans(validation: ValidationSet) -> np.ndarray:
 
 
 def ttt_document_batch(additions: DocumentLoRA, validation: ValidationSet, spans: np.ndarray, table: Tensor) -> None:
-    """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored.
-
-    `table` (2, targets) takes the nats of a target and the times that it was scored.
-    Windows hold the latest tokens of a document up to the chunk's end, in one of two widths, since each is a graph to
-    compile (some 40 s); nothing of another document is in them, and what comes after the chunk is blank.
-    """
+    """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored. `table` (2, targets)
+    takes the nats of a target and the times that it was scored. Windows hold the latest tokens of a document up to the
+    chunk's end, in one of two widths, since each is a graph to compile (some 40 s); nothing of another document is in
+    them, and what comes after the chunk is blank."""
     cfg, device, last = additions.cfg, validation.tokens.device, validation.targets - 1
     starts, ends = np.pad(spans, ((0, additions.documents - len(spans)), (0, 0))).T  # the rest are empty documents
     additions.reset()
