@@ -2290,9 +2290,8 @@ def jit(function: Callable) -> Any:
 
 def persistent_grid(device: torch.device, blocks: int, per_processor: int = 1) -> tuple[int]:
     """Grid that walks over `blocks`; two programs on the CPU, so that tests see the walk and the partial sums."""
-    if device.type != "cuda":
-        return (min(blocks, 2),)
-    return (min(blocks, per_processor * torch.cuda.get_device_properties(device).multi_processor_count),)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    return (min(blocks, per_processor * processors or 2),)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: int) -> None:
@@ -4280,10 +4279,9 @@ def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
         raise UserError(f"{path}: not an artifact of this script (it starts with {blob[:6]!r}, not {MAGIC!r})")
     if hashlib.sha256(blob[:-8]).digest()[:8] != blob[-8:]:
         raise UserError(f"{path}: damaged or truncated ({len(blob)} bytes); export it again with EXPORT_ONLY=1")
-    begin = len(MAGIC) + 4
-    end = begin + struct.unpack_from("<I", blob, len(MAGIC))[0]
+    end = len(MAGIC) + 4 + struct.unpack_from("<I", blob, len(MAGIC))[0]
     try:
-        header = json.loads(CODECS["zlib"].read(zlib, blob[begin:end], MOST_HEADER_BYTES))
+        header = json.loads(CODECS["zlib"].read(zlib, blob[len(MAGIC) + 4 : end], MOST_HEADER_BYTES))
         cfg = saved_config(header["architecture"], str(path))
         coded, kept = tensor_table(cfg)
         names, coders, sizes = zip(*header["streams"], strict=True)
@@ -4309,14 +4307,14 @@ def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
     """Header, and the parameters by name in fp32 as the model has them; UserError where the streams are damaged."""
     header, cfg, offset = read_header(blob, path)
     coded, kept = tensor_table(cfg)
-    file, shapes = io.BytesIO(blob[offset:]), [[shape[:2] for shape in coded.values()], [*kept.values()]]
-    segments = [[rows * cols for count, rows, cols in coded.values() for _ in range(count)],
-                *([2 * math.prod(shape) for shape in halves] for halves in shapes)]  # fmt: skip
+    file, shapes = io.BytesIO(blob[offset:]), [[*coded.values()], [s[:2] for s in coded.values()], [*kept.values()]]
+    layers = [rows * cols for count, rows, cols in coded.values() for _ in range(count)]
+    sizes = [layers, *([2 * math.prod(shape) for shape in halves] for halves in shapes[1:])]
     try:
-        codes, *halves = (decode_stream(coder, file.read(size), *parts)
-                          for (_, coder, size), parts in zip(header["streams"], segments, strict=True))  # fmt: skip
-        codes = cut(torch.from_numpy(np.frombuffer(codes, np.int8).copy()), [*coded.values()])
-        scales, values = map(cut, map(byte_unshuffle, halves), shapes)
+        streams = zip(header["streams"], sizes, strict=True)
+        codes, *halves = (decode_stream(coder, file.read(length), *parts) for (_, coder, length), parts in streams)
+        flat = torch.from_numpy(np.frombuffer(codes, np.int8).copy()), *map(byte_unshuffle, halves)
+        codes, scales, values = map(cut, flat, shapes)
     except DAMAGE as problem:
         raise UserError(f"{path}: its streams are damaged ({str(problem)[:200]})") from None
     if not all(tensor.isfinite().all() for tensor in [*scales, *values]):
