@@ -2545,12 +2545,10 @@ def undo_offset(final, own, follows, dout, at, kept, late, row, tokens, COPIES: 
 def qkv_backward_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.constexpr,
                        HEADS: tl.constexpr, COPIES: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr,
                        SIZE: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head.
-
-    The normalized heads are made from what became of them: turned back, over the gain (whose own gradient is lost where
-    it is exactly 0), which the queries have, the first ones. Both halves of a pair are loaded as vectors into the same
-    place of two tiles, so that no thread needs another's values.
-    """
+    """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head. The
+    normalized heads are made from what became of them: turned back, over the gain (whose own gradient is lost where it
+    is exactly 0), which the queries have, the first ones. Both halves of a pair are loaded as vectors into the same
+    place of two tiles, so that no thread needs another's values."""
     GAIN: tl.constexpr = FIRST == 0
     head, block = tl.arange(0, HEADS)[None, :, None, None], tl.arange(0, SIZE // (2 * HALF))[None, None, :, None]
     channel, live = block * (2 * HALF) + tl.arange(0, HALF)[None, None, None, :], row < tokens
@@ -2613,10 +2611,8 @@ def qkv_rope_fits(heads: int, kv: int, size: int, half: int) -> bool:
 
 
 @operator
-def qkv_rope(
-    x: Tensor, proxy: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
-    follows: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def qkv_rope(x: Tensor, proxy: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
+             follows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k, v, v's proxy, the factors of the norms (N, H + KV), and with `follows` the second halves of the keys as
     they were (N, KV, D / 2). Attention adds up the gradients of shared keys and values in float32, in memory: filling
     it, adding and rounding cost more than writing copies here and adding up their gradients in the backward pass."""
@@ -2630,10 +2626,9 @@ def qkv_rope(
 
 
 @operator
-def qkv_rope_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, dproxy: Tensor | None, factors: Tensor, r: Tensor, gain: Tensor, rotary: Tensor,
-    q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None, has_extra: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def qkv_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, dproxy: Tensor | None, factors: Tensor, r: Tensor,
+                      gain: Tensor, rotary: Tensor, q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None,
+                      has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient of the product, each program's part of the gain's, and that of `extra` (empty where there is none),
     given those of q, k, v and, where something used it, of v's proxy."""
     (n, count, size), kv = dq.shape, factors.shape[1] - dq.shape[1]
@@ -2696,9 +2691,8 @@ def xsa_kernel(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, COPIE
 
 
 @operator
-def xsa(
-    y: Tensor, v: Tensor, gate: Tensor | None, proxy: Tensor | None, dz: Tensor | None, kv: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def xsa(y: Tensor, v: Tensor, gate: Tensor | None, proxy: Tensor | None, dz: Tensor | None,
+        kv: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """z of `PlainLayer.xsa`; given its gradient, those of y, of the proxy of v, which has `kv` heads (so
     `qkv_rope_backward` adds it to the attention's), and of the gate."""
     y, v, gate, dz = (tensor if tensor is None else tensor.contiguous() for tensor in (y, v, gate, dz))
@@ -2749,9 +2743,8 @@ def pieces(x: Tensor, width: int) -> Tensor:
 
 
 @operator
-def sum_product(
-    x: Tensor, z: Tensor, weight: Tensor, along: Tensor | None, shrink: Tensor | None, has_squares: bool
-) -> tuple[Tensor, Tensor]:
+def sum_product(x: Tensor, z: Tensor, weight: Tensor, along: Tensor | None, shrink: Tensor | None,
+                has_squares: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x + z weight^T for weight (C, inputs), less `shrink` (N,) times the rows of `along` (N, C), the product never
     being written by itself; and where they are wanted the sums of squares (pieces, N) of its rows."""
     new, squares = torch.empty_like(x), pieces(x, x.shape[1] if has_squares else 0)
@@ -2805,9 +2798,8 @@ def mlp_kernel(a, b, act, out, r, low, products, sums, hidden, tokens, inputs, R
 
 
 @operator
-def unit_product(
-    a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def unit_product(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None,
+                 has_sums: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The activations (N, hidden) of r a b^T; or, with `act` and their gradient a b^T, r times that of what they were
     made of, and sums of act times gradient: of rows (pieces, N), and where wanted of columns below zero (_, hidden)."""
     out, products = a.new_empty((len(a), len(b))), pieces(a, 0 if act is None else len(b))
