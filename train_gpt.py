@@ -4223,8 +4223,9 @@ def encode_artifact(
     """The artifact's bytes: see the section's head for the layout. `notes` go into the header as they are."""
     codes = np.concatenate([c.codes.cpu().numpy().reshape(-1) for c in coded.values()])
     sizes = [c.codes[0].numel() for c in coded.values() for _ in c.codes]
+    use_ans = cfg.compressor in ("auto", "ans")
     streams = {
-        "codes": encode_stream(cfg, codes.tobytes()) if cfg.compressor in CODECS else ("ans", ans_encode(codes, sizes)),
+        "codes": ("ans", ans_encode(codes, sizes)) if use_ans else encode_stream(cfg, codes.tobytes()),
         "scales": encode_stream(cfg, byte_shuffle(torch.cat([c.scale.flatten() for c in coded.values()]))),
         "kept": encode_stream(cfg, byte_shuffle(torch.cat([t.flatten() for t in kept.values()]))),
     }
@@ -4299,14 +4300,18 @@ def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
     """Header, and the parameters by name in fp32 as the model has them; UserError where the streams are damaged."""
     header, cfg, offset = read_header(blob, path)
     coded, kept = tensor_table(cfg)
-    file, shapes = io.BytesIO(blob[offset:]), [[*coded.values()], [s[:2] for s in coded.values()], [*kept.values()]]
+    file = io.BytesIO(blob[offset:])
+    streams = [(coder, file.read(size)) for _, coder, size in header["streams"]]
     layers = [rows * cols for count, rows, cols in coded.values() for _ in range(count)]
-    sizes = [layers, *([2 * math.prod(shape) for shape in halves] for halves in shapes[1:])]
+
+    def halves(stream: int, shapes: list[list[int]]) -> list[Tensor]:
+        """A stream's tensors of half-precision values."""
+        return cut(byte_unshuffle(decode_stream(*streams[stream], 2 * sum(map(math.prod, shapes)))), shapes)
+
     try:
-        streams = zip(header["streams"], sizes, strict=True)
-        codes, *halves = (decode_stream(coder, file.read(length), *parts) for (_, coder, length), parts in streams)
-        flat = torch.from_numpy(np.frombuffer(codes, np.int8).copy()), *map(byte_unshuffle, halves)
-        codes, scales, values = map(cut, flat, shapes)
+        codes = np.frombuffer(decode_stream(*streams[0], *layers), np.int8).copy()
+        codes = cut(torch.from_numpy(codes), [*coded.values()])
+        scales, values = halves(1, [shape[:2] for shape in coded.values()]), halves(2, [*kept.values()])
     except DAMAGE as problem:
         raise UserError(f"{path}: its streams are damaged ({str(problem)[:200]})") from None
     if not all(tensor.isfinite().all() for tensor in [*scales, *values]):
