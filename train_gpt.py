@@ -362,7 +362,7 @@ class Config:
 
 def as_text(value: Any) -> str:
     """A value as the environment would spell it."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     return "" if value is None else str(int(value) if isinstance(value, bool) else value)
 
@@ -2009,7 +2009,7 @@ class GPT(nn.Module):
         banks = dict(self.banks.items())
         if fake_quant:
             policy, sigmas = self.cfg.clip_policy, self.clip_sigmas
-            banks = {n: fake_quantize(bank, Grid(self.bits[n], policy, sigmas)) for n, bank in banks.items()}
+            banks = {n: fake_quantize(bank, self.bits[n], policy, sigmas) for n, bank in banks.items()}
         scales = {"out": self.rest["attn_scale"], "down": self.rest["mlp_scale"]}
         if self.cfg.lora_rank:  # from here on one matrix per pass, not per layer
             added = {name: self.rest[f"lora_{name}_out"] @ self.rest[f"lora_{name}_in"] for name in banks}
@@ -2242,17 +2242,13 @@ TILE = (128, 256, 64)  # rows, columns, inner length of a product's tile; 8 warp
 
 def jit(function: Callable) -> Any:
     """triton.jit, without one more compilation for each kind of number that a count can be; nothing without Triton."""
-    if triton is None:
-        return function
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[name for name in ("tokens", "length", "items") if name in names])
+    return triton.jit(function, do_not_specialize=["tokens", "length", "items"]) if triton else function
 
 
 def persistent_grid(device: torch.device, blocks: int, per_processor: int = 1) -> tuple[int]:
     """Grid that walks over `blocks`; two programs on the CPU, so that tests see the walk and the partial sums."""
-    if device.type != "cuda":
-        return (min(blocks, 2),)
-    return (min(blocks, per_processor * torch.cuda.get_device_properties(device).multi_processor_count),)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    return (min(blocks, per_processor * processors or 2),)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: int) -> None:
@@ -2274,10 +2270,8 @@ def launch_product(kernel: Any, a: Tensor, b: Tensor, halves: list[Tensor | None
 
 @jit
 def tile_halves(a, b, row, column, inputs, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr):
-    """The tile at (row, column) of a (rows, inputs) times b (columns, inputs) transposed, as two halves of columns.
-
-    Kernels walk over tiles, so that the stores of one overlap the products of the next; halves fit into shared memory.
-    """
+    """The tile at (row, column) of a (rows, inputs) times b (columns, inputs) transposed, as two halves of columns that
+    fit into shared memory. Kernels walk over tiles, so that the stores of one overlap the products of the next."""
     total = tl.zeros((ROWS, COLS), tl.float32)
     for k in range(0, inputs, INNER):
         total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
@@ -2285,8 +2279,6 @@ def tile_halves(a, b, row, column, inputs, ROWS: tl.constexpr, COLS: tl.constexp
 
 
 # The step of the residual stream into a layer
-
-
 @jit
 def resid_mix_norm_kernel(x, skip, x0, mix, new, factors, tokens, scale, EPS: tl.constexpr, WIDTH: tl.constexpr,
                           COLS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
@@ -2397,14 +2389,10 @@ differentiable(resid_mix_norm, differentiate_resid_mix_norm, lambda x, skip, _, 
 
 
 # Queries, keys and values
-
-
 @jit
 def angles(rotary, place, tokens, length, SIZE: tl.constexpr, HALF: tl.constexpr):
-    """Cosines and sines (ROWS, 1, SIZE / 2 HALF, HALF) for rows `place`; 1 and 0 where nothing rotates.
-
-    Loaded as a small tile, so that it takes on the layout of the large one and not the other way round.
-    """
+    """Cosines and sines (ROWS, 1, SIZE / 2 HALF, HALF) for rows `place`; 1 and 0 where nothing rotates. Loaded as a
+    small tile, so that it takes on the layout of the large one and not the other way round."""
     at, live = (place % length * HALF)[:, None] + tl.arange(0, HALF)[None, :], place[:, None] < tokens
     cos = tl.load(rotary + at, mask=live, other=1.0).to(tl.float32)
     sin = tl.load(rotary + length * HALF + at, mask=live, other=0.0).to(tl.float32)
@@ -2422,11 +2410,9 @@ def per_head(tile):
 def qkv_epilogue(value, r, gain, rotary, extra, follows, q, k, v, own, factors, row, column, tokens, length,
                  EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
                  HALF: tl.constexpr):  # fmt: skip
-    """Ending of a tile (ROWS, whole heads of one kind) of the product: normalize, rotate, gain or `extra`, store.
-
-    A norm per head cancels r but for eps, which becomes eps / r^2. With `follows` the second half of a key goes to the
-    next row, if that follows, and stays where it begins a document; the backward pass finds them all in `own`.
-    """
+    """Ending of a tile (ROWS, whole heads of one kind) of the product: normalize, rotate, gain or `extra`, store. The
+    norm of a head cancels r but for eps, which becomes eps / r^2. With `follows` the second half of a key goes to the
+    next row, if that follows, and stays where it begins a document; the backward pass finds them all in `own`."""
     ROWS: tl.constexpr = value.shape[0]
     GROUP: tl.constexpr = value.shape[1] // SIZE
     place, head = row + tl.arange(0, ROWS), column // SIZE + tl.arange(0, GROUP)
@@ -2513,12 +2499,10 @@ def undo_offset(final, own, follows, dout, at, kept, late, row, tokens, COPIES: 
 def qkv_backward_heads(final, own, follows, factors, dout, du, gain, cos, sin, row, tokens, FIRST: tl.constexpr,
                        HEADS: tl.constexpr, COPIES: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr,
                        SIZE: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head.
-
-    The normalized heads are made from what became of them: turned back, over the gain (whose own gradient is lost where
-    it is exactly 0), which the queries have, the first ones. Both halves of a pair are loaded as vectors into the same
-    place of two tiles, so that no thread needs another's values.
-    """
+    """Store the gradient of HEADS heads of the product from FIRST on; returns <gradient, normalized> per head. The
+    normalized heads are made from what became of them: turned back, over the gain (whose own gradient is lost where it
+    is exactly 0), which the queries have, the first ones. Both halves of a pair are loaded as vectors into the same
+    place of two tiles, so that no thread needs another's values."""
     GAIN: tl.constexpr = FIRST == 0
     head, block = tl.arange(0, HEADS)[None, :, None, None], tl.arange(0, SIZE // (2 * HALF))[None, None, :, None]
     channel, live = block * (2 * HALF) + tl.arange(0, HALF)[None, None, None, :], row < tokens
@@ -2581,16 +2565,11 @@ def qkv_rope_fits(heads: int, kv: int, size: int, half: int) -> bool:
 
 
 @operator
-def qkv_rope(
-    x: Tensor, proxy: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
-    follows: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def qkv_rope(x: Tensor, proxy: Tensor, r: Tensor, weight: Tensor, gain: Tensor, rotary: Tensor, extra: Tensor | None,
+             follows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k, v, v's proxy, the factors of the norms (N, H + KV), and with `follows` the second halves of the keys as
-    they were (N, KV, D / 2).
-
-    Attention adds up the gradients of shared keys and values in float32, in memory: filling it, adding and rounding
-    cost more than writing copies here and adding up their gradients in the backward pass.
-    """
+    they were (N, KV, D / 2). Attention adds up the gradients of shared keys and values in float32, in memory: filling
+    it, adding and rounding cost more than writing copies here and adding up their gradients in the backward pass."""
     n, (count, kv, size) = len(x), head_sizes(x, len(weight), gain)
     q, k, v, v_proxy = (x.new_empty((n, copies, size)) for copies in (count, count, count, kv))
     factors = x.new_empty((n, count + kv), dtype=torch.float32)
@@ -2601,10 +2580,9 @@ def qkv_rope(
 
 
 @operator
-def qkv_rope_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, dproxy: Tensor | None, factors: Tensor, r: Tensor, gain: Tensor, rotary: Tensor,
-    q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None, has_extra: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def qkv_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, dproxy: Tensor | None, factors: Tensor, r: Tensor,
+                      gain: Tensor, rotary: Tensor, q: Tensor, k: Tensor, own: Tensor | None, follows: Tensor | None,
+                      has_extra: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient of the product, each program's part of the gain's, and that of `extra` (empty where there is none),
     given those of q, k, v and, where something used it, of v's proxy."""
     (n, count, size), kv = dq.shape, factors.shape[1] - dq.shape[1]
@@ -2632,8 +2610,6 @@ differentiable(qkv_rope, differentiate_qkv_rope, lambda x, _, r, weight, gain, r
 
 
 # Exclusive self-attention
-
-
 @jit
 def xsa_kernel(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, COPIES: tl.constexpr,
                SIZE: tl.constexpr, COLS: tl.constexpr, ITEMS: tl.constexpr):  # fmt: skip
@@ -2669,9 +2645,8 @@ def xsa_kernel(y, v, gate, dz, out, dv, dgate, items, GROUP: tl.constexpr, COPIE
 
 
 @operator
-def xsa(
-    y: Tensor, v: Tensor, gate: Tensor | None, proxy: Tensor | None, dz: Tensor | None, kv: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def xsa(y: Tensor, v: Tensor, gate: Tensor | None, proxy: Tensor | None, dz: Tensor | None,
+        kv: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """z of `PlainLayer.xsa`; given its gradient, those of y, of the proxy of v, which has `kv` heads (so
     `qkv_rope_backward` adds it to the attention's), and of the gate."""
     y, v, gate, dz = (tensor if tensor is None else tensor.contiguous() for tensor in (y, v, gate, dz))
@@ -2694,8 +2669,6 @@ differentiable(xsa, differentiate_xsa, lambda y, v, gate, _, __, kv, out: (y, v,
 
 
 # Products that end in sums
-
-
 @jit
 def matmul_add_kernel(a, b, x, new, along, squares, shrink, width, tokens, inputs, ROWS: tl.constexpr,
                       COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
@@ -2724,9 +2697,8 @@ def pieces(x: Tensor, width: int) -> Tensor:
 
 
 @operator
-def sum_product(
-    x: Tensor, z: Tensor, weight: Tensor, along: Tensor | None, shrink: Tensor | None, has_squares: bool
-) -> tuple[Tensor, Tensor]:
+def sum_product(x: Tensor, z: Tensor, weight: Tensor, along: Tensor | None, shrink: Tensor | None,
+                has_squares: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x + z weight^T for weight (C, inputs), less `shrink` (N,) times the rows of `along` (N, C), the product never
     being written by itself; and where they are wanted the sums of squares (pieces, N) of its rows."""
     new, squares = torch.empty_like(x), pieces(x, x.shape[1] if has_squares else 0)
@@ -2741,8 +2713,6 @@ differentiable(
 
 
 # Feed-forward
-
-
 @jit
 def mlp_kernel(a, b, act, out, r, low, products, sums, hidden, tokens, inputs, ROWS: tl.constexpr,
                COLS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
@@ -2782,9 +2752,8 @@ def mlp_kernel(a, b, act, out, r, low, products, sums, hidden, tokens, inputs, R
 
 
 @operator
-def unit_product(
-    a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None, has_sums: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def unit_product(a: Tensor, b: Tensor, r: Tensor, low: Tensor, act: Tensor | None,
+                 has_sums: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The activations (N, hidden) of r a b^T; or, with `act` and their gradient a b^T, r times that of what they were
     made of, and sums of act times gradient: of rows (pieces, N), and where wanted of columns below zero (_, hidden)."""
     out, products = a.new_empty((len(a), len(b))), pieces(a, 0 if act is None else len(b))
@@ -2829,14 +2798,10 @@ class MaterializeNorm(torch.autograd.Function):
 
 
 # The loss
-
-
 @jit
 def capped(logits, at, live, cap):
-    """Capped logits at `at` in bits (nats times log2 e), and a quarter of the cap's slope there.
-
-    With q = 1 / (exp(2x) + 1), tanh(x) is 1 - 2q and its slope 4(q - q^2); a squared rsqrt is cheaper than a division.
-    """
+    """Capped logits at `at` in bits (nats times log2 e), and a quarter of the cap's slope there. With
+    q = 1 / (exp(2x) + 1), tanh(x) is 1 - 2q, its slope 4(q - q^2); a squared rsqrt is cheaper than a division."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     root = tl.rsqrt(tl.exp2(tl.load(logits + at, mask=live, other=0.0).to(tl.float32) * (2 * LOG2_E / cap)) + 1)
     q = root * root
@@ -2876,36 +2841,25 @@ def softcap_ce_backward_kernel(logits, targets, logs, dnll, dlogits, tokens, cap
     tl.store(dlogits + at, (d * slope * upstream[:, None]).to(dlogits.dtype.element_ty), mask=live)
 
 
-def nll_blocks(logits: Tensor) -> tuple[int, int]:
-    """Rows and columns that a program of the loss holds in registers."""
-    cols = min(triton.next_power_of_2(logits.shape[1]), 4096)
-    return 4096 // cols, cols
-
-
 @operator
-def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def nll(logits: Tensor, targets: Tensor, logs: Tensor | None, dnll: Tensor | None, cap: float) -> tuple[Tensor, Tensor]:
     """`PlainLayer.nll`, and the binary logarithm of each row's sum of exponentials, (N,): all that is kept, so that the
-    logits are read once, and once more to write their gradient."""
-    (n, width), (rows, cols) = logits.shape, nll_blocks(logits)
-    loss, logs = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
-    grid = (triton.cdiv(n, rows),)
-    launch(softcap_ce_kernel, grid, logits, targets, loss, logs, n, cap, width, rows, cols, num_warps=4)
-    return loss, logs
-
-
-@operator
-def nll_backward(logits: Tensor, targets: Tensor, logs: Tensor, dnll: Tensor, cap: float) -> Tensor:
-    """The gradient of the logits."""
-    (n, width), (rows, cols), dlogits = logits.shape, nll_blocks(logits), torch.empty_like(logits)
-    grid = (triton.cdiv(n, rows), triton.cdiv(width, cols))
-    launch(softcap_ce_backward_kernel, grid, logits, targets, logs, dnll.contiguous(), dlogits, n, cap, width, rows,
-           cols, num_warps=4)  # fmt: skip
-    return dlogits
+    logits are read once. Given these logarithms and the gradient of the loss, that of the logits."""
+    n, width = logits.shape
+    cols = min(triton.next_power_of_2(width), 4096)
+    sizes = n, cap, width, 4096 // cols, cols  # the last two: rows and columns that a program holds in registers
+    if dnll is None:
+        loss, logs = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
+        launch(softcap_ce_kernel, (triton.cdiv(n, 4096 // cols),), logits, targets, loss, logs, *sizes, num_warps=4)
+        return loss, logs
+    dlogits, grid = torch.empty_like(logits), (triton.cdiv(n, 4096 // cols), triton.cdiv(width, cols))
+    launch(softcap_ce_backward_kernel, grid, logits, targets, logs, dnll.contiguous(), dlogits, *sizes, num_warps=4)
+    return dlogits, logits.new_empty(0)
 
 
 differentiable(
-    nll, lambda ctx, dnll, _: (nll_backward(*ctx.saved_tensors, dnll, *ctx.numbers), None, None),
-    lambda logits, targets, cap, out: (logits, targets, out[1], cap),
+    nll, lambda ctx, dnll, _: (nll(*ctx.saved_tensors, dnll, *ctx.numbers)[0], *[None] * 4),
+    lambda logits, targets, _, __, cap, out: (logits, targets, out[1], cap),
 )  # fmt: skip
 
 
@@ -2946,7 +2900,7 @@ class TritonLayer(PlainLayer):
         return rms_norm(rows.x) * rows.scale if rows.proxy is None else MaterializeNorm.apply(*rows[:3])
 
     def nll(self, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-        return nll(logits.contiguous(), targets.contiguous(), cap)[0]
+        return nll(logits.contiguous(), targets.contiguous(), None, None, cap)[0]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3184,20 +3138,13 @@ class Phase(NamedTuple):
 
 
 def final_order(cfg: Config) -> tuple[int, ...]:
-    """Layers in the order in which the finished model runs them: LOOP_START..LOOP_END 1 + NUM_LOOPS times (PR #1394).
-
-    A stack of shared blocks (PR #38) is LOOP_START=0 LOOP_END=NUM_LAYERS-1 ENABLE_LOOPING_AT=0; its "number of loops"
-    counts all passes and so is 1 + NUM_LOOPS.
-    """
+    """Layers as the finished model runs them, in order: LOOP_START to LOOP_END 1 + NUM_LOOPS times (PR #1394)."""
     plain, first, end = tuple(range(cfg.num_layers)), cfg.loop_start, cfg.loop_end + 1
     return plain[:first] + plain[first:end] * (1 + cfg.num_loops) + plain[end:] if cfg.num_loops else plain
 
 
 def phase_at(cfg: Config, progress: float) -> tuple[str, Phase]:
-    """Name and phase at a part of the run, late QAT aside: sequences grow and loops begin, each at its own time.
-
-    Short sequences first (PR #2014) cost less attention, and nothing in the end: see benchmarks/RESULTS.md.
-    """
+    """Name and phase at a part of the run, late QAT aside: sequences grow and loops begin, each at its own time."""
     length = next(n for n, end in cfg.seq_lengths.items() if progress < end)
     looped = progress >= cfg.enable_looping_at
     name = "layer_loop" if looped and cfg.num_loops and cfg.enable_looping_at else "train"
@@ -3209,12 +3156,8 @@ def phases(cfg: Config) -> dict[str, Phase]:
     """Name -> phase, in the order in which the schedule will use them; late QAT has all loops and the whole length."""
     begins = {0.0, *cfg.seq_lengths.values(), cfg.enable_looping_at if cfg.num_loops else 0.0} - {math.inf}
     found = dict(phase_at(cfg, begin) for begin in sorted(begins))
-    late = Phase(final_order(cfg), True, cfg.train_seq_len)
-    if cfg.late_qat_threshold > 0 and not cfg.qat_enabled:
-        found["late_qat"] = late
-    if cfg.post_qat_seconds:
-        found["post_qat"] = late
-    return found
+    late = {"late_qat": cfg.late_qat_threshold > 0 and not cfg.qat_enabled, "post_qat": cfg.post_qat_seconds}
+    return found | {name: Phase(final_order(cfg), True, cfg.train_seq_len) for name, is_used in late.items() if is_used}
 
 
 def training_frac(cfg: Config, step: int, seconds: float, budget: float) -> float:
@@ -3224,9 +3167,7 @@ def training_frac(cfg: Config, step: int, seconds: float, budget: float) -> floa
 
 def lr_scale_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
     """Learning-rate scale in [MIN_LR, 1]: flat, then linear to the end of the run, whichever of steps or clock ends it.
-
-    WARMDOWN_ITERS counts steps; the steps that the clock still allows follow from the step time so far.
-    """
+    WARMDOWN_ITERS counts steps; the steps that the clock still allows follow from the step time so far."""
     if cfg.warmdown_iters:
         by_clock = (budget - seconds) * step / seconds if step and seconds > 0 else math.inf
         scale = min(cfg.iterations - step, by_clock) / cfg.warmdown_iters
@@ -3270,10 +3211,7 @@ def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, floa
 
 
 def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
-    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold.
-
-    Muon's updates have all singular directions at the start and MUON_RANK_FRAC of them at the end, by a cosine.
-    """
+    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
     scale, progress = lr_scale_at(cfg, step, seconds, budget), training_frac(cfg, step, seconds, budget)
     is_late = scale < cfg.late_qat_threshold and not cfg.qat_enabled
     phase = "late_qat" if is_late else phase_at(cfg, progress)[0]
@@ -3281,31 +3219,23 @@ def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan
     return StepPlan(scale, muon_momentum_at(cfg, step), phase, share, two_rails=progress >= cfg.muon_rails_at < 1)
 
 
-class Grid(NamedTuple):
-    """A uniform grid per row: codes in [-2^(bits-1), 2^(bits-1) - 1] times the row's scale."""
-
-    bits: Tensor | int  # a tensor is (..., rows, 1)
-    policy: str  # amax: clip at the largest entry; else at `sigmas` standard deviations
-    sigmas: Tensor | float
-
-
-def row_scale(w: Tensor, grid: Grid) -> Tensor:
-    """Scale (..., rows) of w (..., rows, cols), rounded to half as it is stored; sigma is SDClip (PR #1394)."""
-    by_std = grid.policy != "amax"
-    clip = grid.sigmas * w.std(-1, correction=0, keepdim=True) if by_std else w.abs().amax(-1, keepdim=True)
-    return (clip / (2 ** (grid.bits - 1) - 1)).clamp_min(2.0**-20).half().to(w.dtype).squeeze(-1)
+def row_scale(w: Tensor, bits: Tensor | int, policy: str, sigmas: Tensor | float) -> Tensor:
+    """Scale (..., rows) of w (..., rows, cols), rounded to half as it is stored; bits (..., rows, 1), or one for all.
+    Policy amax clips at the largest entry, the others at `sigmas` standard deviations (SDClip, PR #1394)."""
+    clip = w.abs().amax(-1, keepdim=True) if policy == "amax" else sigmas * w.std(-1, correction=0, keepdim=True)
+    return (clip / (2 ** (bits - 1) - 1)).clamp_min(2.0**-20).half().to(w.dtype).squeeze(-1)
 
 
 def round_to_grid(w: Tensor, scale: Tensor, bits: Tensor | int) -> Tensor:
-    """Integer codes of w (..., rows, cols), as a float tensor, for scale (..., rows)."""
+    """Codes of w (..., rows, cols) for scale (..., rows): whole numbers in [-2^(bits-1), 2^(bits-1) - 1], as floats."""
     top = 2 ** (bits - 1)
     return torch.round(w / scale.unsqueeze(-1)).clamp(-top, top - 1)
 
 
-def fake_quantize(w: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(w: Tensor, bits: Tensor | int, policy: str, sigmas: Tensor | float) -> Tensor:
     """w rounded to its grid in the forward pass, the identity in the backward pass (straight-through)."""
-    scale = row_scale(w.detach(), grid)
-    return w + (round_to_grid(w.detach(), scale, grid.bits) * scale.unsqueeze(-1) - w).detach()
+    scale = row_scale(w.detach(), bits, policy, sigmas)
+    return w + (round_to_grid(w.detach(), scale, bits) * scale.unsqueeze(-1) - w).detach()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3322,16 +3252,14 @@ class Averager:
         self.cfg = cfg
         self.names, parameters = zip(*model.named_parameters(), strict=True)
         self.live = [p.detach() for p in parameters]
-        self.ema = [p.clone() for p in self.live] if cfg.ema_enabled else None
+        self.ema = [p.clone() for p in self.live if cfg.ema_enabled]
         self.snapshots: list[list[Tensor]] = []  # LAWA: the latest LAWA_K; SWA: one, the running mean
-        self.count = 0
+        self.count = 0  # of what is in the mean
 
     def update(self, step: int, lr_scale: float) -> None:
-        """Take in the parameters after `step` steps. EMA: e <- d e + (1 - d) w (PR #287).
-
-        d starts low and reaches EMA_DECAY after some 10 / (1 - d) steps, so that short runs do not average in the
-        initial weights; runs of several thousand steps end with the same average as under a constant decay.
-        """
+        """Take in the parameters after `step` steps. EMA: e <- d e + (1 - d) w (PR #287). d starts low and reaches
+        EMA_DECAY after some 10 / (1 - d) steps, so that short runs do not average in the initial weights; runs of
+        several thousand steps end with the same average as under a constant decay."""
         cfg = self.cfg
         if self.ema:
             torch._foreach_lerp_(self.ema, self.live, 1 - min(cfg.ema_decay, (1 + step) / (10 + step)))
@@ -3340,7 +3268,6 @@ class Averager:
             self.snapshots = self.snapshots or [[torch.zeros_like(p) for p in self.live]]
             torch._foreach_lerp_(self.snapshots[0], self.ema or self.live, 1 / self.count)
         if cfg.lawa_enabled and step % cfg.lawa_freq == 0:
-            self.count += 1
             self.snapshots = [*self.snapshots, [p.clone() for p in self.ema or self.live]][-cfg.lawa_k :]
 
     def weights(self) -> dict[str, Tensor]:
@@ -3357,13 +3284,13 @@ class Averager:
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a `state`, from any device."""
         device = self.live[0].device
-        move = [[tensor.to(device) for tensor in tensors] for tensors in [state["ema"] or [], *state["snapshots"]]]
-        self.ema, self.snapshots, self.count = move[0] or None, move[1:], state["count"]
+        moved = [[tensor.to(device) for tensor in tensors] for tensors in (state["ema"], *state["snapshots"])]
+        (self.ema, *self.snapshots), self.count = moved, state["count"]
 
     def active(self) -> set[str]:
         """Which of the configured averages have taken anything in."""
         snapshots = "swa" if self.cfg.swa_enabled else "lawa"
-        return {name for name, taken in {"ema": self.ema, snapshots: self.count}.items() if taken}
+        return {name for name, taken in {"ema": self.ema, snapshots: self.snapshots}.items() if taken}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3759,8 +3686,7 @@ def eval_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str)
     kept = {name: bank.detach().clone() for name, bank in model.banks.items()}
     with run.timed(f"{when} rounded", "untimed"), torch.no_grad():
         for name, bank in model.banks.items():
-            grid = Grid(model.bits[name], run.cfg.clip_policy, model.clip_sigmas)
-            bank.copy_(fake_quantize(bank, grid))
+            bank.copy_(fake_quantize(bank, model.bits[name], run.cfg.clip_policy, model.clip_sigmas))
         score = evaluate(run, model, validation, run.cfg.eval_len)
         for name, bank in model.banks.items():
             bank.copy_(kept[name])
@@ -4001,18 +3927,18 @@ def row_scales(cfg: Config, job: QuantSpec, hessians: Mapping[str, Tensor], sigm
     column's weight is its Hessian's diagonal, or 1 where no inputs were observed.
     """
     if job.unit is not None:  # rounded to 1/8 of an octave: as good, and stored in half the bytes
-        finest = row_scale(job.tensor, Grid(job.bits, "amax", 0.0))
+        finest = row_scale(job.tensor, job.bits, "amax", 0.0)
         coarsest = finest * (2 ** (job.bits[..., 0] - 1) - 1)  # all codes but the largest are 0
         half = (sigmas * job.unit).clamp(1.07 * finest, coarsest).clamp(2.0**-14, 2.0**15).half()
         return ((half.view(torch.int16) + 64) & ~127).view(torch.half).to(job.tensor.dtype)
     if cfg.clip_policy != "search":
-        return row_scale(job.tensor, Grid(job.bits, cfg.clip_policy, job.sigmas or sigmas))
+        return row_scale(job.tensor, job.bits, cfg.clip_policy, job.sigmas or sigmas)
     w, ones = job.tensor, torch.ones_like(job.tensor[0, 0])
     weight = torch.stack([hessians[n].diagonal() if n in hessians else ones for n in job.hessians]).unsqueeze(1)
     scales, errors = [], []
     for percentile in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
         clip = torch.stack([torch.quantile(layer.abs(), percentile, dim=-1, keepdim=True) for layer in w])
-        scales.append(row_scale(clip, Grid(job.bits, "amax", 0.0)))
+        scales.append(row_scale(clip, job.bits, "amax", 0.0))
         rounded = round_to_grid(w, scales[-1], job.bits) * scales[-1].unsqueeze(-1)
         errors.append(((rounded - w).square() * weight).sum(-1))
     return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
@@ -4422,30 +4348,23 @@ def tensor_table(cfg: Config) -> tuple[dict[str, list[int]], dict[str, list[int]
 def saved_config(saved: Any, where: str) -> Config:
     """The configuration with the architecture of a saved model; UserError unless a user could have set it."""
     refuse_other_version(saved, where)
-    values = {}
-    for name, value in saved.items():
-        words = value if isinstance(value, list | tuple) else [int(value) if isinstance(value, bool) else value]
-        values[name] = parse_value(name.upper(), ",".join(map(str, words)), Config.variables()[name.upper()])
-    cfg = replace(Config(), **values)
+    cfg = Config(**{spec.name: parse_value(variable, as_text(saved[spec.name]), spec)
+                    for variable, spec in Config.variables().items() if spec.name in saved})  # fmt: skip
     validate(cfg, model_rules(cfg))
     return cfg
 
 
 def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
-    """Header of an artifact, its architecture, and the offset of its first stream.
-
-    UserError for anything that this script does not write: nothing is allocated by what a header says before that is
-    compared with what its architecture implies, and a model of more than 16 weights a byte is none.
-    """
+    """Header of an artifact, its architecture, and the offset of its first stream. UserError for anything that this
+    script does not write: nothing is allocated by what a header says before that is compared with what its
+    architecture implies, and a model of more than 16 weights a byte is none."""
     if not blob.startswith(MAGIC) or len(blob) < len(MAGIC) + 12:
         raise UserError(f"{path}: not an artifact of this script (it starts with {blob[:6]!r}, not {MAGIC!r})")
     if hashlib.sha256(blob[:-8]).digest()[:8] != blob[-8:]:
         raise UserError(f"{path}: damaged or truncated ({len(blob)} bytes); export it again with EXPORT_ONLY=1")
-    begin = len(MAGIC) + 4
-    end = begin + struct.unpack_from("<I", blob, len(MAGIC))[0]
+    end = len(MAGIC) + 4 + struct.unpack_from("<I", blob, len(MAGIC))[0]
     try:
-        unpacker = zlib.decompressobj()
-        header = json.loads(unpacker.decompress(blob[begin:end], MOST_HEADER_BYTES))
+        header = json.loads(CODECS["zlib"].read(zlib, blob[len(MAGIC) + 4 : end], MOST_HEADER_BYTES))
         cfg = saved_config(header["architecture"], str(path))
         coded, kept = tensor_table(cfg)
         names, coders, sizes = zip(*header["streams"], strict=True)
@@ -4519,12 +4438,8 @@ class Exporter:
     def encode(self) -> int:
         """Encode the current codes, on rank 0; returns the artifact's size, on every rank."""
         with self.run.timed("encode", "untimed"):
-            notes = {
-                "clip_sigmas": round(self.sigmas, 4),
-                "layer_bits": self.layer_bits,
-                "order": list(self.model.order),
-                "identity": dict(self.identity),
-            }
+            notes = {"clip_sigmas": round(self.sigmas, 4), "layer_bits": self.layer_bits,
+                     "order": list(self.model.order), "identity": dict(self.identity)}  # fmt: skip
             if self.run.ranks.is_main_process:
                 self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes)
             self.size = int(self.run.ranks.all_reduce_max(len(self.blob))[0])
@@ -4552,14 +4467,14 @@ class Exporter:
     def prune(self) -> None:
         """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
         full = {spec.name: self.coded[spec.name] for spec in self.model.specs}
-        costs = {n: bank.scale.float().square().unsqueeze(-1).expand_as(bank.codes) for n, bank in full.items()}
-        ones = {n: bank.codes.abs() == 1 for n, bank in full.items()}
-        ranked = torch.cat([costs[n][ones[n]] for n in full]).sort().values
+        costs = {n: bank.scale.float().square().unsqueeze(-1).where(bank.codes.abs() == 1, math.inf)
+                 for n, bank in full.items()}  # fmt: skip
+        ranked = torch.cat([cost[cost < math.inf] for cost in costs.values()]).sort().values
 
         def zeroed_size(share: float) -> float:
             threshold = ranked[min(int(share * len(ranked)), len(ranked) - 1)]
             for n, bank in full.items():
-                self.coded[n] = bank._replace(codes=bank.codes.masked_fill(ones[n] & (costs[n] <= threshold), 0))
+                self.coded[n] = bank._replace(codes=bank.codes.masked_fill(costs[n] <= threshold, 0))
             return self.expected()
 
         for _ in range(4):  # by entropy, and then by the coder, which corrects what is expected of it
@@ -4590,15 +4505,13 @@ class Exporter:
         if self.size > self.limit and self.cfg.int5_fallback and self.cfg.matrix_bits > 5:
             self.lower_layers()
         if self.size > self.limit:
-            raise UserError(
-                f"artifact {self.size} + code {code_bytes()} bytes are {self.size - self.limit} bytes over "
-                f"TARGET_BYTES={self.cfg.target_bytes}; the weights are safe in {self.cfg.weights_file}: raise "
-                "MATRIX_CLIP_SIGMAS (0 fits by itself) or lower MATRIX_BITS, with EXPORT_ONLY=1"
-            )
+            raise UserError(f"artifact {self.size} + code {code_bytes()} bytes are {self.size - self.limit} bytes over "
+                            f"TARGET_BYTES={self.cfg.target_bytes}; the weights are safe in {self.cfg.weights_file}: "
+                            "raise MATRIX_CLIP_SIGMAS (0 fits by itself) or lower MATRIX_BITS, with EXPORT_ONLY=1")
         return self.blob
 
 
-def export_model(run: Runtime, trainer: Trainer, trained: TrainResult, validation: ValidationSet) -> "Produced":
+def export_model(run: Runtime, trainer: Trainer, trained: TrainResult, validation: ValidationSet) -> "ExportResult":
     """Average, calibrate, quantize and write ARTIFACT_PATH; scores the averaged weights."""
     cfg, model = run.cfg, trainer.model
     model.load(trained.average)
@@ -4650,11 +4563,9 @@ def log_sizes(run: Runtime, path: Path, header: dict[str, Any]) -> None:
 
 
 def plan_windows(targets: int, length: int, stride: int) -> np.ndarray:
-    """Windows (n, 3) int64: first input position, first scored target, end of scored targets.
-
-    Target i is token i + 1. The first window scores all its `length` targets, every later one the `stride` targets
-    after those scored before it, with as much context as fits; the last one ends exactly at the last target.
-    """
+    """Windows (n, 3) int64: first input position, first scored target, end of scored targets; target i is token i + 1.
+    The first window scores all its `length` targets, every later one the `stride` targets after those scored before it,
+    with as much context as fits; the last one ends exactly at the last target."""
     ends = np.append(np.arange(length, targets, stride), targets)
     return np.stack([ends - length, np.append(0, ends[:-1]), ends], axis=1)
 
@@ -4731,16 +4642,13 @@ class NgramMixer:
 
     def mix(self, positions: Tensor, nll: Tensor, entropy: Tensor) -> Tensor:
         """Negative log-likelihood (n,) of the tokens at `positions` in the mixture; nll and entropy are the model's."""
-        cfg, share = self.cfg, torch.zeros(len(positions), dtype=torch.float64, device=positions.device)
-        found = torch.zeros_like(share, dtype=torch.bool)
+        cfg, share = self.cfg, torch.full_like(nll, -1.0, dtype=torch.float64)  # where no context is known
         for n in self.orders:  # so that the longest known context decides
             within, context = self.known(n, positions)
-            times = self.contexts[n][context]
-            decides = within & (times > 0)
-            share = torch.where(decides, self.follows[n][self.labels[n][positions]].double() / times, share)
-            found |= decides
+            times = self.contexts[n][context] * within
+            share = torch.where(times > 0, self.follows[n][self.labels[n][positions]].double() / times, share)
         rise = torch.sigmoid(2 * (entropy.double() - cfg.ngram_entropy))
-        alpha = torch.where(found, cfg.ngram_alpha_low + (cfg.ngram_alpha_high - cfg.ngram_alpha_low) * rise, 0.0)
+        alpha = torch.where(share < 0, 0.0, cfg.ngram_alpha_low + (cfg.ngram_alpha_high - cfg.ngram_alpha_low) * rise)
         return -torch.log((1 - alpha) * torch.exp(-nll.double()) + alpha * share)
 
 
@@ -4748,28 +4656,22 @@ class NgramMixer:
 def score_windows(
     run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray, mixer: NgramMixer | None = None
 ) -> Tensor:
-    """[nats, targets, bytes] over the scored targets of `windows`, by all ranks, float64; a mixer adds its nats.
-
-    The only place that runs the model for a score. All batches have one shape: the last is filled with windows that
-    score nothing.
-    """
+    """[nats, targets, bytes] over the scored targets of `windows`, by all ranks, float64; a mixer adds its nats. All
+    batches have one shape: the last is filled with windows that score nothing."""
     length, device, share = run.cfg.eval_len, run.ranks.device, run.ranks.share(len(windows))
     batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, model.micro_batch) // length)
     plan = torch.from_numpy(np.pad(windows[share.start : share.stop], ((0, -len(share) % batch), (0, 0)))).to(device)
-    weights, order = model.fast_weights(False), model.order
-    exact = float64_device(device)
-    sums = torch.zeros(3 if mixer is None else 4, dtype=torch.float64, device=exact)
+    weights, exact = model.fast_weights(False), float64_device(device)
+    sums = torch.zeros(4 if mixer else 3, dtype=torch.float64, device=exact)
     for chunk in plan.split(batch) if len(plan) else ():  # a rank may have no share of a short chunk
         positions = chunk[:, :1] + torch.arange(length, device=device)
         scored = (positions >= chunk[:, 1:2]) & (positions < chunk[:, 2:])
-        counted = validation.token_bytes[positions + 1] * scored
-        tokens, targets = validation.batch(positions)
-        if mixer is None:
-            nll, mixed = model.fast_nll(tokens, targets, weights, order), []
-        else:
-            nll, entropy = model.fast_nll_and_entropy(tokens, targets, weights, order)
-            mixed = [mixer.mix(*(t[scored].to(exact) for t in (positions + 1, nll, entropy))).sum()]
-        sums += torch.stack([*(t.to(exact).sum(dtype=torch.float64) for t in (nll * scored, scored, counted)), *mixed])
+        inputs = *validation.batch(positions), weights, model.order
+        nll, *entropy = model.fast_nll_and_entropy(*inputs) if mixer else [model.fast_nll(*inputs)]
+        columns = [nll * scored, scored, validation.token_bytes[positions + 1] * scored]
+        if mixer:
+            columns.append(mixer.mix(*(t[scored].to(exact) for t in (positions + 1, nll, *entropy))))
+        sums += torch.stack([column.to(exact).sum(dtype=torch.float64) for column in columns])
     return run.ranks.all_reduce_sum_(sums)
 
 
@@ -4808,31 +4710,25 @@ class TestTimeTrainer:
         """Train on the whole windows up to target `scored` that were not trained on yet; the rate falls as a cosine."""
         cfg, length = self.cfg, self.cfg.eval_len
         starts = np.arange(self.trained, scored - length + 1, length)
-        for group in self.optimizer.param_groups:
-            group["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))
+        self.optimizer.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))
         for _ in range(cfg.ttt_epochs):
             for first in range(0, len(starts), cfg.ttt_batch_seqs):
                 self.step(starts[first : first + cfg.ttt_batch_seqs])
         self.trained += len(starts) * length
 
     def step(self, starts: np.ndarray) -> None:
-        """One step on the windows at `starts`, as many at a time as the memory holds.
-
-        Short batches are filled up with windows of weight 0.
-        """
+        """One step on the windows at `starts`, filled up with others of weight 0; as many at a time as memory holds."""
         cfg, ranks = self.cfg, self.run.ranks
         weight = (torch.arange(cfg.ttt_batch_seqs, device=ranks.device) < len(starts)) / len(starts)
         filled = torch.from_numpy(np.resize(starts, cfg.ttt_batch_seqs)).to(ranks.device)
-        offsets = torch.arange(cfg.eval_len, device=ranks.device)
-        share, most = ranks.share(cfg.ttt_batch_seqs), max(self.model.micro_batch // cfg.eval_len, 1)
+        offsets, most = torch.arange(cfg.eval_len, device=ranks.device), max(self.model.micro_batch // cfg.eval_len, 1)
         self.optimizer.zero_grad()
-        for part in (slice(i, min(i + most, share.stop)) for i in share[::most]):
+        for part in torch.tensor(ranks.share(cfg.ttt_batch_seqs), device=ranks.device).split(most):
             inputs, targets = self.validation.batch(filled[part, None] + offsets)
             nll = self.model.fast_nll(inputs, targets, self.model.fast_weights(False), self.model.order)
             (nll.mean(1) * weight[part]).sum().backward()
-        grads = [parameter.grad for parameter in self.parameters]
-        bucket = ranks.all_reduce_sum_(torch.cat([grad.flatten() for grad in grads]))
-        torch._foreach_copy_(grads, cut(bucket, [grad.shape for grad in grads]))
+        for parameter in self.parameters:
+            ranks.all_reduce_sum_(parameter.grad)
         for parameter in self.layered:
             parameter.grad[: cfg.ttt_freeze_blocks] = 0
         if cfg.ttt_grad_clip:
@@ -4844,9 +4740,7 @@ def evaluate_online(
     run: Runtime, model: GPT, validation: ValidationSet, trainer: TestTimeTrainer | None, mixer: NgramMixer | None
 ) -> list[Score]:
     """Sliding windows chunk by chunk: score a chunk, then let weights and counts learn from it, but for the last one.
-
-    Returns the score, and with a mixer a second one with its predictions mixed in. The weights are restored.
-    """
+    Returns the score, and with a mixer a second one with its predictions mixed in. The weights are restored."""
     total, kept = 0.0, {name: value.clone() for name, value in model.state_dict().items()}
     windows = plan_windows(validation.targets, run.cfg.eval_len, run.cfg.eval_stride)
     chunk_of = (windows[:, 2] - 1) // run.cfg.ttt_chunk_tokens  # where its last target lies
@@ -4862,10 +4756,8 @@ def evaluate_online(
 
 
 class DocumentLoRA:
-    """Low-rank additions to all matrices of a model, one set for each document of a batch (PR #77, #1530).
-
-    Every document starts from the same ones, which add nothing: its scores do not depend on its neighbours.
-    """
+    """Low-rank additions to all matrices of a model, one set for each document of a batch (PR #77, #1530). Every
+    document starts from the same ones, which add nothing: its scores do not depend on its neighbours."""
 
     def __init__(self, run: Runtime, model: GPT) -> None:
         """Take the model's weights as they are now, for as many documents as fit where a micro-batch is smaller."""
@@ -4918,12 +4810,10 @@ def document_spans(validation: ValidationSet) -> np.ndarray:
 
 
 def ttt_document_batch(additions: DocumentLoRA, validation: ValidationSet, spans: np.ndarray, table: Tensor) -> None:
-    """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored.
-
-    `table` (2, targets) takes the nats of a target and the times that it was scored.
-    Windows hold the latest tokens of a document up to the chunk's end, in one of two widths, since each is a graph to
-    compile (some 40 s); nothing of another document is in them, and what comes after the chunk is blank.
-    """
+    """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored. `table` (2, targets)
+    takes the nats of a target and the times that it was scored. Windows hold the latest tokens of a document up to the
+    chunk's end, in one of two widths, since each is a graph to compile (some 40 s); nothing of another document is in
+    them, and what comes after the chunk is blank."""
     cfg, device, last = additions.cfg, validation.tokens.device, validation.targets - 1
     starts, ends = np.pad(spans, ((0, additions.documents - len(spans)), (0, 0))).T  # the rest are empty documents
     additions.reset()
@@ -4951,9 +4841,9 @@ def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tens
     table = torch.zeros(2, validation.targets, dtype=torch.float64, device=float64_device(run.ranks.device))
     model.requires_grad_(False)
     additions, spans = DocumentLoRA(run, model), document_spans(validation)
-    size = additions.documents
-    for begin in range(run.ranks.rank * size, len(spans), run.ranks.world * size):
-        ttt_document_batch(additions, validation, spans[begin : begin + size], table)
+    batches = [spans[begin : begin + additions.documents] for begin in range(0, len(spans), additions.documents)]
+    for batch in batches[run.ranks.rank :: run.ranks.world]:
+        ttt_document_batch(additions, validation, batch, table)
     model.requires_grad_(True)
     return run.ranks.all_reduce_sum_(table)
 
@@ -4962,8 +4852,7 @@ def evaluate_documents(run: Runtime, model: GPT, validation: ValidationSet) -> S
     """Score the whole validation set document by document; asserts that every target was scored once."""
     nats, times = score_documents(run, model, validation)
     assert (times == 1).all(), f"{int((times != 1).sum())} targets were not scored exactly once"
-    counted = (times * validation.token_bytes[1:].to(times)).sum()
-    return scores(validation, torch.stack([nats.sum(), times.sum(), counted]))[0]
+    return Score(nats.sum().item(), validation.targets, int(validation.token_bytes[1:].sum()))
 
 
 def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
@@ -4984,14 +4873,11 @@ class ExportResult(NamedTuple):
     digest: bytes = b""  # with which it ends, on rank 0
 
 
-DEGRADATION_LIMIT = 0.01  # bpb that quantization may cost; the published systems lose 0.002 to 0.008
-
-
 def log_degradation(run: Runtime, before: Score, after: Score) -> None:
-    """What quantization cost, and a warning where that is more than any published system accepts."""
-    lost = after.bpb - before.bpb
-    advice = f" WARNING: above {DEGRADATION_LIMIT}; raise MATRIX_BITS or TARGET_BYTES"
-    run.log(f"quantization_degradation bpb:{lost:+.8f}{advice if lost > DEGRADATION_LIMIT else ''}")
+    """What quantization cost, and a warning where that is much: the published systems lose 0.002 to 0.008 bpb."""
+    lost, most = after.bpb - before.bpb, 0.01
+    advice = f" WARNING: above {most}; raise MATRIX_BITS or TARGET_BYTES" if lost > most else ""
+    run.log(f"quantization_degradation bpb:{lost:+.8f}{advice}")
     run.log.event("degradation", bpb=lost)
 
 
@@ -5019,28 +4905,22 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: ExportR
             with run.timed(name, "eval"):
                 score = evaluate(run, model, validation, cfg.eval_stride, name == "document windows")
             log_score(run, f"final_{kind}_{name.replace(' ', '_')}", score, f" stride:{cfg.eval_stride}")
-    if cfg.ttt_enabled or cfg.ngram_enabled:
-        eval_and_log_ttt(run, model, validation)
+    if learners := [name for name, on in (("ttt", cfg.ttt_enabled), ("ngram", cfg.ngram_enabled)) if on]:
+        with run.timed("+".join(learners), "eval"):
+            trainer = TestTimeTrainer(run, model, validation) if cfg.ttt_enabled else None
+            mixer = NgramMixer(run, validation) if cfg.ngram_enabled else None
+            results = evaluate_online(run, model, validation, trainer, mixer)
+        about = f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens}" + (f" lr:{cfg.ttt_lr:g}" if trainer else "")
+        if trainer:
+            log_score(run, "legal_ttt", results[0], about)
+        if mixer:
+            about += f" orders:{cfg.ngram_min_order}-{cfg.ngram_max_order}"
+            log_score(run, "legal_ttt_ngram" if trainer else "ngram_mix", results[1], about)
     if cfg.ttt_lora_enabled:
         with run.timed("ttt_lora", "eval"):
             score = evaluate_documents(run, model, validation)
         about = f" rank:{cfg.ttt_lora_rank} chunk:{cfg.ttt_chunk_size} lr:{cfg.ttt_lora_lr:g}"
         log_score(run, "legal_ttt_lora", score, about)
-
-
-def eval_and_log_ttt(run: Runtime, model: GPT, validation: ValidationSet) -> None:
-    """The scores of evaluation that learns from what it has scored: test-time training, n-grams, and both."""
-    cfg = run.cfg
-    with run.timed("+".join(n for n, on in (("ttt", cfg.ttt_enabled), ("ngram", cfg.ngram_enabled)) if on), "eval"):
-        trainer = TestTimeTrainer(run, model, validation) if cfg.ttt_enabled else None
-        mixer = NgramMixer(run, validation) if cfg.ngram_enabled else None
-        results = evaluate_online(run, model, validation, trainer, mixer)
-    about = f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens}" + (f" lr:{cfg.ttt_lr:g}" if trainer else "")
-    if trainer:
-        log_score(run, "legal_ttt", results[0], about)
-    if mixer:
-        about += f" orders:{cfg.ngram_min_order}-{cfg.ngram_max_order}"
-        log_score(run, "legal_ttt_ngram" if trainer else "ngram_mix", results[1], about)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ SOURCE = Path(t.__file__).read_text(encoding="utf-8")
 C1, C2, C3, C4, LEAK, BYTES, WHOLE = CHECKS
 
 CROSS_ENTROPY = 'return F.cross_entropy(softcap(logits, cap), targets, reduction="none")'
-SCORED = "        sums += torch.stack("
+SCORED = "        columns = [nll * scored,"
 PLANNED = "    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)\n"
 MAIN = 'if __name__ == "__main__":\n'
 BANK = 'model.banks["down"].data'
@@ -53,7 +53,7 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
         {C2}, {CROSS_ENTROPY: "logits = logits.scatter_add(-1, targets.unsqueeze(-1), torch.ones_like(logits))\n"
                               f"        {CROSS_ENTROPY}"}),
     "evaluation trains": ({C3}, {PLANNED: f"{PLANNED}    {BANK}.mul_(0.999)\n"}),
-    "scoring trains": ({C3}, {SCORED: f"        {BANK}.add_(1e-3 * tokens.float().mean())\n{SCORED}"}),
+    "scoring trains": ({C3}, {SCORED: f"        {BANK}.add_(1e-3 * inputs[0].float().mean())\n{SCORED}"}),
     "a cache of scored tokens": ({C3}, {MAIN: f"{CACHE}{MAIN}"}),
     "tail scored again": (
         {C4}, {"np.append(0, ends[:-1]), ends], axis=1)": "np.append(0, ends[1:] - stride), ends], axis=1)"}),

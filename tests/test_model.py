@@ -590,20 +590,20 @@ def random_bank(seed: int = 4) -> Tensor:
 
 
 GRIDS = [
-    t.Grid(6, "sigma", 4.0), t.Grid(4, "sigma", torch.tensor(2.0)), t.Grid(8, "amax", 0.0), t.Grid(2, "sigma", 3.0),
+    (6, "sigma", 4.0), (4, "sigma", torch.tensor(2.0)), (8, "amax", 0.0), (2, "sigma", 3.0),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_fake_quantize_is_straight_through_and_on_the_grid(grid: t.Grid) -> None:
+def test_fake_quantize_is_straight_through_and_on_the_grid(grid: tuple[int, str, float]) -> None:
     """Gradient: the identity, for clipped entries too. Value: an integer code in range times a half-precision scale."""
     w = random_bank().requires_grad_()
-    out, upstream = t.fake_quantize(w, grid), random_bank(5)
+    out, upstream = t.fake_quantize(w, *grid), random_bank(5)
     out.backward(upstream)
     assert torch.equal(w.grad, upstream)
-    scale = t.row_scale(w.detach(), grid)
+    scale = t.row_scale(w.detach(), *grid)
     codes = out.detach() / scale.unsqueeze(-1)
-    top = 2 ** (grid.bits - 1)
+    top = 2 ** (grid[0] - 1)
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
     assert codes.round().min() >= -top and codes.round().max() <= top - 1 and torch.equal(scale, scale.half().float())
     inside = (w.detach() / scale.unsqueeze(-1)).abs() <= top - 1
@@ -661,7 +661,7 @@ def test_compiled_late_qat_is_another_graph(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(graphs) == 3
 
 
-def rounded_losses(grid: t.Grid, seed: int) -> tuple[float, float]:
+def rounded_losses(grid: tuple[int, str, float], seed: int) -> tuple[float, float]:
     """Losses of a linear regression's rounded weights: before and after training the exact solution under rounding."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(256, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
@@ -669,7 +669,7 @@ def rounded_losses(grid: t.Grid, seed: int) -> tuple[float, float]:
     w = torch.linalg.lstsq(x, y).solution.T.clone().requires_grad_()
 
     def loss() -> Tensor:
-        return F.mse_loss(x @ t.fake_quantize(w, grid).T, y)
+        return F.mse_loss(x @ t.fake_quantize(w, *grid).T, y)
 
     before = loss().item()
     optimizer = torch.optim.SGD([w], lr=0.003)
@@ -683,7 +683,7 @@ def rounded_losses(grid: t.Grid, seed: int) -> tuple[float, float]:
 
 def test_training_on_the_grid_makes_better_rounded_weights() -> None:
     """What QAT is for: weights that were best unrounded move to where rounding costs clearly less."""
-    before, after = zip(*(rounded_losses(t.Grid(3, "sigma", 2.5), seed) for seed in range(5)), strict=True)
+    before, after = zip(*(rounded_losses((3, "sigma", 2.5), seed) for seed in range(5)), strict=True)
     assert sum(after) < 0.85 * sum(before)
 
 

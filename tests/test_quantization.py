@@ -243,7 +243,7 @@ def test_late_qat_rounds_on_the_grid_of_the_export(policy: str, bits: int) -> No
 def test_the_gradient_passes_the_grid_unchanged() -> None:
     w = torch.randn(2, 4, 8, requires_grad=True)
     weight = torch.randn(2, 4, 8)
-    (t.fake_quantize(w, t.Grid(4, "sigma", 2.0)) * weight).sum().backward()
+    (t.fake_quantize(w, 4, "sigma", 2.0) * weight).sum().backward()
     assert torch.equal(w.grad, weight)
 
 
