@@ -452,7 +452,7 @@ def test_under_policy_cost_a_step_costs_the_same_in_every_row() -> None:
         assert (scale.half().view(torch.int16) & 127 == 0).all(), "a byte of the stored scale is not 0"
         codes = torch.round(job.tensor / scale.unsqueeze(-1))
         assert codes.min() >= -128 and codes.max() <= 127
-        free = 30.0 * job.unit > 1.2 * t.row_scale(job.tensor, t.Grid(job.bits, "amax", 0.0))
+        free = 30.0 * job.unit > 1.2 * t.row_scale(job.tensor, job.bits, "amax", 0.0)
         spent.append((scale.square() * (cost + cost.mean(-1, keepdim=True) / 32))[free].log2())
     spent = torch.cat(spent)
     assert len(spent) > 300 and spent.max() - spent.min() < 0.36  # twice an eighth of an octave, squared
