@@ -1,4 +1,4 @@
-"""records/foreign.py: a script of another author in a common shape passes, and what it breaks is seen."""
+"""records/checking/foreign.py: a script of another author in a common shape passes, and what it breaks is seen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from records.foreign import NAMES, foreign_checks
-from records.legality import legality_checks
+from records.checking.foreign import NAMES, foreign_checks
+from records.checking.legality import legality_checks
 
 SCRIPT = '''
 import math, os

@@ -1,4 +1,4 @@
-"""records/legality.py: our script meets the reviewers' conditions, and every way we know of breaking one is caught."""
+"""records/checking/legality.py: our script meets the reviewers' conditions, and every way we know of breaking one is caught."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 from conftest import tiny_env
 
 import train_gpt as t
-from records import legality
-from records.checks import CheckResult
-from records.legality import CHECKS, OFFICIAL_TARGETS, examine, legality_checks, logged, plan_fault
-from records.pack import pack
+from records.checking import legality
+from records.checking.legality import CHECKS, OFFICIAL_TARGETS, examine, legality_checks, logged, plan_fault
+from records.checking.result import CheckResult
+from records.writing.pack import pack
 
 SOURCE = Path(t.__file__).read_text(encoding="utf-8")
 C1, C2, C3, C4, LEAK, BYTES, WHOLE = CHECKS

@@ -28,16 +28,19 @@ import torch
 pytest.importorskip("scipy", reason="the records tool needs requirements-dev.txt")
 
 from conftest import tiny_env, write_shard
-from records import ToolError, doctor, folder_checks, overlap, seeds
-from records import submission as submission_runs
+from records import RECORDS, ToolError
 from records.__main__ import main
-from records.check import check_folder
-from records.checks import CheckResult, is_leaky, promises
-from records.folder import Folder
-from records.freeze import bake
-from records.runs import config_hash, read_run
-from records.script import names_read, unpacked
-from records.statistics import Baseline, compare, one_sided, read_baseline, summarize
+from records.checking import doctor, files, overlap
+from records.checking.check import check_folder
+from records.checking.result import CheckResult
+from records.reading.folder import Folder
+from records.reading.rules import is_leaky, promises
+from records.reading.runs import config_hash, read_run
+from records.reading.script import names_read, unpacked
+from records.reading.statistics import Baseline, compare, one_sided, read_baseline, summarize
+from records.writing import seeds
+from records.writing import submission as submission_runs
+from records.writing.freeze import bake
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 LAUNCH = ["--", sys.executable, "train_gpt.py"]
@@ -177,7 +180,7 @@ def test_a_series_has_one_owner(at_work: Path, capsys: pytest.CaptureFixture[str
 STARTER = """
 import os, sys
 from pathlib import Path
-from records import seeds
+from records.writing import seeds
 os.chdir(sys.argv[1])
 program = "import os, time; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'started'); time.sleep(60)"
 with seeds.owned("tiny") as lock:
@@ -252,7 +255,7 @@ def test_new_folder(submission: Path, workplace: Path) -> None:
     run = read_run(submission / "train_seed42.log")
     assert data["seed_results"]["42"]["val_bpb"] == run.score.val_bpb and f"{data['val_bpb']:.4f}" in page
     assert data["bytes_code"] == (submission / "train_gpt.py").stat().st_size == run.code_bytes
-    assert folder_checks.command_variables(page) == ["DATA_PATH", "TOKENIZER_PATH", "SEED"]
+    assert files.command_variables(page) == ["DATA_PATH", "TOKENIZER_PATH", "SEED"]
     assert re.search(r"\| `NUM_LAYERS` \| `11` \| `4` \|", page), "what changed against the repository's defaults"
     assert f"torch=={run.facts['torch'].split('+')[0]}" in (submission / "requirements.txt").read_text()
     told = data["compliance"]
@@ -313,7 +316,7 @@ def test_new_folder_passes(submission: Path, capsys: pytest.CaptureFixture[str])
     assert "0 failed" in said and "fail " not in said
 
 
-COMMITTED = sorted((Path(__file__).parents[1] / "records").glob("track_*/*/"))
+COMMITTED = sorted(RECORDS.glob("track_*/*/"))
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=[folder.name for folder in COMMITTED])
@@ -337,12 +340,12 @@ def test_packed_script_repeats_the_score(submission: Path, corpus: dict[str, str
     shutil.copyfile(tmp_path / "logs/again.pgolf", folder / "model.pgolf")
     assert not failures(folder)
     shell = {**env, "DATA_PATH": os.path.relpath(corpus["DATA_PATH"]), "EVAL_STRIDE": "8", "NUM_LAYERS": "3"}
-    (result,) = folder_checks.score_again(Folder(folder), shell)  # variables of the caller's shell change nothing
+    (result,) = files.score_again(Folder(folder), shell)  # variables of the caller's shell change nothing
     assert result.status == "pass", result.message
     damaged = bytearray((folder / "model.pgolf").read_bytes())
     damaged[len(damaged) // 2] ^= 255
     (folder / "model.pgolf").write_bytes(damaged)
-    (result,) = folder_checks.score_again(Folder(folder), shell)
+    (result,) = files.score_again(Folder(folder), shell)
     assert result.status == "fail" and result.name == "re-evaluation model.pgolf" and "ship the artifact" in (
         result.message) or "not this script's" in result.message
 
@@ -1111,7 +1114,7 @@ def test_readme_commands() -> None:
     """Continued lines, exports and quotes are read; other blocks are not commands."""
     page = ("```\nexport A_PATH=x\nSEED=1 NAME='a b' \\\n  LAST=3 torchrun --nproc_per_node=8 train_gpt.py\n```\n"
             "```python\nFOO = 1\n```\n```\nMODEL=1\nval_bpb:1\n```\n")
-    assert folder_checks.command_variables(page) == ["A_PATH", "SEED", "NAME", "LAST"]
+    assert files.command_variables(page) == ["A_PATH", "SEED", "NAME", "LAST"]
 
 
 def test_names_read() -> None:

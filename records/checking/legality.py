@@ -31,10 +31,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from records import ToolError, foreign, whole_run
-from records.checks import CheckResult
-from records.runs import read_run
-from records.script import as_variable, unpacked
+from records import REPOSITORY, ToolError
+from records.checking import foreign, whole_run
+from records.checking.result import CheckResult
+from records.reading.runs import read_run
+from records.reading.script import as_variable, unpacked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -819,12 +820,11 @@ def legality_checks(folder: Path, script: Path | None = None) -> list[CheckResul
         return [found.get(result.name, result) for result in skipped(reason)]
     values, targets = logged(folder)
     job = json.dumps({"path": str(script.resolve()), "values": values, "targets": targets})
-    root = str(Path(__file__).resolve().parent.parent)
-    env = {**os.environ, "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "",
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "",
            "OMP_NUM_THREADS": "1"}  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            done = subprocess.run([sys.executable, "-m", "records.legality"], input=job, cwd=scratch, env=env,
+            done = subprocess.run([sys.executable, "-m", "records.checking.legality"], input=job, cwd=scratch, env=env,
                                   text=True, capture_output=True, timeout=TIMEOUT_SECONDS, check=False)
         except subprocess.TimeoutExpired:
             return skipped(f"not checkable: took more than {TIMEOUT_SECONDS} seconds on this machine")

@@ -29,8 +29,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from records.checks import CheckResult
-from records.script import syntax, unpacked
+from records import REPOSITORY
+from records.checking.result import CheckResult
+from records.reading.script import syntax, unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -339,13 +340,12 @@ def no_network(*_: Any, **__: Any) -> None:
 
 def foreign_checks(path: Path) -> list[CheckResult]:
     """The conditions for a script, each a result, from a process that has nothing of the user's."""
-    root = str(Path(__file__).resolve().parent.parent)
-    command = [sys.executable, "-m", "records.foreign", str(path.resolve())]
+    command = [sys.executable, "-m", "records.checking.foreign", str(path.resolve())]
     if shutil.which("unshare") and not subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
         command = ["unshare", "-rn", *command]
     with tempfile.TemporaryDirectory() as scratch:
-        env = {**PLAIN, **{name: str(value) for name, value in TINY.items()}, "PYTHONPATH": root, "HOME": scratch,
-               "TMPDIR": scratch}  # fmt: skip
+        env = {**PLAIN, **{name: str(value) for name, value in TINY.items()}, "HOME": scratch, "TMPDIR": scratch,
+               "PYTHONPATH": str(REPOSITORY)}  # fmt: skip
         try:
             done = subprocess.run(command, cwd=scratch, env=env, text=True, capture_output=True, timeout=SECONDS)
         except subprocess.TimeoutExpired:

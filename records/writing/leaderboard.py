@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from records.checks import TRACKS
-from records.folder import Folder, claimed_bpb
+from records import RECORDS
+from records.reading.folder import Folder, claimed_bpb
+from records.reading.rules import TRACKS
 
-ROOT = Path(__file__).resolve().parent
 WIDTH_OF_A_PIPE = 250  # columns: more than any name takes
 
 
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `table` takes."""
     parser.add_argument("--track", choices=TRACKS, help="only this one (default: all)")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
-    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the tracks (default: records/)")
+    parser.add_argument("--root", type=Path, default=RECORDS, help="folder of the tracks (default: records/)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from records import ToolError
-from records.script import differences, hyperparameters
+from records.reading.script import differences, hyperparameters
 
 NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|nan|inf)"
 SCORE = re.compile(rf"^[\d:. -]*([A-Za-z][\w ().+-]*?)(?: stride:\d+)?[ :]+val_loss[:=] ?{NUMBER} "

@@ -1,4 +1,4 @@
-"""What every check of a submission folder says, and the numbers of the competition that several checks use."""
+"""The numbers of the competition: limits, official data sets, and what `compliance` promises of a configuration."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-
-class CheckResult(NamedTuple):
-    """The outcome of one check: status is "pass", "fail" (message holds the remedy) or "skip" (message says why)."""
-
-    name: str
-    status: str
-    message: str
-
-
 LIMIT_BYTES = 16_000_000  # decimal: 16 MB, not 16 MiB
 LIMIT_SECONDS = 600.0  # training with calibration, and again evaluation
 TRACKS = ("10min_16mb", "non_record_16mb")
 OFFICIAL_DOCUMENTS = 50_000
 LEAKY_SHARDS = 1000  # more are shards of 10M tokens, of a preparation script that left most of validation in train
+
 
 class DataSet(NamedTuple):
     """A validation split that published logs name: its tokens as they count them, and bytes of text per token."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from records.script import as_variable
+from records.reading.script import as_variable
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,14 +10,15 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from records.checks import (
+from records.checking.result import CheckResult
+from records.reading.folder import Folder, claimed_bpb, is_number, means, near, tolerance
+from records.reading.rules import (
     DATA_SETS,
     FORBIDDEN,
     LIMIT_BYTES,
     LIMIT_SECONDS,
     OFFICIAL_DOCUMENTS,
     SAME_RATIO,
-    CheckResult,
     bytes_per_token,
     data_set,
     is_leaky,
@@ -25,10 +26,9 @@ from records.checks import (
     promises,
     uses,
 )
-from records.folder import Folder, claimed_bpb, is_number, means, near, tolerance
-from records.freeze import named
-from records.runs import SAME_COUNTS, SAME_FACTS, RunLog, unlike
-from records.statistics import compare, described, read_baseline, summarize
+from records.reading.runs import SAME_COUNTS, SAME_FACTS, RunLog, unlike
+from records.reading.script import named
+from records.reading.statistics import compare, described, read_baseline, summarize
 
 SEEDS_FOR_A_RECORD = 3
 LONGEST_STEP = 2.0  # a last step over the mean of the run: published logs reach 1.6

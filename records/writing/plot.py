@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from records import ToolError
-from records.runs import LOG_SUFFIXES, Mark, Point, RunLog, read_run
+from records.reading.runs import LOG_SUFFIXES, Mark, Point, RunLog, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from records.checks import OFFICIAL_DOCUMENTS, CheckResult
-from records.folder import Folder
-from records.runs import read_text
-from records.script import names_read, syntax, unpacked
+from records.checking.result import CheckResult
+from records.reading.folder import Folder
+from records.reading.rules import OFFICIAL_DOCUMENTS
+from records.reading.runs import read_text
+from records.reading.script import names_read, syntax, unpacked
 
 SCHEMA = Path(__file__).with_name("submission.schema.json")
 PATHS = ("DATA_PATH", "DATA_DIR", "TOKENIZER_PATH")
