@@ -13,8 +13,8 @@ pytest.importorskip("matplotlib", reason="plots need requirements-dev.txt")
 from matplotlib.image import imread
 
 from records.__main__ import main
-from records.writing.plot import PALE, XAxis, cluster, draw, read_curves, smooth
 from records.reading.runs import Mark, read_run
+from records.writing.plot import PALE, XAxis, cluster, draw, read_curves, smooth
 
 STEPS = 200
 CONFIG = {"event": "config", "sha256": "0", "torch": "2", "device": "cpu", "world_size": 1, "values": {"seed": 1},
