@@ -38,7 +38,7 @@ from records.reading.rules import is_leaky, promises
 from records.reading.runs import config_hash, read_run
 from records.reading.script import names_read, unpacked
 from records.reading.statistics import Baseline, compare, one_sided, read_baseline, summarize
-from records.writing import seeds
+from records.writing import leaderboard, seeds
 from records.writing import submission as submission_runs
 from records.writing.freeze import bake
 
@@ -1136,7 +1136,8 @@ def test_unpacked(compress: Callable[[bytes], bytes], encode: Callable[[bytes], 
     assert unpacked(wrapper) == source and unpacked(source) is None and unpacked("def f(:") is None
 
 
-def test_table(submission: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_table(submission: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+               monkeypatch: pytest.MonkeyPatch) -> None:
     """The board lists the folder, best first; folders without a score are named."""
     root = tmp_path / "records"
     for name, bpb in (("2026-01-02_Worse", 9.5), ("2026-01-03_Best", 0.9)):
@@ -1153,6 +1154,11 @@ def test_table(submission: Path, capsys: pytest.CaptureFixture[str], tmp_path: P
     claim(**nothing, name="x" * 99)(root / "track_10min_16mb/2026-01-02_Worse")
     assert main(["table", "--root", str(root)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "x" * 99 in line]  # whole in a pipe
+    monkeypatch.setattr(leaderboard, "WIDTH_OF_A_PIPE", 80)
+    claim(name="[bold] of Differential Payloads")(root / "track_10min_16mb/2026-01-03_Best")
+    assert main(["table", "--root", str(root)]) == 0
+    words = capsys.readouterr().out.split()
+    assert {"[bold]", "Differential", "Payloads,"} <= {*words} and "author" in words  # whole words in a narrow terminal
     runs = [read_run(log) for log in submission.glob("*.log")]
     told = f"{np.mean([run.score.val_bpb for run in runs]):.4f}", f"{max(run.total_bytes for run in runs):,}"
     assert all(text in line for text in told)
