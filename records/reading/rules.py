@@ -15,18 +15,19 @@ LEAKY_SHARDS = 1000  # more are shards of 10M tokens, of a preparation script th
 
 
 class DataSet(NamedTuple):
-    """A validation split that published logs name: its tokens as they count them, and bytes of text per token."""
+    """A validation split that published logs name: its tokens as they count them, and their bytes and vocabulary."""
 
     name: str
     tokens: int
     bytes_per_token: float
+    vocabulary: int
 
 
 DATA_SETS = (
-    DataSet("sp1024", 62_021_846, 2.43593), DataSet("sp1024 of March 17", 63_780_000, 2.44230),
-    DataSet("sp4096", 45_508_608, 3.31967), DataSet("sp4096", 45_514_752, 3.31928),
-    DataSet("sp8192", 40_540_803, 3.72664), DataSet("sp8192 CaseOps", 47_853_344, 3.15735),
-    DataSet("byte260", 151_130_891, 0.99967), DataSet("raw bytes", 151_080_891, 1.0),
+    DataSet("sp1024", 62_021_846, 2.43593, 1024), DataSet("sp1024 of March 17", 63_780_000, 2.44230, 1024),
+    DataSet("sp4096", 45_508_608, 3.31967, 4096), DataSet("sp4096", 45_514_752, 3.31928, 4096),
+    DataSet("sp8192", 40_540_803, 3.72664, 8192), DataSet("sp8192 CaseOps", 47_853_344, 3.15735, 8192),
+    DataSet("byte260", 151_130_891, 0.99967, 260), DataSet("raw bytes", 151_080_891, 1.0, 256),
 )  # fmt: skip
 TAIL_TOKENS = 32_768  # by so much may a count be smaller: logs cut the tail to whole sequences
 SAME_RATIO = 2e-4  # how far published scores lie from their set's bytes per token, relative, less their own rounding
