@@ -27,9 +27,9 @@ CODE = (".py", ".pyc", ".so", ".zip", ".cpp", ".cu")
 # What a script may name without using it as code: the tokenizer, texts, pictures, and other forms of itself.
 KNOWN_FILES = re.compile(r"\.(model|vocab|md|log|txt|png|svg|sh|tsv|csv)$|^submission.*\.json$|tokenizer|"
                          r"^train_gpt_(human|decode)\.py$")
-VAL_DOCUMENTS = re.compile(r"(?i)((?:--)?\b(?:num[-_]|n[-_]|max[-_])?(?:val|valid|validation|eval)[-_](?:num[-_])?"
-                           r"doc(?:ument)?s?(?:[-_](?:count|num))?)\b(?:[^)\n]*?\bdefault *= *|[\"']? *(?:: *int *)?[:= ] *)"
-                           r"(\d[\d_,]*)")
+VAL_DOCUMENTS = re.compile(
+    r"(?i)((?:--)?\b(?:num[-_]|n[-_]|max[-_])?(?:val|valid|validation|eval)[-_](?:num[-_])?doc(?:ument)?s?"
+    r"(?:[-_](?:count|num))?)\b(?:[^)\n]*?\bdefault *= *|[\"']? *(?:: *int *)?[:= ] *)(\d[\d_,]*)")
 SOURCE_KEPT = r"linecache|\bopen\(|write_text|write_bytes|import_module|run_path|spec_from"  # inspect finds the source
 COMMAND = re.compile(r"(torchrun|python[\d.]*|accelerate|deepspeed)\b.*\btrain\w*\.py|train_gpt\.py|"
                      r"\b(ba)?sh +\S*\w+\.sh\b")  # or a script of the folder's that starts it

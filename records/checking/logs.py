@@ -100,8 +100,9 @@ def score_ratio(folder: Folder) -> CheckResult:
     if not found:
         return CheckResult(name, "skip", "no score with both val_loss and val_bpb")
     wanted = expected or {f"{known.name}, {known.tokens} tokens": known.bytes_per_token for known in DATA_SETS}
-    odd = min(({where: ratio for where, (ratio, inexact) in found.items() if abs(ratio / right - 1) > SAME_RATIO + inexact}
-               for right in wanted.values()), key=len)  # one set for all scores of a folder
+    odds = ({where: ratio for where, (ratio, inexact) in found.items() if abs(ratio / right - 1) > SAME_RATIO + inexact}
+            for right in wanted.values())
+    odd = min(odds, key=len)  # one set for all scores of a folder
     right = ", ".join(f"{value:.4f} ({what})" for what, value in wanted.items())
     if odd and (expected or folder.is_record_track):
         where, ratio = next(iter(odd.items()))
@@ -128,8 +129,9 @@ def untouched(folder: Folder, run: RunLog) -> CheckResult:
     last = [point for point in run.val[-1:] if point.step and run.score]
     for point in last if folder.is_record_track else ():
         if run.score.val_loss < BEST_EVALUATION * point.loss:
-            found.append(f"{run.score.name} has {run.score.val_loss:.4f} nats, {run.score.val_loss / point.loss - 1:.0%} "
-                         f"against the {point.loss:.4f} of the last validation; evaluation has never gained 3%")
+            found.append(f"{run.score.name} has {run.score.val_loss:.4f} nats, "
+                         f"{run.score.val_loss / point.loss - 1:.0%} against the {point.loss:.4f} of the last "
+                         "validation; evaluation has never gained 3%")
     if found:
         return CheckResult(name, "fail", f"{'; '.join(found[:3])}: ship the log as the run wrote it")
     if not (run.train or run.val):
@@ -400,8 +402,9 @@ def seeds(folder: Folder) -> Iterator[CheckResult]:
     found = [run.seed for run in folder.claimed]
     known = [seed for seed in found if seed is not None]
     scored = {str(seed): folder.seed_results.get(str(seed), {}).get("val_bpb") for seed in folder.claimed_seeds}
+    unnamed = [run.score.val_bpb for run in folder.claimed if run.score and str(run.seed) not in scored]
     proven = {int(seed) for seed, bpb in scored.items()  # the log of its score may name another seed
-              if any(run.score and near(bpb, run.score.val_bpb) for run in folder.claimed)}
+              if any(near(bpb, logged) for logged in unnamed)}
     missing = sorted(set(folder.claimed_seeds) - set(known) - proven) if known else []
     double = sorted({seed for seed in known if known.count(seed) > 1})
     if missing and (len(found) < len(folder.claimed_seeds) or any(scored[str(seed)] for seed in missing)):

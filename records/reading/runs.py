@@ -27,7 +27,8 @@ DIAGNOSTIC = re.compile(r"diagnostic|pre.?quant|post_ema|before|^swa|^ema", re.I
 SOURCE_END = re.compile(r"^={100}$", re.MULTILINE)
 RUN_START = re.compile(r"^(?:source: sha256:[0-9a-f]{64} .*\n)?Running Python \d", re.MULTILINE)
 STEP_LINE = r"^(?:step:)?\d+/\d+ (?:train|val)_loss"
-STAMP = re.compile(r"^\[?(?:\d{10}\.\d+|\d{4}-\d\d-\d\d[T ][\d:.,]+Z?)\]? ", re.MULTILINE)  # of a console that was captured
+# What a console that was captured puts before every line.
+STAMP = re.compile(r"^\[?(?:\d{10}\.\d+|\d{4}-\d\d-\d\d[T ][\d:.,]+Z?)\]? ", re.MULTILINE)
 RESUMED = r"^resumed: step:(\d+) train_time:(\d+)ms of which lost:(\d+)ms$"
 
 # name of the quantity -> pattern with one group; of several matches the last counts
@@ -64,7 +65,8 @@ PRE_QUANT_TTT = (rf"(?i)^(?! )(.*(?:\bpre[\W_]?{MADE}[\W_]*{LEARNS}|\b{LEARNS}{B
                  r"(?!.*\b(?:\w*enabled|epochs)?[:=] ?(?:0|false|none|off)\b).*)$")
 # Loading, compiling and counting for the evaluation, after the artifact's size; what is timed with a score is not it.
 OFF_THE_CLOCK = (r"(?im)^(?!.*(?:eval_time|val_bpb|\.py\b))(?:.*[^a-z])?(?:deserializ|decompress|dequantiz|load|compil|"
-                 r"warm.?up|precomput|prefill|pre-?build)\w*\b.*?\b(?:done|took|finished|in|elapsed|after)\W+([\d.]+) ?(ms|s)\b")
+                 r"warm.?up|precomput|prefill|pre-?build)\w*\b.*?\b(?:done|took|finished|in|elapsed|after)\W+"
+                 r"([\d.]+) ?(ms|s)\b")
 ARTIFACT_LINE = r"^(?:Serialized model|Total submission size) ?\S.*\d+ bytes"
 EVALUATED = re.compile(r"^(.*?)\b(?:eval|ttt|adapt|scor)\w*time[:=] ?([\d.]+) ?(ms|s)\b", re.IGNORECASE)
 PART = re.compile(r"\b(?:part|phase|half|pass|chunk|block|group|round)[ _:-]?\d", re.IGNORECASE)
@@ -478,7 +480,7 @@ def seconds_at(clock: Mapping[int, float], step: int) -> float:
 
 
 def read_scores(run: RunLog, text: str) -> None:
-    """Named scores in the order logged; an exact line takes the place of the rounded one before it, which it must be."""
+    """Named scores in the order logged; an exact line takes the place of the rounded one before it."""
     shown: list[str] = []
     for line in text.splitlines():
         found = SCORE.match(line)
