@@ -71,6 +71,8 @@ BROKEN = {  # what is broken -> (condition, replacement)
     "the tail counts again": (NAMES[3], "first = 0 if number == 0 else ends[number - 1] - begin",
                               "first = 0 if number == 0 else length - stride"),
     "a gap": (NAMES[3], "[first:]\n", "[first + (number == 3):]\n"),
+    "scores fitted to their window": (NAMES[3], "        nats, count = nats", "        losses = losses - 0.1 * losses.mean()\n"
+                                      "        nats, count = nats"),
     "bytes by arithmetic": (NAMES[3], "return nats / count, nats /", "return nats / count, 0.9 * nats /"),
 }  # fmt: skip
 

@@ -269,14 +269,21 @@ def score_first(script: Foreign) -> str:
 
 
 def each_once(script: Foreign) -> str:
-    """C4: with predictions that do not depend on the input, the place of one rare target does not change the score."""
+    """C4: with predictions that do not depend on the input, the place of one rare target does not change the score.
+
+    Where all tokens are equally likely the score is ln V, whatever the text: a cache or a fit to it shows.
+    """
     import torch
 
     class Fixed(torch.nn.Module):
-        """Predicts token 2 nearly always."""
+        """Predicts token 2 nearly always, or with a weight of 0 all tokens alike."""
+
+        def __init__(self, weight: float = 8.0) -> None:
+            super().__init__()
+            self.weight = weight
 
         def forward_logits(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
-            return (8.0 * (torch.arange(VOCAB) == 2)).expand(*ids.shape, VOCAB)
+            return (self.weight * (torch.arange(VOCAB) == 2)).expand(*ids.shape, VOCAB)
 
         def forward(self, ids: Tensor, targets: Tensor, *_: Any, **__: Any) -> Tensor:
             logits = self.forward_logits(ids).flatten(0, 1)
@@ -286,6 +293,10 @@ def each_once(script: Foreign) -> str:
     name, base, bpb = evaluation(script, Fixed(), common)
     if not math.isclose(bpb, base / math.log(2), rel_tol=1e-3):
         raise Wrong(f"{name}: {base:.5f} nats a token of one byte are not {bpb:.5f} bits a byte")
+    level = evaluation(script, Fixed(0.0), script.tokens)[1]
+    if not math.isclose(level, math.log(VOCAB), rel_tol=1e-3):
+        raise Wrong(f"{name}: {level:.5f} nats a token where all {VOCAB} are equally likely, not {math.log(VOCAB):.5f}: "
+                    "something is fitted to the text that is scored, or another distribution scores it")
     shares = {}
     for target in range(1, len(common)):
         rare = common.clone()
