@@ -2,7 +2,7 @@
 
 Data            recipes/ and track_*/
 What reads      reading: runs (logs), script (without running it), folder (a submission), statistics, rules
-What checks     checking: check (files, logs, and legality, which runs scripts with whole_run and foreign), doctor
+What checks     checking: check (files, logs, and legality with branches, whole_run, foreign), doctor
 What writes     writing: seeds (freeze, pack, guard), new (submission, readme), plot, leaderboard
 
 Imports point to the left in: this file, reading, then checking or writing, which know nothing of each other; only

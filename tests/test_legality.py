@@ -120,6 +120,13 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
     "validation among the training shards": ({WHOLE}, {
         SHARDS: f"    if split == 'train':\n        return paths + shard_paths(cfg, 'val')\n{SHARDS}"}),
     "trained early on official data": ({WHOLE}, learned_early("'fineweb10B' in str(cfg.shard_folder)")),
+    "trained early where the clock runs": ({WHOLE}, learned_early("cfg.max_wallclock_seconds")),
+    "trained early in long trainings": ({WHOLE}, learned_early("cfg.iterations > 100")),
+    "trained early on long texts": ({WHOLE}, learned_early("validation.targets > 100_000")),
+    "SLOT on several ranks": ({WHOLE}, slot("run.ranks.world > 1")),
+    "SLOT on a GPU": ({WHOLE}, slot('device.type == "cuda"')),
+    "SLOT under torchrun": ({WHOLE}, slot('"LOCAL_RANK" in os.environ')),
+    "SLOT in big models": ({WHOLE}, slot("sum(p.numel() for p in model.parameters()) > 10_000_000")),
     "weights in a file beside the artifact": ({WHOLE}, {
         EXPORTED: f"    torch.save(trained.average, 'logs/side.pt')\n{EXPORTED}",
         LOADED: f"{LOADED}        beside = Path('logs/side.pt')\n"
@@ -244,6 +251,8 @@ SOUND: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {  # condition th
                     "self.labels[n - 1][positions - 1]\n": "self.labels[n - 1][positions - 1] % 4093\n"}),
     "a file beside the artifact that nothing reads": (WHOLE, {}, {
         EXPORTED: f"    torch.save(trained.average, 'logs/side.pt')\n{EXPORTED}"}),
+    "a batch moved to the GPU": (WHOLE, {}, {SCORED: "        if device.type == 'cuda':\n            counted = nll\n"
+                                                     + SCORED}),
     "another order of batches": (C1, {}, {"in plan.split(batch) if": "in reversed(plan.split(batch)) if"}),
     "no byte but those of the text": (BYTES, {}, UNTESTED),
 }  # fmt: skip

@@ -32,10 +32,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from records import REPOSITORY, ToolError
-from records.checking import foreign, whole_run
+from records.checking import branches, foreign, whole_run
 from records.checking.result import CheckResult
 from records.reading.runs import read_run
-from records.reading.script import as_variable, unpacked
+from records.reading.script import as_variable, syntax, unpacked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -742,6 +742,9 @@ def check_bytes(subject: Subject) -> str:
 
 def check_whole_run(subject: Subject) -> str:
     """Train, export and evaluate in small; again with another validation text; score the artifact alone."""
+    text = Path(subject.script.__file__).read_text(encoding="utf-8")
+    if fault := branches.fault(syntax(unpacked(text) or text)):
+        raise Illegal(fault)
     with whole_run.place_to_run(subject.script) as place:
         values, corpus = tiny_values(subject.script, subject.full), place.corpus
         try:

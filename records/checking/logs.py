@@ -407,11 +407,11 @@ def seeds(folder: Folder) -> Iterator[CheckResult]:
               if any(near(bpb, logged) for logged in unnamed)}
     missing = sorted(set(folder.claimed_seeds) - set(known) - proven) if known else []
     double = sorted({seed for seed in known if known.count(seed) > 1})
+    wrong = [f"seed(s) {double} logged twice: every log must be of another seed"] if double else []
     if missing and (len(found) < len(folder.claimed_seeds) or any(scored[str(seed)] for seed in missing)):
-        yield CheckResult("seeds", "fail", f"submission.json names seed(s) {missing} without a log: add "
-                          "train_seed<SEED>.log")
-    elif double:
-        yield CheckResult("seeds", "fail", f"seed(s) {double} logged twice: every log must be of another seed")
+        wrong.append(f"submission.json names seed(s) {missing} without a log: add train_seed<SEED>.log")
+    if wrong:
+        yield CheckResult("seeds", "fail", "; ".join(wrong))
     elif len(found) < SEEDS_FOR_A_RECORD and folder.is_record_track:
         yield CheckResult("seeds", "skip", f"{len(found)} seed(s) {known}: a claim of significance needs "
                           f"{SEEDS_FOR_A_RECORD} (python -m records seeds)")
