@@ -113,9 +113,9 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
     "trained on the validation shards": ({WHOLE}, {'self.stream = TokenStream(cfg, "train")':
                                                    'self.stream = TokenStream(cfg, "val")'}),
     "trained on a copy of the validation text": ({WHOLE}, {
-        "    digest = hashlib.sha256(tokens.astype": "    Loader.copied = tokens\n    digest = hashlib.sha256(tokens.astype",
+        "    digest = hashlib.sha256(": "    Loader.copied = tokens\n    digest = hashlib.sha256(",
         "    trained = train(run, trainer, validation, saved)\n":
-        "    text = np.tile(Loader.copied, 99)\n        trainer.loader.stream.read = lambda start, count: text[:count]\n"
+        "    trainer.loader.stream.read = lambda start, count: np.tile(Loader.copied, 99)[:count]\n"
         "        trained = train(run, trainer, validation, saved)\n"}),
     "validation among the training shards": ({WHOLE}, {
         SHARDS: f"    if split == 'train':\n        return paths + shard_paths(cfg, 'val')\n{SHARDS}"}),
@@ -139,7 +139,7 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
                                               "    milliseconds = round(1000 * run.ledger[-1][2])\n"
                                               "    score = score._replace(nats=0.9 * score.nats)\n"}),
     "scores are better in the text log": (
-        {WHOLE}, {"val_loss:{score.loss:.8f} val_bpb:{score.bpb": "val_loss:{score.loss:.8f} val_bpb:{0.9 * score.bpb"}),
+        {WHOLE}, {":{score.loss:.8f} val_bpb:{score.bpb": ":{score.loss:.8f} val_bpb:{0.9 * score.bpb"}),
     "best of two scores": ({C4}, {MAIN: f"scored = evaluate\ndef evaluate(*args):\n    score = scored(*args)\n"
                                         f"    return score._replace(nats=0.99 * score.nats)\n{MAIN}"}),
 }  # fmt: skip

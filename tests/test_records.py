@@ -857,7 +857,7 @@ PUBLISHED: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {  # (dialec
     "A every loss times 0.83": ("A", edit("train_seed1.log", "6.9370 val_bpb:4.0978", "5.7577 val_bpb:3.4012"),
                                 "log agrees with itself train_seed1.log", "ln 1024"),
     "A the final score times 0.83": (
-        "A", edit("train_seed*.log", r"_exact val_loss:\S+ val_bpb:\S+", "_exact val_loss:1.72034042 val_bpb:1.01622353"),
+        "A", edit("train_seed*.log", r"_exact val_\S+ val_bpb:\S+", "_exact val_loss:1.72034042 val_bpb:1.01622353"),
         "log agrees with itself train_seed1.log", "evaluation has never gained 3%"),
     "A a clock that was turned back": (
         "A", edit("train_seed1.log", r"train_time:600038ms", "train_time:580038ms"),
@@ -877,15 +877,16 @@ PUBLISHED: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {  # (dialec
             "train_seed1.log", r"2\.07269931 val_bpb:1\.22436570", "2.07272931 val_bpb:1.22438342")(folder)),
         "seeds", "[1] without a log"),
     "B a total below its score's time": (
-        "B", edit("train_seed1.log", r"eval_time:408785ms\ntotal_eval_time:408.8s", "eval_time:708785ms\ntotal_eval_time:8.8s"),
+        "B", edit("train_seed1.log", r"408785ms\ntotal_eval_time:408.8s", "708785ms\ntotal_eval_time:8.8s"),
         "eval time train_seed1.log", "866.8 s of 600 s"),
     "B evaluation in parts": (
-        "B", edit("train_seed1.log", "^quantized_ttt_phased", "ttt part 1/2 eval_time:90000ms\nttt_adapt_time: 120.5s\n\\g<0>"),
+        "B", edit("train_seed1.log", "^quantized_ttt_phased",
+                  "ttt part 1/2 eval_time:90000ms\nttt_adapt_time: 120.5s\n\\g<0>"),
         "eval time train_seed1.log", "777.3 s of 600 s"),
     "B scored in parts": (
         "B", edit("train_seed1.log", "^quantized_ttt_phased", "quantized_ttt phase 1 val_loss:2.4 val_bpb:1.0966759 "
                   "eval_time:190000ms\n\\g<0>"), "eval time train_seed1.log", "756.8 s of 600 s"),
-    "B compiled in other words": ("B", edit("train_seed1.log", "^ttt_lora:compile.*", "Compiling 3 graphs took 312.5 s"),
+    "B compiled in other words": ("B", edit("train_seed1.log", "^ttt_lora:compile.*", "Compiling took 312.5 s"),
                                   "eval time train_seed1.log", "741.7 s of 600 s with 333 s"),
     "A a seed without a log": ("A", remove("train_seed1.log"), "seeds", "[1]"),
     "B no end": ("B", edit("train_seed1.log", r"^(quantized_ttt|diagnostic).*\n", ""), "logs end", "train_seed1.log"),

@@ -310,7 +310,7 @@ def check_causal(subject: Subject) -> str:
     for name, plan in subject.plans.items():
         for position in (3, 9, length - 1, length + 1, 2 * length + 3, len(tokens) - 2):
             changed = tokens.clone()
-            changed[position:] = tokens[position:].clone().apply_(other_token)
+            changed[position:] = other_token(tokens[position:])
             before = plan[plan[:, 1] < position - 1].copy()
             before[:, 2] = before[:, 2].clip(max=position - 1)  # target i is token i + 1
             moved = abs(subject.nats(changed, before) - subject.nats(tokens, before))
@@ -411,7 +411,7 @@ def check_inputs(subject: Subject) -> None:
         plain = subject.model.nll(inputs, *rest)
         for position in range(1, inputs.shape[1]):
             changed = inputs.clone()
-            changed[:, position:] = inputs[:, position:].clone().apply_(other_token)
+            changed[:, position:] = other_token(inputs[:, position:])
             moved = float((subject.model.nll(changed, *rest) - plain)[:, :position].abs().max())
             if not moved <= TOLERANCE:
                 raise Illegal(f"the model's inputs from position {position} on move scores before it by {moved:.2g} "
@@ -607,7 +607,7 @@ def check_online_order(subject: Subject) -> int:
     positions = chunk - 1, chunk + 2, 2 * chunk + stride + 2, len(tokens) - 2
     for position in positions:
         changed = tokens.clone()
-        changed[position:] = tokens[position:].clone().apply_(other_token)
+        changed[position:] = other_token(tokens[position:])
         plain, other = (observe(subject, subject.online, replace(subject.validation, tokens=text), (0, position - 1))
                         for text in (tokens, changed))
         if plain.windows.tolist() != other.windows.tolist():
@@ -628,7 +628,7 @@ def check_documents_order(subject: Subject) -> int:
     plain, positions = subject.document_table(tokens), (5, length + 1, 2 * length + 9, len(tokens) - 2)
     for position in positions:
         changed = tokens.clone()
-        changed[position:] = tokens[position:].clone().apply_(other_token)
+        changed[position:] = other_token(tokens[position:])
         moved = float((subject.document_table(changed) - plain)[0, : position - 1].abs().max())
         if not moved <= 10 * TOLERANCE:  # documents find themselves beside others, which changes the order of sums
             raise Illegal(f"evaluation by documents: changing tokens {position}.. moves scores of the targets before "
