@@ -295,8 +295,8 @@ def each_once(script: Foreign) -> str:
         raise Wrong(f"{name}: {base:.5f} nats a token of one byte are not {bpb:.5f} bits a byte")
     level = evaluation(script, Fixed(0.0), script.tokens)[1]
     if not math.isclose(level, math.log(VOCAB), rel_tol=1e-3):
-        raise Wrong(f"{name}: {level:.5f} nats a token where all {VOCAB} are equally likely, not {math.log(VOCAB):.5f}: "
-                    "something is fitted to the text that is scored, or another distribution scores it")
+        raise Wrong(f"{name}: {level:.5f} nats a token where all {VOCAB} are alike, not ln {VOCAB}: something is "
+                    "fitted to the text that is scored, or another distribution scores it")
     shares = {}
     for target in range(1, len(common)):
         rare = common.clone()
