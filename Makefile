@@ -62,5 +62,5 @@ logs/demo.jsonl: train_gpt.py $(demo_recipe) $(demo)/.complete | $(installed)
 	rm -f $(demo_log) $@
 	RECIPE=$(demo_recipe) RUN_ID=demo DATA_PATH=$(demo_dataset) TOKENIZER_PATH=$(demo_tokenizer) $(python) train_gpt.py
 
-logs/demo.png: logs/demo.jsonl records/plot.py
+logs/demo.png: logs/demo.jsonl records/writing/plot.py
 	$(python) -m records plot logs/demo.jsonl -o $@

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 import train_gpt as t
-from records.runs import read_events
+from records.reading.runs import read_events
 
 ROOT = Path(t.__file__).resolve().parent
 

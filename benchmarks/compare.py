@@ -61,7 +61,7 @@ from benchmarks.common import (
     shown,
     start,
 )
-from records.runs import config_hash
+from records.reading.runs import config_hash
 
 RECIPES = ROOT / "records" / "recipes"
 BASE = {"MAX_WALLCLOCK_SECONDS": "60", "WARMUP_STEPS": "5", "VAL_LOSS_EVERY": "0", "TRAIN_LOG_EVERY": "50",

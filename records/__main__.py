@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from records import ToolError, check, doctor, leaderboard, new, pack, plot, seeds
+from records import ToolError
+from records.checking import check, doctor
+from records.writing import leaderboard, new, pack, plot, seeds
 
 
 class Command(NamedTuple):

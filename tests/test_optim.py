@@ -426,7 +426,7 @@ def worlds_variables(world: int, corpus: dict[str, str]) -> dict[str, str]:
     """
     return tiny_env(**corpus, **FIVE_LAYERS, TRAIN_BATCH_TOKENS=384, GRAD_ACCUM_STEPS=2 if world == 1 else 1,
                     GPTQ_CALIBRATION_BATCHES=6, VAL_BATCH_SIZE=200, POLAR_EXPRESS=0, MUON_RAILS_AT=0.5,
-                    BETA2=0.95)  # fmt: skip
+                    BETA2=0.95, MUON_MOMENTUM=0.99, MUON_WD=0.04, EMBED_WD=0.04)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

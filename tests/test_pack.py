@@ -1,4 +1,4 @@
-"""records/pack.py: the packed script is the same program, and everything that reads sources still finds them."""
+"""records/writing/pack.py: the packed script is the same program, and everything that reads sources still finds them."""
 
 import ast
 import hashlib
@@ -19,7 +19,7 @@ from conftest import tiny_env
 import train_gpt as t
 from records import ToolError
 from records.__main__ import main
-from records.pack import STUB_LINES, cut_docstrings, pack, same_code, strip, unpack, without_docstrings
+from records.writing.pack import STUB_LINES, cut_docstrings, pack, same_code, strip, unpack, without_docstrings
 
 SOURCE = Path(t.__file__).read_text(encoding="utf-8")
 FINAL = r"(?m)^final_.*_exact .*$"

@@ -28,16 +28,19 @@ import torch
 pytest.importorskip("scipy", reason="the records tool needs requirements-dev.txt")
 
 from conftest import tiny_env, write_shard
-from records import ToolError, doctor, folder_checks, overlap, seeds
-from records import submission as submission_runs
+from records import RECORDS, ToolError
 from records.__main__ import main
-from records.check import check_folder
-from records.checks import CheckResult, is_leaky, promises
-from records.folder import Folder
-from records.freeze import bake
-from records.runs import config_hash, read_run
-from records.script import names_read, unpacked
-from records.statistics import Baseline, compare, one_sided, read_baseline, summarize
+from records.checking import doctor, files, overlap
+from records.checking.check import check_folder
+from records.checking.result import CheckResult
+from records.reading.folder import Folder
+from records.reading.rules import is_leaky, promises
+from records.reading.runs import config_hash, read_run
+from records.reading.script import names_read, unpacked
+from records.reading.statistics import Baseline, compare, one_sided, read_baseline, summarize
+from records.writing import leaderboard, seeds
+from records.writing import submission as submission_runs
+from records.writing.freeze import bake
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 LAUNCH = ["--", sys.executable, "train_gpt.py"]
@@ -177,7 +180,7 @@ def test_a_series_has_one_owner(at_work: Path, capsys: pytest.CaptureFixture[str
 STARTER = """
 import os, sys
 from pathlib import Path
-from records import seeds
+from records.writing import seeds
 os.chdir(sys.argv[1])
 program = "import os, time; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'started'); time.sleep(60)"
 with seeds.owned("tiny") as lock:
@@ -252,7 +255,7 @@ def test_new_folder(submission: Path, workplace: Path) -> None:
     run = read_run(submission / "train_seed42.log")
     assert data["seed_results"]["42"]["val_bpb"] == run.score.val_bpb and f"{data['val_bpb']:.4f}" in page
     assert data["bytes_code"] == (submission / "train_gpt.py").stat().st_size == run.code_bytes
-    assert folder_checks.command_variables(page) == ["DATA_PATH", "TOKENIZER_PATH", "SEED"]
+    assert files.command_variables(page) == ["DATA_PATH", "TOKENIZER_PATH", "SEED"]
     assert re.search(r"\| `NUM_LAYERS` \| `11` \| `4` \|", page), "what changed against the repository's defaults"
     assert f"torch=={run.facts['torch'].split('+')[0]}" in (submission / "requirements.txt").read_text()
     told = data["compliance"]
@@ -313,7 +316,7 @@ def test_new_folder_passes(submission: Path, capsys: pytest.CaptureFixture[str])
     assert "0 failed" in said and "fail " not in said
 
 
-COMMITTED = sorted((Path(__file__).parents[1] / "records").glob("track_*/*/"))
+COMMITTED = sorted(RECORDS.glob("track_*/*/"))
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=[folder.name for folder in COMMITTED])
@@ -337,12 +340,12 @@ def test_packed_script_repeats_the_score(submission: Path, corpus: dict[str, str
     shutil.copyfile(tmp_path / "logs/again.pgolf", folder / "model.pgolf")
     assert not failures(folder)
     shell = {**env, "DATA_PATH": os.path.relpath(corpus["DATA_PATH"]), "EVAL_STRIDE": "8", "NUM_LAYERS": "3"}
-    (result,) = folder_checks.score_again(Folder(folder), shell)  # variables of the caller's shell change nothing
+    (result,) = files.score_again(Folder(folder), shell)  # variables of the caller's shell change nothing
     assert result.status == "pass", result.message
     damaged = bytearray((folder / "model.pgolf").read_bytes())
     damaged[len(damaged) // 2] ^= 255
     (folder / "model.pgolf").write_bytes(damaged)
-    (result,) = folder_checks.score_again(Folder(folder), shell)
+    (result,) = files.score_again(Folder(folder), shell)
     assert result.status == "fail" and result.name == "re-evaluation model.pgolf" and "ship the artifact" in (
         result.message) or "not this script's" in result.message
 
@@ -440,6 +443,16 @@ def import_helper(folder: Path) -> None:
     (folder / "train_gpt.py").write_text("import helper\n")
 
 
+def beside(name: str, text: str, line: str = "") -> Callable[[Path], None]:
+    """A file in the folder, and a line of the script that uses it."""
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+        if line:
+            (folder / "train_gpt.py").write_text(f"import importlib, json\n{line}\n")
+    return change
+
+
 def mebibytes(folder: Path) -> None:
     total = json.loads((folder / "submission.json").read_text())["bytes_total"]
     edit("README.md", r"~\S+ MB", f"~{total / 2**20:.3f} MB")(folder)
@@ -526,6 +539,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {  # what is wrong -
                   "not in the folder: train_gpt_sweep.py"),
     "repository import": (overwrite("train_gpt.py", b"from records import plot\n"), "self-contained", "records"),
     "helper file": (import_helper, "self-contained", "helper.py"),
+    "helper loaded by name": (beside("helper.py", "", "importlib.import_module('hel' + 'per')"), "self-contained",
+                              "helper.py"),
+    "helper run by path": (beside("tools/more.py", "", "exec(open('tools/more.py').read())" + "\n#" * 2000),
+                           "self-contained", "more.py"),
+    "helper package": (beside("extra/__init__.py", "", "import extra"), "self-contained", "extra"),
+    "sitecustomize": (beside("sitecustomize.py", "import torch\n"), "self-contained", "sitecustomize.py"),
+    "a table that nothing counts": (beside("ngrams.npz", "x", "open('ngrams.npz')"), "self-contained", "ngrams.npz"),
     "human file is another": (edit("train_gpt_human.py", "^def lr_scale_at", "def other"), "packed code", "lr_scale"),
     "log key lies": (edit("train_seed7.log", "final_int6_roundtrip", "final_int8_zlib_roundtrip"),
                      "log keys train_seed7.log", "final_int8_zlib_roundtrip"),
@@ -560,6 +580,15 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {  # what is wrong -
     "most of validation in train": (
         overwrite("prepare_data.py", b'parser.add_argument("--val-docs", type=int, default=10_000, help="x")\n'),
         "data preparation prepare_data.py", "leaves 40000 of the 50000"),
+    "most of validation in train, by another script": (beside("make_shards.py", "NUM_VAL_DOCS = 10_000\n"),
+                                                       "data preparation make_shards.py", "leaves 40000 of the 50000"),
+    "most of validation in train, by a starter": (beside("run_all.sh", "python tokenize.py --num-val-docs=2500\n"),
+                                                  "data preparation run_all.sh", "leaves 47500"),
+    "an exact score that is not its rounded one": (
+        edit("train_seed7.log", r"(sliding_window_exact val_loss:)\d(\S+ val_bpb:)\d", r"\g<1>1\g<2>1"),
+        "log agrees with itself train_seed7.log", "its rounded line"),
+    "training ends before its last step": (edit("train_seed7.log", r"^budget train: [\d.]+s", "budget train: 0.0s"),
+                                           "log agrees with itself train_seed7.log", "training ends at 0 ms"),
     "one seed more than claimed": (lambda folder: (folder / "train_seed8.log").write_text(
         (folder / "train_seed7.log").read_text().replace("seed:7", "seed:8").replace("seed: 7", "seed: 8")
         .replace("val_bpb:4", "val_bpb:5")), "score val_bpb", "mean of 3 log(s)"),
@@ -825,6 +854,40 @@ PUBLISHED: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {  # (dialec
                                  "score of seed 1", "copy the log's number"),
     "B score is not the log's": ("B", edit("train_seed1.log", "val_bpb:1.05989454", "val_bpb:1.06989454"),
                                  "score of seed 1", "copy the log's number"),
+    "A every loss times 0.83": ("A", edit("train_seed1.log", "6.9370 val_bpb:4.0978", "5.7577 val_bpb:3.4012"),
+                                "log agrees with itself train_seed1.log", "ln 1024"),
+    "A the final score times 0.83": (
+        "A", edit("train_seed*.log", r"_exact val_\S+ val_bpb:\S+", "_exact val_loss:1.72034042 val_bpb:1.01622353"),
+        "log agrees with itself train_seed1.log", "evaluation has never gained 3%"),
+    "A a clock that was turned back": (
+        "A", edit("train_seed1.log", r"train_time:600038ms", "train_time:580038ms"),
+        "log agrees with itself train_seed1.log", "580038 ms at step 13780 are not"),
+    "A one line of the clock": ("A", edit("train_seed1.log", r"(stopping_early: .*)train_time:600038ms",
+                                          r"\g<1>train_time:590000ms"),
+                                "log agrees with itself train_seed1.log", "training ends at 590000 ms"),
+    "A a step line over the end": ("A", edit("train_seed1.log", r"(^step:13780/.*)train_time:600038ms step_avg:43.54",
+                                             r"\g<1>train_time:646038ms step_avg:46.88"),
+                                   "train time train_seed1.log", "646.0 s of 600 s"),
+    "A one seed's bytes of another tokenizer": (
+        "A", lambda folder: (edit("*.log", "^val_loader.*\n", "")(folder), edit(
+            "train_seed1.log", "val_bpb:1.22436570", "val_bpb:0.80242000")(folder)),
+        "bytes per token", "do not belong to their loss"),
+    "A a claimed seed has another's log": (
+        "A", lambda folder: (edit("train_seed1.log", "^seed:1$", "seed:7")(folder), edit(
+            "train_seed1.log", r"2\.07269931 val_bpb:1\.22436570", "2.07272931 val_bpb:1.22438342")(folder)),
+        "seeds", "[1] without a log"),
+    "B a total below its score's time": (
+        "B", edit("train_seed1.log", r"408785ms\ntotal_eval_time:408.8s", "708785ms\ntotal_eval_time:8.8s"),
+        "eval time train_seed1.log", "866.8 s of 600 s"),
+    "B evaluation in parts": (
+        "B", edit("train_seed1.log", "^quantized_ttt_phased",
+                  "ttt part 1/2 eval_time:90000ms\nttt_adapt_time: 120.5s\n\\g<0>"),
+        "eval time train_seed1.log", "777.3 s of 600 s"),
+    "B scored in parts": (
+        "B", edit("train_seed1.log", "^quantized_ttt_phased", "quantized_ttt phase 1 val_loss:2.4 val_bpb:1.0966759 "
+                  "eval_time:190000ms\n\\g<0>"), "eval time train_seed1.log", "756.8 s of 600 s"),
+    "B compiled in other words": ("B", edit("train_seed1.log", "^ttt_lora:compile.*", "Compiling took 312.5 s"),
+                                  "eval time train_seed1.log", "741.7 s of 600 s with 333 s"),
     "A a seed without a log": ("A", remove("train_seed1.log"), "seeds", "[1]"),
     "B no end": ("B", edit("train_seed1.log", r"^(quantized_ttt|diagnostic).*\n", ""), "logs end", "train_seed1.log"),
     "B pre-quantization TTT": ("B", edit("train_seed1.log", "^ema:.*", "pre-quant TTT: epoch 1/21 loss 2.2"),
@@ -850,6 +913,13 @@ def test_published_breakages(
     breaks(folder)
     failed = failures(folder)
     assert words in failed.get(check, ""), failed
+
+
+def longer(name: str, milliseconds: int = 646_038) -> Callable[[Path], None]:
+    """A run of family A that ends later, in every line."""
+    mean = f"train_time:{milliseconds}ms step_avg:{milliseconds / 13780:.2f}ms"
+    return lambda folder: (edit(name, "train_time:600038ms step_avg:43.54ms", mean)(folder),
+                           edit(name, "train_time:600038ms", f"train_time:{milliseconds}ms")(folder))
 
 
 def series_of(tmp_path: Path, name: str, logs: dict[str, tuple[int, float]], data: dict[str, Any]) -> Path:
@@ -900,7 +970,7 @@ def test_layouts(tmp_path: Path, logs: dict[str, tuple[int, float]], data: dict[
     others = [result.message for result in checked(folder) if result.name == "other logs"]
     left = {Path(name).name for name in logs} - count - {"train.log"}
     assert all(name in "".join(others) for name in left)
-    edit(f"**/{max(count)}", "train_time:600038ms", "train_time:646038ms")(folder)
+    longer(f"**/{max(count)}")(folder)
     assert list(failures(folder)) == [f"train time {max(count)}"]
 
 
@@ -924,7 +994,7 @@ def test_scores_of_another_process(tmp_path: Path) -> None:
     folder = series_of(tmp_path, "2026-03-18_Scored", logs, {"val_bpb": 1.19, "seed_results": {"1": {"val_bpb": 1.19}}})
     edit("ttt/seed_1.log", r"^(step|Serialized|Total|Code|stopping).*\n", "")(folder)
     assert failures(folder) == {} and len(Folder(folder).logs) == 2
-    edit("train_seed1.log", "train_time:600038ms", "train_time:646038ms")(folder)
+    longer("train_seed1.log")(folder)
     assert list(failures(folder)) == ["train time train_seed1.log"]
 
 
@@ -932,7 +1002,7 @@ def test_scores_of_another_process(tmp_path: Path) -> None:
 def test_the_last_step_may_run_over(tmp_path: Path, over: int, status: str) -> None:
     """By less than one step, of which the last may be slower than the mean (43.5 ms)."""
     folder = series_of(tmp_path, "2026-03-18_Step", {"train.log": (1, 1.2)}, {"val_bpb": 1.2})
-    edit("train.log", "train_time:600038ms", f"train_time:{600000 + over}ms")(folder)
+    longer("train.log", 600_000 + over)(folder)
     results = {result.name: result for result in checked(folder)}
     assert results["train time train.log"].status == status and f"0.{over:03}"[:4] in (
         results["train time train.log"].message)
@@ -1111,7 +1181,7 @@ def test_readme_commands() -> None:
     """Continued lines, exports and quotes are read; other blocks are not commands."""
     page = ("```\nexport A_PATH=x\nSEED=1 NAME='a b' \\\n  LAST=3 torchrun --nproc_per_node=8 train_gpt.py\n```\n"
             "```python\nFOO = 1\n```\n```\nMODEL=1\nval_bpb:1\n```\n")
-    assert folder_checks.command_variables(page) == ["A_PATH", "SEED", "NAME", "LAST"]
+    assert files.command_variables(page) == ["A_PATH", "SEED", "NAME", "LAST"]
 
 
 def test_names_read() -> None:
@@ -1133,7 +1203,8 @@ def test_unpacked(compress: Callable[[bytes], bytes], encode: Callable[[bytes], 
     assert unpacked(wrapper) == source and unpacked(source) is None and unpacked("def f(:") is None
 
 
-def test_table(submission: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_table(submission: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+               monkeypatch: pytest.MonkeyPatch) -> None:
     """The board lists the folder, best first; folders without a score are named."""
     root = tmp_path / "records"
     for name, bpb in (("2026-01-02_Worse", 9.5), ("2026-01-03_Best", 0.9)):
@@ -1150,6 +1221,11 @@ def test_table(submission: Path, capsys: pytest.CaptureFixture[str], tmp_path: P
     claim(**nothing, name="x" * 99)(root / "track_10min_16mb/2026-01-02_Worse")
     assert main(["table", "--root", str(root)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "x" * 99 in line]  # whole in a pipe
+    monkeypatch.setattr(leaderboard, "WIDTH_OF_A_PIPE", 80)
+    claim(name="[bold] of Differential Payloads")(root / "track_10min_16mb/2026-01-03_Best")
+    assert main(["table", "--root", str(root)]) == 0
+    words = capsys.readouterr().out.split()
+    assert {"[bold]", "Differential", "Payloads,"} <= {*words} and "author" in words  # whole words in a narrow terminal
     runs = [read_run(log) for log in submission.glob("*.log")]
     told = f"{np.mean([run.score.val_bpb for run in runs]):.4f}", f"{max(run.total_bytes for run in runs):,}"
     assert all(text in line for text in told)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from records import ToolError
-from records.checks import known_data
-from records.runs import RunLog, read_jsonl, read_text, run_files, run_stem
-from records.script import PATHS, Resolved, as_variable
-from records.seeds import refuse_unlike
-from records.statistics import Baseline
+from records.reading.rules import known_data
+from records.reading.runs import RunLog, read_jsonl, read_text, run_files, run_stem
+from records.reading.script import PATHS, Resolved, as_variable
+from records.reading.statistics import Baseline
+from records.writing.seeds import refuse_unlike
 
 
 @dataclass(frozen=True)

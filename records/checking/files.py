@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from records.checks import OFFICIAL_DOCUMENTS, CheckResult
-from records.folder import Folder
-from records.runs import read_text
-from records.script import names_read, syntax, unpacked
+from records.checking.result import CheckResult
+from records.reading.folder import Folder
+from records.reading.rules import OFFICIAL_DOCUMENTS
+from records.reading.runs import read_text
+from records.reading.script import names_read, syntax, unpacked
 
 SCHEMA = Path(__file__).with_name("submission.schema.json")
 PATHS = ("DATA_PATH", "DATA_DIR", "TOKENIZER_PATH")
@@ -22,6 +23,13 @@ STUB_BYTES = 2000  # a script shorter than this that executes another file is a 
 # Variables of launchers, libraries and shells: they may stand in a command though no script reads them.
 FOREIGN = re.compile(r"^(NCCL_|CUDA_|TORCH|PYTORCH_|TRITON_|OMP_|MKL_|GLOO_|PYTHON|HF_|HUGGINGFACE_|WANDB_|LD_|MASTER_|"
                      r"MATCHED_FINEWEB_|NPROC|NUM_GPUS|PATH$|HOME$|TMPDIR$|UV_|PIP_|FLASH_ATTENTION_|MAX_JOBS$)")
+CODE = (".py", ".pyc", ".so", ".zip", ".cpp", ".cu")
+# What a script may name without using it as code: the tokenizer, texts, pictures, and other forms of itself.
+KNOWN_FILES = re.compile(r"\.(model|vocab|md|log|txt|png|svg|sh|tsv|csv)$|^submission.*\.json$|tokenizer|"
+                         r"^train_gpt_(human|decode)\.py$")
+VAL_DOCUMENTS = re.compile(
+    r"(?i)((?:--)?\b(?:num[-_]|n[-_]|max[-_])?(?:val|valid|validation|eval)[-_](?:num[-_])?doc(?:ument)?s?"
+    r"(?:[-_](?:count|num))?)\b(?:[^)\n]*?\bdefault *= *|[\"']? *(?:: *int *)?[:= ] *)(\d[\d_,]*)")
 SOURCE_KEPT = r"linecache|\bopen\(|write_text|write_bytes|import_module|run_path|spec_from"  # inspect finds the source
 COMMAND = re.compile(r"(torchrun|python[\d.]*|accelerate|deepspeed)\b.*\btrain\w*\.py|train_gpt\.py|"
                      r"\b(ba)?sh +\S*\w+\.sh\b")  # or a script of the folder's that starts it
@@ -183,10 +191,37 @@ def packed(folder: Folder) -> CheckResult:
     return CheckResult("packed code", "pass", f"{sizes}; train_gpt_human.py defines the same names")
 
 
+def strings(tree: ast.AST) -> Iterator[str]:
+    """The text constants of a script, and sums of them."""
+    def text(node: ast.AST) -> str | None:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            left, right = text(node.left), text(node.right)
+            return None if left is None or right is None else left + right
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+    yield from filter(None, map(text, ast.walk(tree)))
+
+
+def companions(folder: Folder, tree: ast.AST) -> list[str]:
+    """Files of the folder that the script names, or that Python runs by itself: code and data that nothing counts."""
+    named = {Path(text).name for text in strings(tree) if len(text) < 200}
+    counted = {folder.script, *folder.artifacts}
+    found = []
+    for path in folder.path.rglob("*"):
+        is_code = path.suffix in CODE or path.is_dir() and any(path.glob("*.py"))
+        by_name = path.name in named or is_code and path.name.partition(".")[0] in named
+        if path.name in ("sitecustomize.py", "usercustomize.py") or path.suffix == ".pth" or (
+                by_name and path not in counted and not KNOWN_FILES.search(path.name)
+                and (path.is_file() or is_code)):
+            found.append(str(path.relative_to(folder.path)))
+    return sorted(found)
+
+
 def imports(folder: Folder) -> CheckResult:
     """Modules that the folder would have to bring along."""
-    source, found = folder.inner_source, set()
+    source, found, beside = folder.inner_source, set(), []
     try:
+        beside = companions(folder, syntax(source))
         for node in ast.walk(syntax(source)):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
@@ -194,14 +229,18 @@ def imports(folder: Folder) -> CheckResult:
                 found.add("." if node.level else (node.module or "").split(".")[0])
     except SyntaxError:  # packed for a newer Python
         found |= set(re.findall(r"^\s*(?:from|import) +(\w+|\.)", source, re.MULTILINE))
-    helpers = sorted(name for name in found if (folder.path / f"{name}.py").is_file())
+    helpers = sorted({path.name for name in found for path in folder.path.glob(f"{name}*")
+                      if path.name.partition(".")[0] == name and (path.suffix in CODE or path.is_dir())})
     own = sorted(found & {"records", "data", "benchmarks", "tests", "."})
     if own:
         return CheckResult("self-contained", "fail", f"imports {', '.join(own)}: all code must live in "
                            f"{folder.script.name}")
     if helpers:
-        return CheckResult("self-contained", "fail", f"imports {', '.join(f'{name}.py' for name in helpers)} of this "
+        return CheckResult("self-contained", "fail", f"imports {', '.join(helpers)} of this "
                            f"folder: counted code lives in {folder.script.name}; move it there")
+    if beside:
+        return CheckResult("self-contained", "fail", f"uses {', '.join(beside)} of this folder, whose bytes nothing "
+                           f"counts: move what it needs into {folder.script.name} or the artifact")
     return CheckResult("self-contained", "pass", f"imports {len(found)} modules, none of this folder or repository")
 
 
@@ -274,20 +313,22 @@ def re_evaluation(folder: Folder) -> CheckResult:
 
 def preparation(folder: Folder) -> Iterator[CheckResult]:
     """A script that makes the data splits off all official validation documents, not the first of them."""
-    for path in sorted(folder.path.glob("*prepare*.py")):
+    def documents(text: str) -> list[tuple[str, int]]:
+        return [(name, int(re.sub(r"\D", "", count))) for name, count in VAL_DOCUMENTS.findall(text)]
+
+    given = documents(folder.readme)
+    for path in sorted(path for kind in ("*.py", "*.sh") for path in folder.path.rglob(kind) if path != folder.script):
         text = path.read_text(encoding="utf-8", errors="replace")
-        default = re.search(r"--val[-_]docs\b[^)\n]*?default *= *([\d_]+)", text)
-        given = [int(count.replace(",", "").replace("_", "")) for count in
-                 re.findall(r"--val[-_]docs[= ]+([\d_,]+)", folder.readme)]
-        documents = given or ([int(default[1])] if default else [])
-        for count in documents[:1]:
-            name = f"data preparation {path.name}"
-            if count < OFFICIAL_DOCUMENTS:
-                yield CheckResult(name, "fail", f"--val-docs {count} leaves {OFFICIAL_DOCUMENTS - count} of the "
-                                  f"{OFFICIAL_DOCUMENTS} validation documents in the training shards that it makes: "
-                                  f"set the default to {OFFICIAL_DOCUMENTS}, or say --val-docs in README's command")
-            else:
-                yield CheckResult(name, "pass", f"--val-docs {count}")
+        own = documents(text) if not path.name.startswith("train_gpt") else []
+        if not own:
+            continue
+        name, (variable, count) = f"data preparation {path.name}", min(given or own, key=lambda pair: pair[1])
+        if count < OFFICIAL_DOCUMENTS:
+            yield CheckResult(name, "fail", f"{variable} {count} leaves {OFFICIAL_DOCUMENTS - count} of the "
+                              f"{OFFICIAL_DOCUMENTS} validation documents in the training shards that it makes: "
+                              f"set the default to {OFFICIAL_DOCUMENTS}, or say {variable} in README's command")
+        else:
+            yield CheckResult(name, "pass", f"{variable} {count}")
 
 
 def check_files(folder: Folder) -> Iterator[CheckResult]:

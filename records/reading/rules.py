@@ -1,4 +1,4 @@
-"""What every check of a submission folder says, and the numbers of the competition that several checks use."""
+"""The numbers of the competition: limits, official data sets, and what `compliance` promises of a configuration."""
 
 from __future__ import annotations
 
@@ -7,34 +7,27 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-
-class CheckResult(NamedTuple):
-    """The outcome of one check: status is "pass", "fail" (message holds the remedy) or "skip" (message says why)."""
-
-    name: str
-    status: str
-    message: str
-
-
 LIMIT_BYTES = 16_000_000  # decimal: 16 MB, not 16 MiB
 LIMIT_SECONDS = 600.0  # training with calibration, and again evaluation
 TRACKS = ("10min_16mb", "non_record_16mb")
 OFFICIAL_DOCUMENTS = 50_000
 LEAKY_SHARDS = 1000  # more are shards of 10M tokens, of a preparation script that left most of validation in train
 
+
 class DataSet(NamedTuple):
-    """A validation split that published logs name: its tokens as they count them, and bytes of text per token."""
+    """A validation split that published logs name: its tokens as they count them, and their bytes and vocabulary."""
 
     name: str
     tokens: int
     bytes_per_token: float
+    vocabulary: int
 
 
 DATA_SETS = (
-    DataSet("sp1024", 62_021_846, 2.43593), DataSet("sp1024 of March 17", 63_780_000, 2.44230),
-    DataSet("sp4096", 45_508_608, 3.31967), DataSet("sp4096", 45_514_752, 3.31928),
-    DataSet("sp8192", 40_540_803, 3.72664), DataSet("sp8192 CaseOps", 47_853_344, 3.15735),
-    DataSet("byte260", 151_130_891, 0.99967), DataSet("raw bytes", 151_080_891, 1.0),
+    DataSet("sp1024", 62_021_846, 2.43593, 1024), DataSet("sp1024 of March 17", 63_780_000, 2.44230, 1024),
+    DataSet("sp4096", 45_508_608, 3.31967, 4096), DataSet("sp4096", 45_514_752, 3.31928, 4096),
+    DataSet("sp8192", 40_540_803, 3.72664, 8192), DataSet("sp8192 CaseOps", 47_853_344, 3.15735, 8192),
+    DataSet("byte260", 151_130_891, 0.99967, 260), DataSet("raw bytes", 151_080_891, 1.0, 256),
 )  # fmt: skip
 TAIL_TOKENS = 32_768  # by so much may a count be smaller: logs cut the tail to whole sequences
 SAME_RATIO = 2e-4  # how far published scores lie from their set's bytes per token, relative, less their own rounding

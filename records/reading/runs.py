@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from records import ToolError
-from records.script import differences, hyperparameters
+from records.reading.script import differences, hyperparameters
 
 NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|nan|inf)"
 SCORE = re.compile(rf"^[\d:. -]*([A-Za-z][\w ().+-]*?)(?: stride:\d+)?[ :]+val_loss[:=] ?{NUMBER} "
@@ -27,6 +27,8 @@ DIAGNOSTIC = re.compile(r"diagnostic|pre.?quant|post_ema|before|^swa|^ema", re.I
 SOURCE_END = re.compile(r"^={100}$", re.MULTILINE)
 RUN_START = re.compile(r"^(?:source: sha256:[0-9a-f]{64} .*\n)?Running Python \d", re.MULTILINE)
 STEP_LINE = r"^(?:step:)?\d+/\d+ (?:train|val)_loss"
+# What a console that was captured puts before every line.
+STAMP = re.compile(r"^\[?(?:\d{10}\.\d+|\d{4}-\d\d-\d\d[T ][\d:.,]+Z?)\]? ", re.MULTILINE)
 RESUMED = r"^resumed: step:(\d+) train_time:(\d+)ms of which lost:(\d+)ms$"
 
 # name of the quantity -> pattern with one group; of several matches the last counts
@@ -61,7 +63,15 @@ BETWEEN = r"[\W_]*(?:[a-z]+[\W_]+){0,3}?"  # words between
 PRE_QUANT_TTT = (rf"(?i)^(?! )(.*(?:\bpre[\W_]?{MADE}[\W_]*{LEARNS}|\b{LEARNS}{BETWEEN}(?:before|pre|prior.to)[\W_]*"
                  rf"(?:the\W+)?{MADE}|\b{LEARNS}{BETWEEN}(?:val|validation){BETWEEN}before)"
                  r"(?!.*\b(?:\w*enabled|epochs)?[:=] ?(?:0|false|none|off)\b).*)$")
-OFF_THE_CLOCK = r"^(?:Deserialize: .*? done in |ttt_lora:compile warmup done \()([\d.]+)s"
+# Loading, compiling and counting for the evaluation, after the artifact's size; what is timed with a score is not it.
+OFF_THE_CLOCK = (r"(?im)^(?!.*(?:eval_time|val_bpb|\.py\b))(?:.*[^a-z])?(?:deserializ|decompress|dequantiz|load|compil|"
+                 r"warm.?up|precomput|prefill|pre-?build)\w*\b.*?\b(?:done|took|finished|in|elapsed|after)\W+"
+                 r"([\d.]+) ?(ms|s)\b")
+ARTIFACT_LINE = r"^(?:Serialized model|Total submission size) ?\S.*\d+ bytes"
+EVALUATED = re.compile(r"^(.*?)\b(?:eval|ttt|adapt|scor)\w*time[:=] ?([\d.]+) ?(ms|s)\b", re.IGNORECASE)
+PART = re.compile(r"\b(?:part|phase|half|pass|chunk|block|group|round)[ _:-]?\d", re.IGNORECASE)
+CLOCK = r"^step:(\d+)/\d+ .*train_time:(\d+)ms step_avg:([\d.]+)ms"
+SECONDS_IN = {"ms": 1e-3, "s": 1.0}
 
 
 # What logs name differently in every run of one configuration, beside script.IDENTITY.
@@ -127,6 +137,8 @@ class RunLog:
     steps: int | None = None
     source_text: str = ""  # what stands before the run in some logs, its source last
     off_the_clock: float = 0.0  # seconds of loading and compiling that the evaluation timer left out
+    parts: float = 0.0  # seconds of evaluation on lines of their own, without a score or with that of a part
+    contradictions: list[str] = field(default_factory=list)  # where the log disagrees with itself
     finished: bool = False
 
     @property
@@ -164,15 +176,18 @@ class RunLog:
         """Training with calibration and GPTQ where the log has them on the clock."""
         if "budget_train" in self.times:
             return self.times["budget_train"]
-        ends = [self.times[name] for name in ("stopped_at", "step_time", "step_minutes") if name in self.times]
-        return ends[0] + self.times.get("hessians", 0.0) if ends else None
+        exact = [self.times[name] for name in ("stopped_at", "step_time") if name in self.times]
+        end = max(exact, default=self.times.get("step_minutes"))
+        return end if end is None else end + self.times.get("hessians", 0.0)
 
     @property
     def eval_seconds(self) -> float | None:
-        """From opening the artifact to the score, or what the log has nearest to it."""
-        same = [score.eval_seconds for score in self.scores if self.score and score.eval_seconds is not None
-                and abs(score.val_bpb - self.score.val_bpb) < 5.1e-5]  # the last line may be another name of one before
-        return self.times.get("budget_eval", self.times.get("total_eval", max(same, default=None)))
+        """From opening the artifact to the score, or what the log has nearest to it; with its parts, if it has some."""
+        same = {score.eval_seconds for score in self.scores if self.score and score.eval_seconds is not None
+                and abs(score.val_bpb - self.score.val_bpb) < 5.1e-5}  # the last line may be another name of one before
+        found = [sum(same) + self.parts] if same or self.parts else []
+        return max([*found, *(self.times[name] for name in ("budget_eval", "total_eval") if name in self.times)],
+                   default=None)
 
     @property
     def step_avg(self) -> float | None:
@@ -330,7 +345,7 @@ def read_text(path: Path) -> RunLog:
 
 def text_runs(path: Path) -> list[RunLog]:
     """All runs that a text log holds: scripts that open it to append leave several, and one that was resumed is one."""
-    raw, runs = text_of(path), []
+    raw, runs = STAMP.sub("", text_of(path)), []
     rules = [rule.end() for rule in SOURCE_END.finditer(raw)]
     starts = [found.start() for found in RUN_START.finditer(raw)] or rules[:1] or [0]
     dump = raw[: starts[0]]
@@ -361,10 +376,14 @@ def read_run_text(path: Path, text: str) -> RunLog:
             run.times[name] = float(found) * unit
     if re.search(r"self.?gen|generat\w+ .*calibration", text, re.IGNORECASE):
         run.times.pop("hessians", None)  # calibration on the model's own text uses no data: it may follow the clock
-    run.off_the_clock = sum(map(float, re.findall(OFF_THE_CLOCK, text, re.MULTILINE)))
+    sizes = [found.end() for found in re.finditer(ARTIFACT_LINE, text, re.MULTILINE)]
+    after = text[sizes[-1] :] if sizes else text
+    run.off_the_clock = sum(float(time) * SECONDS_IN[unit.lower()] for time, unit in re.findall(OFF_THE_CLOCK, after))
     read_facts(run, text)
     read_curves(run, text)
     read_scores(run, text)
+    read_parts(run, after)
+    check_clock(run, text)
     run.resumes = [Resume(int(step), int(spent) / 1000, int(lost) / 1000)
                    for step, spent, lost in re.findall(RESUMED, text, re.MULTILINE)]
     run.finished = run.score is not None
@@ -462,6 +481,7 @@ def seconds_at(clock: Mapping[int, float], step: int) -> float:
 
 def read_scores(run: RunLog, text: str) -> None:
     """Named scores in the order logged; an exact line takes the place of the rounded one before it."""
+    shown: list[str] = []
     for line in text.splitlines():
         found = SCORE.match(line)
         if not found:
@@ -472,8 +492,39 @@ def read_scores(run: RunLog, text: str) -> None:
         before = run.scores[-1] if run.scores else None
         if before and name.endswith("_exact") and before.name == score.name:
             run.scores[-1] = score._replace(eval_seconds=before.eval_seconds)
+            if any(abs(float(rounded) - exact) > 0.51 * 10.0 ** -len(rounded.partition(".")[2])
+                   for rounded, exact in zip(shown, score[1:3], strict=True)):
+                run.contradictions.append(f"{name} is {found[3]}, its rounded line {shown[1]}")
         else:
             run.scores.append(score)
+        shown = [found[2], found[3]]
+
+
+def read_parts(run: RunLog, text: str) -> None:
+    """Seconds of evaluation that stand apart from the submitted score: lines without one, and scores of a part."""
+    for line in text.splitlines():
+        timed, scored = EVALUATED.match(line), SCORE.match(line)
+        if scored:
+            is_part = bool(PART.search(scored[1])) and not (run.score and scored[1].startswith(run.score.name))
+        else:
+            is_part = not re.match(r"step:|\d+/\d+ |total", line)
+        if timed and is_part and not DIAGNOSTIC.search(timed[1]):
+            run.parts += float(timed[2]) * SECONDS_IN[timed[3].lower()]
+
+
+def check_clock(run: RunLog, text: str) -> None:
+    """The clock of the step lines runs forward, is their number times their mean, and ends where training ends."""
+    last = 0
+    for step, spent, mean in re.findall(CLOCK, text, re.MULTILINE):
+        step, spent, mean = int(step), int(spent), float(mean)
+        if step and abs(spent - step * mean) > 2 + 0.006 * step:
+            run.contradictions.append(f"{spent} ms at step {step} are not {step} steps of {mean} ms")
+        if spent < last:
+            run.contradictions.append(f"the clock runs from {last} ms back to {spent} ms at step {step}")
+        last = spent
+    ends = [1000 * run.times[name] for name in ("stopped_at", "budget_train") if name in run.times and last]
+    run.contradictions += [f"training ends at {end:.0f} ms, the last step's line says {last} ms" for end in ends
+                           if end < last - 100]
 
 
 # ---------------------------------------------------------------------------------------

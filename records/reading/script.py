@@ -116,6 +116,11 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str,
     return {name.upper(): (a.get(name), b.get(name)) for name in sorted({*a, *b}) if a.get(name) != b.get(name)}
 
 
+def named(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Differences for a message: NAME=ours (there: theirs), ..."""
+    return ", ".join(f"{name}={ours!r} (there: {theirs!r})" for name, (ours, theirs) in changes.items())
+
+
 def as_variable(value: Any) -> str:
     """A value as the environment would spell it."""
     if isinstance(value, bool):

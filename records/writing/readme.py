@@ -8,14 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from records import ToolError
-from records.pack import without_docstrings
-from records.runs import RunLog, read_text
-from records.script import as_variable, differences, resolve, unpacked
-from records.statistics import compare, summarize
-from records.submission import Submission
-
-REPOSITORY_SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
+from records import REPOSITORY, ToolError
+from records.reading.runs import RunLog, read_text
+from records.reading.script import as_variable, differences, resolve, unpacked
+from records.reading.statistics import compare, summarize
+from records.writing.pack import without_docstrings
+from records.writing.submission import Submission
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -89,7 +87,7 @@ def comparison(submission: Submission) -> Iterator[str]:
 def parent_values(parent: Path | None) -> tuple[dict[str, Any] | None, str]:
     """(hyperparameters, what they are called) to compare with: the parent's log or script, else this repository's."""
     if parent is None:
-        return resolve(REPOSITORY_SCRIPT, {}).values, "the defaults of this repository's train_gpt.py"
+        return resolve(REPOSITORY / "train_gpt.py", {}).values, "the defaults of this repository's train_gpt.py"
     for log in sorted(parent.glob("train*.log")):
         if values := read_text(log).values:
             return values, parent.name

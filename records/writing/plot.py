@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from records import ToolError
-from records.runs import LOG_SUFFIXES, Mark, Point, RunLog, read_run
+from records.reading.runs import LOG_SUFFIXES, Mark, Point, RunLog, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,10 +39,16 @@ class Curve:
     colour: str
     log: RunLog
 
+    @property
+    def val(self) -> list[Point]:
+        """Validation of a model that was trained: a line from step 0 would cross the picture."""
+        return [point for point in self.log.val if point.step] or ([] if self.log.train else self.log.val)
+
     def legend(self) -> str:
         """The run's name and its scores, one to a line."""
         lines = [self.name, *(f"  {score.name}  {score.val_bpb:.4f} bpb" for score in self.log.scores)]
-        wrap = textwrap.TextWrapper(WIDEST, subsequent_indent="    ", drop_whitespace=False, break_on_hyphens=False)
+        wrap = textwrap.TextWrapper(WIDEST, subsequent_indent="    ", drop_whitespace=False)
+        wrap.wordsep_re = re.compile(r"(?<=[/_ -])")  # where names may be broken
         return "\n".join(part for line in lines for part in wrap.wrap(line))
 
 
@@ -64,31 +71,32 @@ class XAxis(NamedTuple):
 def read_curves(paths: Sequence[Path]) -> list[Curve]:
     """All runs, named by file, or by folder and file where files are called the same.
 
-    A path may be a log of any kind or the stem logs/<RUN_ID>. ToolError for a run without anything to draw.
+    A path may be a log of any kind or the stem logs/<RUN_ID>. Of several runs those without anything to draw are left
+    out and named; ToolError where there is no other.
     """
     known = [path.is_file() or path.suffix in LOG_SUFFIXES for path in paths]
     files = [path if ok else path.with_name(f"{path.name}.jsonl") for path, ok in zip(paths, known, strict=True)]
-    stems, curves = [path.stem for path in files], []
-    for i, path in enumerate(files):
-        name = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}"
-        run = read_run(path)
-        if not (run.train or run.val):
-            raise ToolError(f"{path}: no train events. Either the run ended before its first logged step (read the end "
-                            "of its .txt log) or it logged none: set TRAIN_LOG_EVERY=10 and run it again")
-        curves.append(Curve(name, COLOURS[i] if i < len(COLOURS) else GREY, run))
-    return coloured(curves)
+    runs = {path: read_run(path) for path in files}
+    drawn = [path for path, run in runs.items() if run.train or run.val]
+    for path in [path for path in runs if path not in drawn]:
+        problem = (f"{path}: no train events. Either the run ended before its first logged step (read the end of its "
+                   ".txt log) or it logged none: set TRAIN_LOG_EVERY=10 and run it again")
+        if not drawn:
+            raise ToolError(problem)
+        print(f"left out: {problem}")
+    stems = [path.stem for path in drawn]
+    names = [path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in drawn]
+    return coloured([Curve(name, PALE, runs[path]) for name, path in zip(names, drawn, strict=True)])
 
 
 def coloured(curves: Sequence[Curve]) -> list[Curve]:
-    """Of more runs than there are colours the best have them, and are drawn over the grey rest."""
-    if len(curves) <= len(COLOURS):
-        return list(curves)
+    """Every run in a colour; of more runs than there are colours the best, and the rest in grey after them."""
     def score(curve: Curve) -> float:
         return curve.log.score.val_bpb if curve.log.score else math.inf
 
-    ranked = sorted(curves, key=score)
+    ranked = sorted(curves, key=score) if len(curves) > len(COLOURS) else curves
     best = [replace(curve, colour=colour) for curve, colour in zip(ranked, COLOURS, strict=False)]
-    return [replace(curve, colour=PALE) for curve in ranked[len(COLOURS) :]] + best
+    return [*best, *ranked[len(COLOURS) :]]
 
 
 # ---------------------------------------------------------------------------------------
@@ -98,46 +106,49 @@ def coloured(curves: Sequence[Curve]) -> list[Curve]:
 def smooth(values: Sequence[float]) -> list[float]:
     """Centred moving mean over about a twentieth of the points.
 
-    The window is symmetric and shrinks towards both ends, so the curve neither lags
-    behind a steep start nor misses the last value. Fewer than 40 points stay as they are:
+    The window is symmetric and shrinks towards both ends, so that the curve does not miss the last value; it reaches
+    half way to the start at most, where many logs have each of the steps 1-10. Fewer than 40 points stay as they are:
     steps 1-10 and three later ones have no neighbours to average with.
     """
     count = len(values)
     widest = count // 40
     result = []
     for i in range(count):
-        half = min(i, count - 1 - i, widest)
+        half = min(i // 2, count - 1 - i, widest)
         window = values[i - half : i + half + 1]
         result.append(sum(window) / len(window))
     return result
 
 
-def top_of(values: Sequence[tuple[float, float]]) -> float:
-    """Upper y limit for (x, y) values: what lies in the first 4% of the x axis may run out of the picture.
+def top_of(lines: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """Upper y limit for lines of (x, y): what lies in the first 4% of the x axis may run out of the picture.
 
-    A loss starts at ln(vocabulary) and falls within a few steps; showing all of that
-    would flatten everything after it.
+    A loss starts at ln(vocabulary) and falls within a few steps; showing all of that would flatten everything after it.
+    A line that ends there, of a run much shorter than the others, is measured by its own length.
     """
-    start = 0.04 * max(x for x, _ in values)
-    return max(y for x, y in values if x >= start)
+    start = 0.04 * max(x for line in lines for x, _ in line)
+    own = [0.04 * max(x for x, _ in line) for line in lines]
+    starts = [start if start <= 25 * first else first for first in own]
+    return max(y for line, first in zip(lines, starts, strict=True) for x, y in line if x >= first)
 
 
 def draw_loss(axes: Axes, runs: Sequence[Curve], x: XAxis) -> None:
-    """Training loss as points under their moving mean, validation loss as ringed dots."""
-    for run in runs:
+    """Training loss as points under their moving mean, validation loss as ringed dots; the first runs on top."""
+    for run in reversed(runs):
         train_x, losses = x.of(run.log.train), [point.loss for point in run.log.train]
-        axes.plot(train_x, losses, ".-", color=run.colour, alpha=0.25, linewidth=0.5, markersize=2.5)
-        axes.plot(train_x, smooth(losses), color=run.colour, linewidth=1.5)
-        axes.plot(x.of(run.log.val), [point.loss for point in run.log.val], **val_style(run.colour))
+        if run.colour != PALE:
+            axes.plot(train_x, losses, ".-", color=run.colour, alpha=0.25, linewidth=0.5, markersize=2.5)
+        axes.plot(train_x, smooth(losses), color=run.colour, linewidth=0.8 if run.colour == PALE else 1.5)
+        axes.plot(x.of(run.val), [point.loss for point in run.val], **val_style(run.colour))
     axes.set_ylabel("loss (nats per token)")
 
 
 def draw_bpb(axes: Axes, runs: Sequence[Curve], x: XAxis) -> None:
     """Validation bits per byte over training; the last score, which is the submitted one, as a star at its end."""
-    for run in runs:
-        line = {**val_style(run.colour), "linestyle": "-", "linewidth": 1}
-        axes.plot(x.of(run.log.val), [point.bpb for point in run.log.val], **line)
-        if run.log.score:
+    for run in reversed(runs):
+        line = {**val_style(run.colour), "linestyle": "-", "linewidth": 0.8 if run.colour == PALE else 1}
+        axes.plot(x.of(run.val), [point.bpb for point in run.val], **line)
+        if run.log.score and run.colour != PALE:
             end = max(x.of(run.log.train + run.log.val))
             axes.plot([end], [run.log.score.val_bpb], "*", color=run.colour, markeredgecolor="white",
                       markeredgewidth=0.5, markersize=12, zorder=5)
@@ -146,19 +157,28 @@ def draw_bpb(axes: Axes, runs: Sequence[Curve], x: XAxis) -> None:
 
 def val_style(colour: str) -> dict[str, Any]:
     """How a validation point looks in every panel."""
+    if colour == PALE:
+        return {"linestyle": "none", "marker": ".", "markersize": 3, "color": colour, "zorder": 2}
     style = {"linestyle": "none", "marker": "o", "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.3}
     return {**style, "color": colour, "zorder": 4}
 
 
-def limit_y(axes: Axes) -> None:
-    """Fit the y axis to the drawn values, less what top_of lets go; a diverged run's NaN are left out."""
-    pairs = [pair for line in axes.get_lines() for pair in zip(line.get_xdata(), line.get_ydata())]
-    finite = [(x, y) for x, y in pairs if math.isfinite(y)]
-    if not finite:
+def limit(axes: Axes) -> None:
+    """Fit the y axis to the drawn values, less what top_of lets go; a diverged run's NaN are left out.
+
+    The x axis begins at 0 unless most of it would be empty for a run that went on from elsewhere; a few points at the
+    end alone do not make it that.
+    """
+    pairs = [list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axes.get_lines()]
+    lines = [line for every in pairs if (line := [(x, y) for x, y in every if math.isfinite(x + y)])]
+    if not lines:
         return
-    low, high = min(y for _, y in finite), top_of(finite)
+    low, high = min(y for line in lines for _, y in line), top_of(lines)
     margin = 0.06 * (high - low) or 0.05
     axes.set_ylim(low - margin, high + margin)
+    first, last = (end(x for line in lines for x, _ in line) for end in (min, max))
+    if first > 0.6 * last:
+        axes.set_xlim(-0.05 * last, 1.05 * last)
 
 
 def cluster(marks: Sequence[Mark], x: XAxis, width: float) -> list[list[Mark]]:
@@ -174,7 +194,8 @@ def cluster(marks: Sequence[Mark], x: XAxis, width: float) -> list[list[Mark]]:
 
 def draw_phases(axes: Axes, runs: Sequence[Curve], x: XAxis, labelled: bool) -> None:
     """A dotted line at every change of phase; its name along it where `labelled`."""
-    marks = [(mark, run.colour) for run in runs for mark in run.log.phases if math.isfinite(x.of([mark])[0])]
+    marks = [(mark, run.colour) for run in runs for mark in run.log.phases
+             if run.colour != PALE and math.isfinite(x.of([mark])[0])]
     for mark, colour in marks:
         axes.axvline(x.of([mark])[0], color=colour, linestyle=":", linewidth=1, alpha=0.8, zorder=1)
     if not labelled:
@@ -184,7 +205,7 @@ def draw_phases(axes: Axes, runs: Sequence[Curve], x: XAxis, labelled: bool) -> 
         axes.annotate(
             ", ".join(dict.fromkeys(mark.name for mark in group)), (x.of(group)[0], 0.97),
             xycoords=axes.get_xaxis_transform(), xytext=(-2, 0), textcoords="offset points", rotation=90, ha="right",
-            va="top", fontsize=7, color=GREY)
+            va="top", fontsize=7, color=GREY, bbox={"color": "white", "alpha": 0.7, "pad": 0.3})
 
 
 def x_axes(runs: Sequence[Curve], chosen: str | None) -> list[XAxis]:
@@ -246,7 +267,8 @@ def draw(runs: Sequence[Curve], chosen: str | None) -> Figure:
             style(axes)
             axes.set_xlabel(x.label if i == len(rows) - 1 else "")
             axes.label_outer()
-        limit_y(grid[i][0])
+        for axes in grid[i]:
+            limit(axes)
     for axes, x in ((axes, x) for row in grid for axes, x in zip(row, columns)):
         draw_phases(axes, runs, x, labelled=axes in grid[0])
     figure.align_ylabels(grid[:, 0])

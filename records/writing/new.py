@@ -17,22 +17,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from records import ToolError, pack, plot, readme
-from records.checks import TRACKS, promises
-from records.freeze import named
-from records.runs import RunLog
-from records.script import differences, resolve, unpacked
-from records.seeds import seed_row
-from records.statistics import compare, read_baseline, summarize
-from records.submission import Source, Submission, read_sources, tokenizer_to_ship
-
-ROOT = Path(__file__).resolve().parent
+from records import RECORDS, REPOSITORY, ToolError
+from records.reading.rules import TRACKS, promises
+from records.reading.runs import RunLog
+from records.reading.script import differences, named, resolve, unpacked
+from records.reading.statistics import compare, read_baseline, summarize
+from records.writing import pack, plot, readme
+from records.writing.seeds import seed_row
+from records.writing.submission import Source, Submission, read_sources, tokenizer_to_ship
 
 
 def requirements(source: Source) -> str:
     """The repository's requirements, with torch pinned to the version of the log."""
     version = source.run.facts["torch"].split("+")[0]
-    lines = (ROOT.parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    lines = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = [f"torch=={version}" if re.match(r"torch\b", line) else line for line in lines if not line.startswith("#")]
     header = f"# the runs used Python {source.text.facts.get('python', '3')}, torch {source.run.facts['torch']}"
     return "\n".join([header, *wanted]) + "\n"
@@ -186,7 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--github-id", default="unknown")
     parser.add_argument("--blurb", default="", help="what it is, in a sentence or two")
     parser.add_argument("--parent", type=Path, help="record folder that this one changes and wants to beat")
-    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the tracks (default: records/)")
+    parser.add_argument("--root", type=Path, default=RECORDS, help="folder of the tracks (default: records/)")
     parser.add_argument("--date", default=datetime.datetime.now(datetime.timezone.utc).date().isoformat())
     parser.add_argument("--tokenizer", type=Path, help="tokenizer to ship (default: the run's, unless official)")
     parser.add_argument("--with-variables", action="store_true",

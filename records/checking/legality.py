@@ -31,10 +31,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from records import ToolError, foreign, whole_run
-from records.checks import CheckResult
-from records.runs import read_run
-from records.script import as_variable, unpacked
+from records import REPOSITORY, ToolError
+from records.checking import branches, foreign, whole_run
+from records.checking.result import CheckResult
+from records.reading.runs import read_run
+from records.reading.script import as_variable, syntax, unpacked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,8 @@ TIMEOUT_SECONDS = 900
 DOCUMENT_WINDOWS = "document windows"
 BOS, VOCAB, HEAD_DIM, LENGTH, NOISE = 1, 32, 8, 24, 0.3
 LONG = 2048  # tokens of a window at most where a script may do other things than in a short one
-MANY, SPACING = 40_000, 64  # tokens that fill hash tables, and how far apart the targets stand that are tried on them
+MANY = 1_100_000  # tokens that fill hash tables; more than guards by size wait for
+CONTEXT, CONTEXTS = 62, 40  # tokens before a target that is tried on full tables, and how many of them
 TOLERANCE = 1e-5  # nats; a leak in a model this random moves scores by 1e-2 and more
 
 
@@ -235,8 +237,12 @@ def tiny_subject(script: ModuleType, full: Any, cfg: Any, targets: int) -> Subje
     return Subject(script, full, run, model, validation, window_plans(script, cfg, validation), targets)
 
 
-def long_subject(subject: Subject) -> Subject:
-    """The same with the submission's own depth, vocabulary and window (LONG at most): no feature waits for the size."""
+def long_subject(subject: Subject) -> tuple[Subject, int]:
+    """The same with the submission's own depth, vocabulary and window (LONG at most): no feature waits for the size.
+
+    It stands in the middle of a text of the submission's length, from the second value on; and what a scoring function
+    is told of the configuration is the submission's.
+    """
     full, script = subject.full, subject.script
     length = min(full.eval_len, LONG)
     sizes = {"vocab_size": full.vocab_size, "num_layers": full.num_layers, "xsa_last_n": full.xsa_last_n,
@@ -245,11 +251,18 @@ def long_subject(subject: Subject) -> Subject:
              "ngram_enabled": 0, "ttt_lora_enabled": 0}  # fmt: skip
     values = {**tiny_values(script, full), **sizes}
     names = {name: as_variable(values[name.lower()]) for name in script.Config.variables()}
-    return tiny_subject(script, full, script.Config.from_env(names), subject.targets)
+    big = tiny_subject(script, full, script.Config.from_env(names), subject.targets)
+    text = big.validation.tokens
+    times = max(subject.targets // len(text), 1)
+    far = big.validation
+    far = replace(far, tokens=text.repeat(times), token_bytes=far.token_bytes.max().expand(len(text) * times))
+    kept = {"device": "cpu", **{name: getattr(big.run.cfg, name) for name in sizes if "eval" in name or "seq" in name}}
+    told = replace(full, val_batch_size=length, **kept)
+    return replace(big, run=replace(big.run, cfg=told), validation=far), times // 2 * len(text)
 
 
-def other_token(token: int) -> int:
-    """A different token that is not BOS."""
+def other_token(token: Any) -> Any:
+    """A different token (or tensor of them) that is not BOS."""
     return 4 + (token - 4 + 11) % (VOCAB - 4)
 
 
@@ -303,7 +316,7 @@ def check_causal(subject: Subject) -> str:
     for name, plan in subject.plans.items():
         for position in (3, 9, length - 1, length + 1, 2 * length + 3, len(tokens) - 2):
             changed = tokens.clone()
-            changed[position:] = tokens[position:].clone().apply_(other_token)
+            changed[position:] = other_token(tokens[position:])
             before = plan[plan[:, 1] < position - 1].copy()
             before[:, 2] = before[:, 2].clip(max=position - 1)  # target i is token i + 1
             moved = abs(subject.nats(changed, before) - subject.nats(tokens, before))
@@ -324,15 +337,16 @@ def check_long_windows(subject: Subject) -> None:
     """The same once for a window of the submission's own length, and for its model with the targets held."""
     import torch
 
-    big = long_subject(subject)
+    big, offset = long_subject(subject)
     tokens, length = big.validation.tokens, big.run.cfg.eval_len
     for name, plan in big.plans.items():
-        start, first, end = plan[len(plan) // 2].tolist()
+        window = plan[len(plan) // 2] + offset
+        start, first, end = window.tolist()
         middle = (first + end + 1) // 2
         changed = tokens.clone()
-        changed[middle + 1 :] = tokens[middle + 1 :].clone().apply_(other_token)
+        changed[middle + 1 : end + length] = other_token(tokens[middle + 1 : end + length])
         before = plan[:1] * 0 + [start, first, middle]  # target i is token i + 1
-        check_parts(big, name, plan[len(plan) // 2])
+        check_parts(big, name, window)
         moved = abs(big.nats(changed, before) - big.nats(tokens, before))
         if not moved <= 100 * TOLERANCE:  # a sum over a thousand targets
             raise Illegal(f"{name} evaluation in a window of {length} tokens: changing tokens {middle + 1}.. moves the "
@@ -343,7 +357,7 @@ def check_long_windows(subject: Subject) -> None:
     with torch.no_grad():
         weights = big.model.weights(False)
         plain = big.model.nll(inputs, targets, weights, order)[0]
-        inputs[:, length // 2 :] = tokens[length // 2 : length].clone().apply_(other_token).long()
+        inputs[:, length // 2 :] = other_token(inputs[:, length // 2 :])
         moved = float((big.model.nll(inputs, targets, weights, order)[0] - plain)[: length // 2].abs().max())
     if not moved <= TOLERANCE * 10:
         raise Illegal(f"the model in a window of {length} tokens: inputs from the middle on move scores before it by "
@@ -403,7 +417,7 @@ def check_inputs(subject: Subject) -> None:
         plain = subject.model.nll(inputs, *rest)
         for position in range(1, inputs.shape[1]):
             changed = inputs.clone()
-            changed[:, position:] = inputs[:, position:].clone().apply_(other_token)
+            changed[:, position:] = other_token(inputs[:, position:])
             moved = float((subject.model.nll(changed, *rest) - plain)[:, :position].abs().max())
             if not moved <= TOLERANCE:
                 raise Illegal(f"the model's inputs from position {position} on move scores before it by {moved:.2g} "
@@ -466,10 +480,10 @@ def uniform(subject: Subject) -> Subject:
     import torch
 
     wanted = {"ttt_enabled": False, "eval_stride": subject.run.cfg.eval_len, "ttt_chunk_tokens": MANY // 4,
-              "val_batch_size": 4 * MANY}  # fmt: skip
+              "val_batch_size": MANY}  # fmt: skip
     cfg = replace(subject.run.cfg, **{name: value for name, value in wanted.items() if hasattr(subject.full, name)})
     model, level = copy.copy(subject.model), torch.tensor(math.log(VOCAB))
-    vars(model).update(micro_batch=4 * MANY, fast_nll=lambda ids, *_: level.expand(ids.shape),
+    vars(model).update(micro_batch=MANY, fast_nll=lambda ids, *_: level.expand(ids.shape),
                        fast_nll_and_entropy=lambda ids, *_: (level.expand(ids.shape), level.expand(ids.shape)))
     tokens = torch.randint(4, VOCAB, (MANY,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     tokens[0] = BOS
@@ -491,20 +505,22 @@ def check_fixed_scores(subject: Subject) -> None:
 def check_full_tables(subject: Subject) -> float:
     """The same for n-grams after a long text, where hash tables are full and a target's bucket holds other n-grams.
 
-    Only counts decide; each candidate stands at many targets at once, further apart than any n-gram.
+    Only counts decide: each of some contexts, copied from the text, stands in the last chunk, of which nothing is
+    counted, once before every token of the vocabulary.
     """
     import numpy as np
+    import torch
 
     long = uniform(subject)
     tokens = long.validation.tokens
-    tried = MANY - MANY // 8 + SPACING * np.arange(MANY // 16 // SPACING)  # in the last chunk: none of them is counted
-    nats = []
-    for candidate in range(VOCAB):
-        changed = tokens.clone()
-        changed[tried] = candidate
-        text = replace(long.validation, tokens=changed)
-        nats.append(nats_of_targets(replace(long, validation=text), (tried - 1).tolist()))
-    totals = np.exp(-np.array(nats)).sum(0)
+    spans = torch.linspace(MANY // 8, MANY // 2, CONTEXTS).long()[:, None] + torch.arange(CONTEXT)
+    blocks = torch.empty(CONTEXTS, VOCAB, CONTEXT + 2, dtype=tokens.dtype)  # BOS, context, candidate
+    blocks[..., 0], blocks[..., 1:-1], blocks[..., -1] = BOS, tokens[spans][:, None], torch.arange(VOCAB)
+    start = MANY - MANY // 8
+    tokens[start : start + blocks.numel()] = blocks.flatten()
+    targets = start - 1 + (CONTEXT + 2) * torch.arange(1, CONTEXTS * VOCAB + 1) - 1
+    nats = nats_of_targets(long, targets.tolist())
+    totals = np.exp(-np.array(nats)).reshape(CONTEXTS, VOCAB).sum(1)
     worst = float(totals[abs(totals - 1).argmax()])
     if not abs(worst - 1) <= 1e-4:
         raise Illegal(f"n-grams after {MANY} tokens: the probabilities of all {VOCAB} tokens sum to {worst:.6g}; "
@@ -516,11 +532,12 @@ def check_full_tables(subject: Subject) -> float:
 def nats_of_targets(subject: Subject, targets: list[int]) -> list[float]:
     """Nats of single targets in the last chunk of the evaluation that learns, each scored by itself at its time."""
     script, original, found = subject.script, subject.script.score_windows, {}
+    alone = replace(subject.run, cfg=replace(subject.run.cfg, val_batch_size=subject.run.cfg.eval_len))
 
     def recorder(run: Any, model: Any, text: Any, windows: np.ndarray, *rest: Any, **named: Any) -> Tensor:
         for start, first, end in windows.tolist():
             for target in targets[bisect.bisect_left(targets, first) : bisect.bisect_left(targets, end)]:
-                single = original(run, model, text, windows[:1] * 0 + [start, target, target + 1], *rest, **named)
+                single = original(alone, model, text, windows[:1] * 0 + [start, target, target + 1], *rest, **named)
                 found[target] = float(single[-1])
         return original(run, model, text, windows, *rest, **named)
 
@@ -596,7 +613,7 @@ def check_online_order(subject: Subject) -> int:
     positions = chunk - 1, chunk + 2, 2 * chunk + stride + 2, len(tokens) - 2
     for position in positions:
         changed = tokens.clone()
-        changed[position:] = tokens[position:].clone().apply_(other_token)
+        changed[position:] = other_token(tokens[position:])
         plain, other = (observe(subject, subject.online, replace(subject.validation, tokens=text), (0, position - 1))
                         for text in (tokens, changed))
         if plain.windows.tolist() != other.windows.tolist():
@@ -617,7 +634,7 @@ def check_documents_order(subject: Subject) -> int:
     plain, positions = subject.document_table(tokens), (5, length + 1, 2 * length + 9, len(tokens) - 2)
     for position in positions:
         changed = tokens.clone()
-        changed[position:] = tokens[position:].clone().apply_(other_token)
+        changed[position:] = other_token(tokens[position:])
         moved = float((subject.document_table(changed) - plain)[0, : position - 1].abs().max())
         if not moved <= 10 * TOLERANCE:  # documents find themselves beside others, which changes the order of sums
             raise Illegal(f"evaluation by documents: changing tokens {position}.. moves scores of the targets before "
@@ -731,11 +748,16 @@ def check_bytes(subject: Subject) -> str:
 
 def check_whole_run(subject: Subject) -> str:
     """Train, export and evaluate in small; again with another validation text; score the artifact alone."""
+    text = Path(subject.script.__file__).read_text(encoding="utf-8")
+    if fault := branches.fault(syntax(unpacked(text) or text)):
+        raise Illegal(fault)
     with whole_run.place_to_run(subject.script) as place:
         values, corpus = tiny_values(subject.script, subject.full), place.corpus
-        first = whole_run.trained(place, place.config(values, "first"), True)
-        only = {"eval_only": 1, "artifact_path": "logs/first.pgolf"}
-        again = whole_run.trained(place, place.config(values, "again", **only), True)
+        try:
+            first = whole_run.trained(place, place.config(values, "first"), True)
+        except whole_run.Early as problem:
+            raise Illegal(str(problem)) from None
+        again = whole_run.scored_alone(place, values, Path("logs/first.pgolf").read_bytes())
         sizes = sum(len(text.encode()) for text in corpus.val), len(whole_run.encoded(corpus, corpus.val)) - 1
         place.set_validation(corpus.other_val)
         other = whole_run.trained(place, place.config(values, "other"), False)
@@ -825,12 +847,11 @@ def legality_checks(folder: Path, script: Path | None = None) -> list[CheckResul
         return [found.get(result.name, result) for result in skipped(reason)]
     values, targets = logged(folder)
     job = json.dumps({"path": str(script.resolve()), "values": values, "targets": targets})
-    root = str(Path(__file__).resolve().parent.parent)
-    env = {**os.environ, "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "",
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "",
            "OMP_NUM_THREADS": "1"}  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            done = subprocess.run([sys.executable, "-m", "records.legality"], input=job, cwd=scratch, env=env,
+            done = subprocess.run([sys.executable, "-m", "records.checking.legality"], input=job, cwd=scratch, env=env,
                                   text=True, capture_output=True, timeout=TIMEOUT_SECONDS, check=False)
         except subprocess.TimeoutExpired:
             return skipped(f"not checkable: took more than {TIMEOUT_SECONDS} seconds on this machine")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from records import ToolError
-from records.script import IDENTITY, Resolved, differences, resolve
+from records.reading.script import IDENTITY, Resolved, differences, named, resolve
 
 
 def default_nodes(text: str) -> dict[str, ast.expr]:
@@ -59,8 +59,3 @@ def prove(script: Path, resolved: Resolved) -> None:
     """Ask the frozen (and perhaps packed) script for its defaults, which must be the configuration."""
     if wrong := differences(resolve(script, {}).values, resolved.values):
         raise ToolError(f"{script}: the frozen defaults are not the run's: {named(wrong)}")
-
-
-def named(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """Differences for a message: NAME=ours (there: theirs), ..."""
-    return ", ".join(f"{name}={ours!r} (there: {theirs!r})" for name, (ours, theirs) in changes.items())

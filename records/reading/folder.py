@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from records import ToolError
-from records.runs import RunLog, text_runs
-from records.script import unpacked
+from records.reading.runs import RunLog, text_runs
+from records.reading.script import unpacked
 
 
 @dataclass

@@ -13,20 +13,17 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
-from records.checks import CheckResult
-from records.folder import Folder, open_folder
-from records.folder_checks import check_files, score_again
-from records.log_checks import check_logs
-
-COLOURS = {"pass": "green", "fail": "bold red", "skip": "yellow"}
+from records.checking.files import check_files, score_again
+from records.checking.logs import check_logs
+from records.checking.result import COLOURS, CheckResult, report
+from records.reading.folder import Folder, open_folder
 
 
 def legality(folder: Folder) -> Iterator[CheckResult]:
     """The reviewers' conditions C1 to C4, as far as a CPU can test them: this runs the folder's script as a module."""
     try:
-        from records.legality import legality_checks  # here: imports torch, which no other check needs
+        from records.checking.legality import legality_checks  # here: imports torch, which no other check needs
     except ModuleNotFoundError as error:
         yield CheckResult("C1-C4", "skip", f"{error}: python -m pip install -r requirements.txt")
         return
@@ -45,20 +42,6 @@ def check_folder(path: Path, args: argparse.Namespace) -> Iterator[CheckResult]:
                           "DATA_PATH names the validation shards)")
     if not args.no_legality:
         yield from legality(folder)
-
-
-def report(result: CheckResult, out: TextIO) -> None:
-    """One line, in colour where the terminal has it."""
-    try:
-        from rich.console import Console
-        from rich.text import Text
-    except ModuleNotFoundError:
-        print(f"{result.status} {result.name}: {result.message}", file=out, flush=True)
-        return
-    console = Console(file=out, soft_wrap=True, highlight=False)
-    status = Text(result.status, COLOURS[result.status])
-    console.print(status, f" {result.name}: {result.message}", sep="", markup=False)
-    out.flush()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

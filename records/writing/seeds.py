@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from records import ToolError
-from records.freeze import bake, named, prove
-from records.pack import pack
-from records.runs import SAME_DATA, RunLog, config_hash, read_jsonl, unlike
-from records.script import IDENTITY, Resolved, as_variable, data_identity, differences, resolve
-from records.statistics import Baseline, Summary, compare, described, read_baseline, summarize
+from records.reading.runs import SAME_DATA, RunLog, config_hash, read_jsonl, unlike
+from records.reading.script import IDENTITY, Resolved, as_variable, data_identity, differences, named, resolve
+from records.reading.statistics import Baseline, Summary, compare, described, read_baseline, summarize
+from records.writing.freeze import bake, prove
+from records.writing.pack import pack
 
 LOGS = Path("logs")
 GUARD = Path(__file__).with_name("guard.py")

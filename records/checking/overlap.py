@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from records.checks import CheckResult
+from records.checking.result import CheckResult
 
 if TYPE_CHECKING:
     import train_gpt

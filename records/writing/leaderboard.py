@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from records.checks import TRACKS
-from records.folder import Folder, claimed_bpb
+from records import RECORDS
+from records.reading.folder import Folder, claimed_bpb
+from records.reading.rules import TRACKS
 
-ROOT = Path(__file__).resolve().parent
 WIDTH_OF_A_PIPE = 250  # columns: more than any name takes
+NARROW = 110  # a terminal of fewer columns has authors behind the names
 
 
 class Entry(NamedTuple):
@@ -95,24 +96,29 @@ def show(title: str, rows: Sequence[Entry]) -> None:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
     except ModuleNotFoundError:
         lines = [HEADER, *(row.cells(place) for place, row in enumerate(rows, 1))]
         print(title, *("\t".join(cells) for cells in lines), sep="\n")
         return
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE)  # nothing is folded in a pipe
     board = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in HEADER:  # 80 columns hold all but long names: those are folded, never cut
+    lines = [HEADER, *(row.cells(place) for place, row in enumerate(rows, 1))]
+    if console.width < NARROW:  # one column of words, which leaves them room
+        lines = [[*cells[:5], cells[6], ", ".join(filter(None, (cells[7], cells[5])))] for cells in lines]
+    for column in lines[0]:
         board.add_column(column, justify="right" if column in HEADER[:5] else "left", overflow="fold",
-                         no_wrap=column not in ("author", "name"))
-    for place, row in enumerate(rows, 1):
-        board.add_row(*row.cells(place))
-    Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE).print(board)  # nothing is folded in a pipe
+                         no_wrap=column != lines[0][-1])
+    for cells in lines[1:]:
+        board.add_row(*map(Text, cells))
+    console.print(board)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `table` takes."""
     parser.add_argument("--track", choices=TRACKS, help="only this one (default: all)")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
-    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the tracks (default: records/)")
+    parser.add_argument("--root", type=Path, default=RECORDS, help="folder of the tracks (default: records/)")
 
 
 def run(args: argparse.Namespace) -> int:

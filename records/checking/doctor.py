@@ -21,18 +21,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from records import ToolError
-from records.check import report
-from records.checks import OFFICIAL_DOCUMENTS, CheckResult, data_set, is_leaky
-from records.overlap import overlap
-from records.runs import config_hash
+from records import REPOSITORY, ToolError
+from records.checking.overlap import overlap
+from records.checking.result import CheckResult, report
+from records.reading.rules import OFFICIAL_DOCUMENTS, data_set, is_leaky
+from records.reading.runs import config_hash
 
 if TYPE_CHECKING:
     import torch
 
     import train_gpt
 
-ROOT = Path(__file__).resolve().parent.parent
 RATES = Path(__file__).with_name("step_rates.json")  # GPU name and configuration hash -> milliseconds per step
 SLOWER = 1.05  # pods differ by up to 8%; from here on it is worth another one
 
@@ -47,7 +46,7 @@ def versions() -> Iterator[CheckResult]:
     python = sys.version.split()[0]
     fine = sys.version_info >= (3, 10)
     yield CheckResult("python", "pass" if fine else "fail", python + ("" if fine else ": 3.10 or newer is needed"))
-    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+    for line in (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines():
         wanted = re.match(r"([A-Za-z0-9_-]+)(==|>=)([\d.]+)", line)
         if not wanted:
             continue
@@ -310,7 +309,7 @@ def measured(t: Any, run: train_gpt.Runtime, args: argparse.Namespace) -> Iterat
 def examine(args: argparse.Namespace) -> Iterator[CheckResult]:
     """All checks, in the order in which a failure makes the next ones moot."""
     yield from versions()
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(REPOSITORY))
     try:
         import train_gpt as t
     except ImportError as error:

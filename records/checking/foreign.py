@@ -29,8 +29,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from records.checks import CheckResult
-from records.script import syntax, unpacked
+from records import REPOSITORY
+from records.checking.result import CheckResult
+from records.reading.script import syntax, unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -268,14 +269,21 @@ def score_first(script: Foreign) -> str:
 
 
 def each_once(script: Foreign) -> str:
-    """C4: with predictions that do not depend on the input, the place of one rare target does not change the score."""
+    """C4: with predictions that do not depend on the input, the place of one rare target does not change the score.
+
+    Where all tokens are equally likely the score is ln V, whatever the text: a cache or a fit to it shows.
+    """
     import torch
 
     class Fixed(torch.nn.Module):
-        """Predicts token 2 nearly always."""
+        """Predicts token 2 nearly always, or with a weight of 0 all tokens alike."""
+
+        def __init__(self, weight: float = 8.0) -> None:
+            super().__init__()
+            self.weight = weight
 
         def forward_logits(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
-            return (8.0 * (torch.arange(VOCAB) == 2)).expand(*ids.shape, VOCAB)
+            return (self.weight * (torch.arange(VOCAB) == 2)).expand(*ids.shape, VOCAB)
 
         def forward(self, ids: Tensor, targets: Tensor, *_: Any, **__: Any) -> Tensor:
             logits = self.forward_logits(ids).flatten(0, 1)
@@ -285,6 +293,10 @@ def each_once(script: Foreign) -> str:
     name, base, bpb = evaluation(script, Fixed(), common)
     if not math.isclose(bpb, base / math.log(2), rel_tol=1e-3):
         raise Wrong(f"{name}: {base:.5f} nats a token of one byte are not {bpb:.5f} bits a byte")
+    level = evaluation(script, Fixed(0.0), script.tokens)[1]
+    if not math.isclose(level, math.log(VOCAB), rel_tol=1e-3):
+        raise Wrong(f"{name}: {level:.5f} nats a token where all {VOCAB} are alike, not ln {VOCAB}: something is "
+                    "fitted to the text that is scored, or another distribution scores it")
     shares = {}
     for target in range(1, len(common)):
         rare = common.clone()
@@ -339,13 +351,12 @@ def no_network(*_: Any, **__: Any) -> None:
 
 def foreign_checks(path: Path) -> list[CheckResult]:
     """The conditions for a script, each a result, from a process that has nothing of the user's."""
-    root = str(Path(__file__).resolve().parent.parent)
-    command = [sys.executable, "-m", "records.foreign", str(path.resolve())]
+    command = [sys.executable, "-m", "records.checking.foreign", str(path.resolve())]
     if shutil.which("unshare") and not subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
         command = ["unshare", "-rn", *command]
     with tempfile.TemporaryDirectory() as scratch:
-        env = {**PLAIN, **{name: str(value) for name, value in TINY.items()}, "PYTHONPATH": root, "HOME": scratch,
-               "TMPDIR": scratch}  # fmt: skip
+        env = {**PLAIN, **{name: str(value) for name, value in TINY.items()}, "HOME": scratch, "TMPDIR": scratch,
+               "PYTHONPATH": str(REPOSITORY)}  # fmt: skip
         try:
             done = subprocess.run(command, cwd=scratch, env=env, text=True, capture_output=True, timeout=SECONDS)
         except subprocess.TimeoutExpired:

@@ -1,0 +1,1 @@
+"""What is made of runs: series of seeds, packed scripts, submission folders, pictures and the leaderboard."""
