@@ -55,7 +55,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -444,31 +444,25 @@ def check_names(mapping: Mapping[str, str], strict: bool) -> None:
                         "not meant for this run")  # fmt: skip
 
 
+BOOLEANS = {"0": False, "false": False, "no": False, "off": False, "1": True, "true": True, "yes": True, "on": True}
+
+
 def parse_value(name: str, text: str, spec: Field) -> Any:
     """The text of a variable as its field's type; UserError names variable, value and what is allowed."""
     low, high, choices = (spec.metadata[key] for key in ("low", "high", "choices"))
     kind = next((k for k in get_args(spec.type) if k in (int, float, str)), spec.type)  # float | None, tuple[int, ...]
-    if kind is bool:
-        words = ("0", "false", "no", "off", "1", "true", "yes", "on")
-        if text.lower() not in words:
-            raise UserError(f"{name}={text!r}: expected 0 or 1 (true/false, yes/no and on/off are understood)")
-        return words.index(text.lower()) >= 4
-    is_list = isinstance(spec.default, tuple)
+    limits = [f" {word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
+    number, is_list = "number" + " and".join(limits), isinstance(spec.default, tuple)
+    wanted = {bool: "0 or 1 (true/false, yes/no and on/off are understood)", str: f"one of {', '.join(choices)}",
+              int: f"a whole {number}", float: f"a finite {number}"}  # fmt: skip
+    read = (lambda word: BOOLEANS[word.lower()]) if kind is bool else kind
     try:
-        values = tuple(kind(part.strip()) for part in (text.split(",") if is_list else [text]) if part.strip())
-    except ValueError:
-        raise UserError(f"{name}={text!r}: expected {'a whole number' if kind is int else 'a number'}") from None
-    if is_list:
-        return values
-    (value,) = values
-    if kind is str:
-        if choices and value not in choices:
-            raise UserError(f"{name}={text!r}: expected one of {', '.join(choices)}")
-        return value
-    if not abs(value) < 1e38 or not low <= value <= high:  # neither NaN nor beyond float32
-        limits = [f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
-        raise UserError(f"{name}={text}: expected a finite number{' of ' * bool(limits)}{' and '.join(limits)}")
-    return value
+        values = tuple(read(part.strip()) for part in (text.split(",") if is_list else [text]) if part.strip())
+    except (KeyError, ValueError):
+        values = (math.nan,)
+    if not all(v in choices if choices else kind is str or abs(v) < 1e38 and low <= v <= high for v in values):
+        raise UserError(f"{name}={text}: expected {wanted[kind]}")  # neither NaN nor beyond float32
+    return values if is_list else values[0]
 
 
 def model_rules(cfg: Config) -> list[tuple[Any, str]]:
@@ -605,42 +599,33 @@ class Ranks:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
-    def broadcast_bytes(self, blob: bytes) -> bytes:
-        """Rank 0's bytes on every rank."""
-        blobs = [blob]
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The value of one rank, on every rank."""
+        values = [value]
         if self.world > 1:
-            dist.broadcast_object_list(blobs, 0, group=self.control)
-        return blobs[0]
-
-    def gather(self, text: str) -> list[str]:
-        """Every rank's text, on every rank."""
-        texts = [text] * self.world
-        if self.world > 1:
-            dist.all_gather_object(texts, text, group=self.control)
-        return texts
+            dist.broadcast_object_list(values, source, group=self.control)
+        return values[0]
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of `count` pieces of work; sizes differ by one at most."""
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def close(self, problem: BaseException | None) -> None:
-        """Leave the group; after a problem at once, since peers may never answer. The first rank that has one tells it.
+        """Leave the group; after a problem at once, since peers may never answer.
 
-        The others have the same one, or have lost a peer: they end silently, or torchrun ends them (SIGTERM as soon
-        as a rank has failed, SIGKILL 30 s later).
+        The first rank that has one tells it. The others have the same one, or have lost a peer: they end silently, or
+        torchrun ends them (SIGTERM as soon as a rank has failed, SIGKILL 30 s later).
         """
-        if self.world == 1:
-            return
-        if problem is None:
+        if self.world > 1 and problem:
+            with contextlib.suppress(OSError):  # a closed console
+                if is_first_to_fail(self.env):
+                    print(describe(problem), file=sys.stderr, flush=True)
+            os._exit(1)
+        elif self.world > 1:
             dist.destroy_process_group()
             # Gloo's thread lets go of the last tensors when it likes, and an interpreter that ends meanwhile
             # aborts: 5 of 11 runs with torch 2.11. Who drops the last reference to a group waits for its thread.
             object.__setattr__(self, "control", None)
-            return
-        with contextlib.suppress(OSError):  # a closed console
-            if is_first_to_fail(self.env):
-                print(describe(problem), file=sys.stderr, flush=True)
-        os._exit(1)
 
 
 def launch_numbers(env: Mapping[str, str]) -> tuple[int, int, int]:
@@ -649,8 +634,8 @@ def launch_numbers(env: Mapping[str, str]) -> tuple[int, int, int]:
     given = {name: env.get(name, "").strip() for name in names}
     if not any(given[name] for name in names[:3]):
         return 0, 1, 0
-    numbers = [int(given[name]) if re.fullmatch(r"[0-9]{1,9}", given[name]) else -1 for name in names[:4]]
-    rank, world, local_rank, port = numbers
+    is_number = re.compile("[0-9]{1,9}").fullmatch
+    rank, world, local_rank, port = (int(given[name]) if is_number(given[name]) else -1 for name in names[:4])
     has_meeting_place = 0 < port < 65_536 and given["MASTER_ADDR"]
     if not (0 <= rank < world and local_rank >= 0 and (world == 1 or has_meeting_place)):
         pairs = " ".join(f"{name}={value!r}" for name, value in given.items())
@@ -820,17 +805,16 @@ class Log:
     """The run's record: console, logs/<RUN_ID>.txt, and a JSON line stream. Only rank 0 writes, every line at once.
 
     What cannot be written any more (disk full, console closed) is given up with one warning on the others: it must not
-    end a paid run. The lines are also kept, for the seed logs of a submission, which are written when a run has ended
-    well, and for a log folder that vanished.
+    end a paid run. The lines are also kept, for the seed logs of a submission and for a folder that vanished.
     """
 
     def __init__(self, cfg: Config, enabled: bool) -> None:
-        self.cfg, self.console = cfg, enabled
-        self.paths = {kind: Path(f"logs/{cfg.log_name}.{kind}") for kind in ("txt", "jsonl") if enabled}
-        if enabled:
-            Path("logs").mkdir(exist_ok=True)
-        self.files = {kind: open(path, "ab" if cfg.resume else "wb", buffering=0) for kind, path in self.paths.items()}
-        self.lines = {kind: bytearray(path.read_bytes()) for kind, path in self.paths.items()}
+        self.cfg, self.console, self.paths, self.files, self.lines = cfg, enabled, {}, {}, {}
+        for kind in ("txt", "jsonl") if enabled else ():
+            path = self.paths[kind] = Path(f"logs/{cfg.log_name}.{kind}")
+            path.parent.mkdir(exist_ok=True)
+            self.files[kind] = path.open("ab" if cfg.resume else "wb", buffering=0)
+            self.lines[kind] = bytearray(path.read_bytes())
 
     def __call__(self, text: str, console: bool = True) -> None:
         self.write("txt", text)
@@ -850,27 +834,30 @@ class Log:
     def write(self, kind: str, line: str) -> None:
         """Append a line to a file, if it still takes any."""
         data = line.encode(errors="backslashreplace") + b"\n"
+        if kind in self.lines:
+            self.lines[kind] += data
         try:
-            if kind in self.lines:
-                self.lines[kind] += data
             if kind in self.files:
                 self.files[kind].write(data)
         except OSError as problem:
             self.files.pop(kind)
             self(f"WARNING: {self.paths[kind]}: {problem.strerror}; its lines are kept in memory until the end")
 
-    def close(self, ended_well: bool) -> None:
-        """Write again what its folder has lost, and after a good training run the logs that submissions ship."""
+    def close(self, problem: BaseException | None) -> None:
+        """Say how the run ended and write again what a folder has lost; after a good end of training also the logs that
+        submissions ship."""
+        if problem:
+            self(describe(problem), console=False)
         wanted = {path: self.lines[kind] for kind, path in self.paths.items()
                   if kind not in self.files or not path.exists()}  # fmt: skip
-        if ended_well and self.lines and self.cfg.log_name == self.cfg.run_id:
+        if not problem and self.lines and self.cfg.log_name == self.cfg.run_id:
             names = [f"train_seed{self.cfg.seed}.log"] + ["train.log"] * (self.cfg.seed == 1337)
             wanted |= {Path(name): self.lines["txt"] for name in names}
         for path, blob in wanted.items():
             try:
                 atomic_write(path, bytes(blob), "log")  # a copy: the warning below makes the lines longer
-            except UserError as problem:
-                self(f"WARNING: {problem}")
+            except UserError as fault:
+                self(f"WARNING: {fault}")
         for file in self.files.values():
             file.close()
 
@@ -921,19 +908,17 @@ class Signals:
     @contextlib.contextmanager
     def handled(self) -> Iterator["Signals"]:
         """Take the signals over from Python."""
-        usual = {n: signal.signal(n, self.handle) for n in self.NUMBERS if signal.getsignal(n) is not signal.SIG_IGN}
-        readable, writable = os.pipe()
-        os.set_blocking(writable, False)
-        usual_pipe = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-        threading.Thread(target=self.end_when_stuck, args=(readable,), daemon=True).start()
-        try:
+        with contextlib.ExitStack() as undo:
+            for number in self.NUMBERS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    undo.callback(signal.signal, number, signal.signal(number, self.handle))
+            readable, writable = os.pipe()
+            os.set_blocking(writable, False)
+            undo.callback(os.close, writable)
+            undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writable, warn_on_full_buffer=False))
+            undo.callback(self.answered.set)
+            threading.Thread(target=self.end_when_stuck, args=(readable,), daemon=True).start()
             yield self
-        finally:
-            self.answered.set()
-            signal.set_wakeup_fd(usual_pipe)
-            os.close(writable)
-            for number, handler in usual.items():
-                signal.signal(number, handler)
 
     def end_when_stuck(self, pipe: int) -> None:
         """End this process, with a message, where nothing has answered a SIGTERM for STUCK_SECONDS.
@@ -961,28 +946,24 @@ class Runtime:
     signals: Signals | None = None
     claim: Claim | None = None  # rank 0's
     costs: list[str] = field(default_factory=list)  # what makes every step longer than it need be
+    active: set[str] = field(default_factory=set)  # configured features that did something
 
     @classmethod
     @contextlib.contextmanager
     def start(cls, cfg: Config, env: Mapping[str, str]) -> Iterator["Runtime"]:
         """Start ranks, claim the files, open the log and write its header; close all of them whatever happens."""
         ranks = Ranks.start(cfg, env)
-        log, claim = Log(cfg, enabled=False), None
-        try:
-            if ranks.is_main_process:
-                claim = Claim(cfg)
-                log = Log(cfg, enabled=True)
-            with Signals(cfg, log, ranks).handled() as signals:
-                run = cls(cfg, ranks, log, [], signals, claim)
-                log_header(run)
-                yield run
-        finally:
-            if problem := sys.exc_info()[1]:
-                log(describe(problem), console=False)
-            log.close(ended_well=problem is None)
+        with contextlib.ExitStack() as stack:  # left from the last line to the first
+            stack.push(lambda _, problem, __: ranks.close(problem))
+            claim = Claim(cfg) if ranks.is_main_process else None
             if claim:
-                claim.release()
-            ranks.close(problem)
+                stack.callback(claim.release)
+            log = Log(cfg, ranks.is_main_process)
+            stack.push(lambda _, problem, __: log.close(problem))
+            signals = stack.enter_context(Signals(cfg, log, ranks).handled())
+            run = cls(cfg, ranks, log, [], signals, claim)
+            log_header(run)
+            yield run
 
     @contextlib.contextmanager
     def timed(self, phase: str, budget: str) -> Iterator[None]:
@@ -1003,24 +984,22 @@ class Runtime:
 
 def log_header(run: Runtime) -> None:
     """Source with its sha256, versions, and every hyperparameter with where it came from."""
-    cfg, log, source = run.cfg, run.log, Path(__file__).read_bytes()
+    cfg, log, source, device, world = run.cfg, run.log, Path(__file__).read_bytes(), run.ranks.device, run.ranks.world
+    digest, place, version = hashlib.sha256(source).hexdigest(), f"logs/{cfg.log_name}.py", torch.__version__
     if run.ranks.is_main_process:
-        atomic_write(Path(f"logs/{cfg.log_name}.py"), source, "log")  # not in the log, which tools grep
-    log(f"source: sha256:{hashlib.sha256(source).hexdigest()} bytes:{len(source)} copy:logs/{cfg.log_name}.py")
-    log(f"Running Python {sys.version.split()[0]} PyTorch {torch.__version__} command: {' '.join(sys.argv)}")
-    device = run.ranks.device
+        atomic_write(Path(place), source, "log")  # not in the log, which tools grep
+    log(f"source: sha256:{digest} bytes:{len(source)} copy:{place}")
+    log(f"Running Python {platform.python_version()} PyTorch {version} command: {' '.join(sys.argv)}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     log(f"device:{device.type} ({name}) cuda:{torch.version.cuda} cudnn:{torch.backends.cudnn.version()} "
-        f"host:{platform.node()} world_size:{run.ranks.world}")  # fmt: skip
+        f"host:{platform.node()} world_size:{world}")  # fmt: skip
     log(f"seed:{cfg.seed}")
     log("Hyperparameters:", console=False)
-    values = {f.name: vars(cfg)[f.name] for f in Config.variables().values()}
+    values, sources = {name: vars(cfg)[name] for name in cfg.sources}, dict(cfg.sources)
     for key, value in values.items():
-        log(f"  {key}: {value} ({cfg.sources[key]})", console=False)
-    changed = {k: v for k, v in values.items() if cfg.sources[k] != "default"}
-    log("changed: " + " ".join(f"{k.upper()}={v}" for k, v in changed.items()))
-    facts = {"torch": torch.__version__, "device": name, "world_size": run.ranks.world}
-    log.event("config", sha256=hashlib.sha256(source).hexdigest(), **facts, values=values, sources=dict(cfg.sources))
+        log(f"  {key}: {value} ({sources[key]})", console=False)
+    log("changed: " + " ".join(f"{k.upper()}={v}" for k, v in values.items() if sources[k] != "default"))
+    log.event("config", sha256=digest, torch=version, device=name, world_size=world, values=values, sources=sources)
 
 
 def log_ledger(run: Runtime) -> None:
@@ -1054,38 +1033,36 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MICRO_BATCH_TOKENS = 98_304  # one GPU's share of the record batch: 786,432 over 8; fits 80 GB with room
 
 
-class Shard(NamedTuple):
-    """A checked shard: its file, tokens in it, and the tokenizer's SHA-256 as hex ("" where the builder noted none)."""
+class Shard:
+    """A shard's file, tokens in it, and the tokenizer's SHA-256 as hex ("" where the builder noted none)."""
 
-    path: Path
-    count: int
-    tokenizer: str
+    def __init__(self, path: Path) -> None:
+        """Check magic, version and length."""
+        self.path = path
+        header = self.read_file("<i4", 256, 0)
+        if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+            raise UserError(f"{path}: not a token shard (magic, version: {header[:2].tolist()}, expected "
+                            f"{[SHARD_MAGIC, SHARD_VERSION]}); fetch or build it again")  # fmt: skip
+        self.count, size = int(header[2]), path.stat().st_size
+        wanted = SHARD_HEADER_BYTES + 2 * self.count
+        if self.count < 1 or size != wanted:
+            raise UserError(f"{path}: header promises {self.count} tokens, {wanted} bytes, but the file has {size} "
+                            "bytes; it is truncated or damaged: fetch it again")  # fmt: skip
+        self.tokenizer = header[3:11].tobytes().hex() if header[3:11].any() else ""
 
-    def read(self, offset: int, count: int) -> np.ndarray:
-        """`count` tokens, uint16. Read, not mapped: a mapped file that shrinks kills the process (SIGBUS)."""
+    def read_file(self, kind: str, count: int, offset: int) -> np.ndarray:
+        """Numbers from a byte offset on. Read, not mapped: a mapped file that shrinks kills the process (SIGBUS)."""
         try:
-            tokens = np.fromfile(self.path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
+            return np.fromfile(self.path, kind, count, offset=offset)
         except OSError as problem:
             raise UserError(f"{self.path}: {problem.strerror}; fetch it again") from None
+
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """`count` tokens, uint16."""
+        tokens = self.read_file("<u2", count, SHARD_HEADER_BYTES + 2 * offset)
         if len(tokens) != count:
             raise UserError(f"{self.path}: has become shorter since the run began; fetch it again")
         return tokens
-
-
-def open_shard(path: Path) -> Shard:
-    """The shard at `path` after checks of magic, version and length."""
-    try:
-        header, size = np.fromfile(path, dtype="<i4", count=256), path.stat().st_size
-    except OSError as problem:
-        raise UserError(f"{path}: {problem.strerror}; fetch it again") from None
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: not a token shard (magic, version: {header[:2].tolist()}, expected "
-                        f"{[SHARD_MAGIC, SHARD_VERSION]}); fetch or build it again")  # fmt: skip
-    count = int(header[2])
-    if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UserError(f"{path}: header promises {count} tokens, {SHARD_HEADER_BYTES + 2 * count} bytes, but the file "
-                        f"has {size} bytes; it is truncated or damaged: fetch it again")  # fmt: skip
-    return Shard(path, count, header[3:11].tobytes().hex() if header[3:11].any() else "")
 
 
 def shard_paths(cfg: Config, split: str) -> list[Path]:
@@ -1093,17 +1070,15 @@ def shard_paths(cfg: Config, split: str) -> list[Path]:
 
     `split` may be "val_bytes": the byte sidecars, of which there may be none.
     """
-    paths = [path for path in sorted(cfg.shard_folder.glob(f"fineweb_{split}_*"))
-             if split == "val_bytes" or "_bytes_" not in path.name]  # fmt: skip
+    are_bytes, folder = split == "val_bytes", cfg.shard_folder
+    paths = [path for path in sorted(folder.glob(f"fineweb_{split}_*")) if are_bytes or "_bytes_" not in path.name]
     for number, path in enumerate(paths):
-        if path.name != f"fineweb_{split}_{number:06d}.bin":
-            raise UserError(f"DATA_PATH={cfg.shard_folder}: found {path.name} where fineweb_{split}_{number:06d}.bin "
-                            "should be; fetch what is missing, move away what is not a shard")  # fmt: skip
-    if not paths and split != "val_bytes":
-        raise UserError(
-            f"DATA_PATH={cfg.shard_folder}: no fineweb_{split}_*.bin there; get them with "
-            f"`python3 data/cached_challenge_fineweb.py --variant sp{cfg.vocab_size}` or set DATA_PATH to your folder"
-        )
+        if path.name != (wanted := f"fineweb_{split}_{number:06d}.bin"):
+            raise UserError(f"DATA_PATH={folder}: found {path.name} where {wanted} should be; fetch what is missing, "
+                            "move away what is not a shard")  # fmt: skip
+    if not paths and not are_bytes:
+        raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; get them with `python3 "
+                        f"data/cached_challenge_fineweb.py --variant sp{cfg.vocab_size}` or set DATA_PATH to your folder")
     return paths
 
 
@@ -1111,7 +1086,7 @@ class TokenStream:
     """All shards of a split as one endless stream of tokens."""
 
     def __init__(self, cfg: Config, split: str) -> None:
-        self.shards, self.vocab_size = [open_shard(path) for path in shard_paths(cfg, split)], cfg.vocab_size
+        self.shards, self.vocab_size = [*map(Shard, shard_paths(cfg, split))], cfg.vocab_size
         self.ends = np.cumsum([shard.count for shard in self.shards])
         self.total = int(self.ends[-1])
 
@@ -1138,18 +1113,15 @@ class BatchShape(NamedTuple):
 
 def batch_shape(cfg: Config, world: int, most: int = MICRO_BATCH_TOKENS) -> BatchShape:
     """Fewest micro-steps that keep a rank's micro-batch within `most` tokens; UserError where nothing divides."""
-    unit = world * cfg.train_seq_len * max(cfg.grad_accum_steps, 1)
-    if cfg.train_batch_tokens % unit or cfg.train_batch_tokens < unit:
-        below = cfg.train_batch_tokens // unit * unit
+    tokens, length = cfg.train_batch_tokens, cfg.train_seq_len
+    unit = world * length * max(cfg.grad_accum_steps, 1)
+    below = tokens // unit * unit
+    if tokens != below or not below:
         valid = f"{below} or {below + unit}" if below else str(unit)
-        raise UserError(
-            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is no multiple of ranks x TRAIN_SEQ_LEN x GRAD_ACCUM_STEPS = "
-            f"{world} x {cfg.train_seq_len} x {cfg.grad_accum_steps or 'auto'}; nearest valid: {valid}"
-        )
-    per_rank = cfg.train_batch_tokens // (world * cfg.train_seq_len)
-    sequences = max(most // cfg.train_seq_len, 1)
-    auto = next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= sequences)
-    accum = cfg.grad_accum_steps or auto
+        raise UserError(f"TRAIN_BATCH_TOKENS={tokens} is no multiple of ranks x TRAIN_SEQ_LEN x GRAD_ACCUM_STEPS = "
+                        f"{world} x {length} x {cfg.grad_accum_steps or 'auto'}; nearest valid: {valid}")  # fmt: skip
+    per_rank, most = tokens // (world * length), max(most // length, 1)
+    accum = cfg.grad_accum_steps or next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= most)
     return BatchShape(accum, per_rank // accum)
 
 
@@ -1170,20 +1142,19 @@ class Loader:
         self.windows = (self.stream.total - cfg.train_seq_len) // cfg.train_seq_len
         if self.windows < 1:
             raise UserError(f"{cfg.shard_folder}: {self.stream.total} tokens; lower TRAIN_SEQ_LEN={cfg.train_seq_len}")
-        self.orders: dict[int, np.ndarray] = {}  # epoch -> start of each of its windows, in order of use
+        self.epoch_starts = lru_cache(maxsize=2)(self.shuffle)  # a batch may span two epochs
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self.ahead: dict[int, Future] = {}
+
+    def shuffle(self, epoch: int) -> np.ndarray:
+        """Stream position of each window of an epoch, in order of use."""
+        rng, length = np.random.default_rng([self.cfg.seed, epoch]), self.cfg.train_seq_len
+        return int(rng.integers(length)) + length * rng.permutation(self.windows)
 
     def window_start(self, index: int) -> int:
         """Stream position of the index-th shuffled window, counted over all epochs."""
         epoch, place = divmod(index, self.windows)
-        if epoch not in self.orders:
-            rng = np.random.default_rng([self.cfg.seed, epoch])
-            phase = int(rng.integers(self.cfg.train_seq_len))
-            order = phase + self.cfg.train_seq_len * rng.permutation(self.windows)
-            last = {e: o for e, o in self.orders.items() if e == epoch - 1}  # a batch may span two epochs
-            self.orders = {**last, epoch: order}
-        return int(self.orders[epoch][place])
+        return int(self.epoch_starts(epoch)[place])
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of micro-batch `number` (step x accum + micro-step), each (sequences, seq_len) int64."""
@@ -1261,12 +1232,11 @@ class ByteTable:
 
         The last document may go on after `tokens`, and so also ends with a word.
         """
-        found, starts = [], np.flatnonzero(tokens == self.bos_id)
-        for start, end in zip(starts + 1, [*starts[1:], len(tokens)], strict=True):
-            others = np.flatnonzero(self.is_boundary[tokens[start:end]])
-            if len(others) or end == len(tokens):
-                words = np.flatnonzero(self.has_space[tokens[start : start + others[0] if len(others) else end]])
-                end = start + (words[-1] if len(words) else 0)
+        found, ends = [], np.append(np.flatnonzero(self.is_boundary[tokens]), len(tokens))
+        for start in np.flatnonzero(tokens == self.bos_id) + 1:
+            end = ends[np.searchsorted(ends, start)]
+            if end == len(tokens) or tokens[end] != self.bos_id:
+                end = start + max(np.flatnonzero(self.has_space[tokens[start:end]]), default=0)
             found.append(slice(start, end))
         return [place for place in found if place.stop > place.start]
 
@@ -1353,7 +1323,7 @@ def load_validation(run: Runtime) -> ValidationSet:
         raise UserError(f"{cfg.shard_folder}: no BOS (id {table.bos_id}) in the validation set; build the shards again")
     if stream.total <= cfg.eval_len:
         raise UserError(f"{cfg.shard_folder}: {stream.total} validation tokens; lower EVAL_SEQ_LEN={cfg.eval_len}")
-    sidecars = [open_shard(path) for path in shard_paths(cfg, "val_bytes")]
+    sidecars = [*map(Shard, shard_paths(cfg, "val_bytes"))]
     counts = np.concatenate([s.read(0, s.count) for s in sidecars]).astype(np.int32) if sidecars else None
     if sidecars and len(counts) != len(tokens):
         raise UserError(f"{sidecars[0].path}: {len(counts)} byte counts for {len(tokens)} tokens; fetch both again")
@@ -3431,7 +3401,7 @@ class StepGraph:
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], batch: list[Tensor], parameters: list[Tensor], pool: Any
+        self, function: Callable[..., Tensor], batch: Iterable[Tensor], parameters: list[Tensor], pool: Any
     ) -> None:
         """Record; `function` has run on such a batch before, so that nothing is compiled or loaded here.
 
@@ -3444,7 +3414,7 @@ class StepGraph:
             self.loss = function(*self.batch)
         self.grads = [parameter.grad for parameter in parameters]
 
-    def replay(self, batch: list[Tensor]) -> Tensor:
+    def replay(self, *batch: Tensor) -> Tensor:
         """Add the gradients of `batch` to the parameters'; returns the value, which the next call overwrites."""
         for mine, given in zip(self.batch, batch, strict=True):
             mine.copy_(given, non_blocking=True)
@@ -3456,33 +3426,24 @@ class StepGraph:
         return self.loss
 
 
-def flat(tensors: list[Tensor | None]) -> Tensor:
-    """All entries in one row; gradients compare as a whole, since those of single numbers may be all rounding."""
-    return torch.cat([tensor.flatten().float() for tensor in tensors if tensor is not None])
-
-
 class Trainer:
     """Model, optimizers and training data, and one optimizer step over them."""
 
     def __init__(self, run: Runtime, model: GPT) -> None:
-        self.run, self.model = run, model
+        cfg, self.run, self.model = run.cfg, run, model
         self.loader = Loader(run, model.micro_batch)
         self.graphs: dict[Phase, StepGraph] = {}
-        self.optimizers = Optimizers(run.cfg, run.ranks, model)
-        shape, cfg = self.loader.shape, run.cfg
-        stream = self.loader.stream
-        run.log.event("data", split="train", shards=len(stream.shards), tokens=stream.total)
-        run.log(f"train_loader:dataset:{cfg.shard_folder.name} train_shards:{len(stream.shards)} tokens:{stream.total}")
-        run.log(f"world_size:{run.ranks.world} grad_accum_steps:{shape.accum}")
+        self.optimizers = Optimizers(cfg, run.ranks, model)
+        shards, tokens = len(self.loader.stream.shards), self.loader.stream.total
+        run.log.event("data", split="train", shards=shards, tokens=tokens)
+        run.log(f"train_loader:dataset:{cfg.shard_folder.name} train_shards:{shards} tokens:{tokens}")
+        run.log(f"world_size:{run.ranks.world} grad_accum_steps:{self.loader.shape.accum}")
         run.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")  # fmt: skip
 
-    def batch(self, number: int, phase: Phase) -> list[Tensor]:
-        """Inputs and targets of a micro-step as the phase cuts them."""
-        return [tensor.view(-1, phase.seq_len) for tensor in self.loader.fetch(number)]
-
-    def gradients(self, phase: Phase, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Add a micro-step's gradients to the parameters'; returns its part of the step's loss."""
+    def gradients(self, phase: Phase, *batch: Tensor) -> Tensor:
+        """Add the gradients of a micro-batch, cut as the phase wants it; returns its part of the step's loss."""
+        inputs, targets = (tensor.view(-1, phase.seq_len) for tensor in batch)
         weights = self.model.fast_weights(phase.fake_quant)
         loss = self.model.fast_nll(inputs, targets, weights, phase.order).mean() / self.loader.shape.accum
         loss.backward()
@@ -3500,16 +3461,23 @@ class Trainer:
         """
         if not self.replays:
             return
-        parameters, batch, reason = list(self.model.parameters()), self.batch(0, phase), ""
-        allowed = ALLOWED_ERROR * torch.finfo(self.model.dtype).eps / 2  # recorded, a product may take another kernel
-        self.model.zero_grad()
-        want = [self.gradients(phase, *batch).cpu().double(), flat([p.grad for p in parameters]).cpu().double()]
-        pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
-        self.model.zero_grad()
-        try:
-            graph = StepGraph(partial(self.gradients, phase), batch, parameters, pool)
+        parameters, batch, function = list(self.model.parameters()), self.loader.fetch(0), partial(self.gradients, phase)
+
+        def outcome(function: Callable[..., Tensor]) -> list[Tensor]:
+            """Loss and gradients; these compare as a whole, since those of single numbers may be all rounding."""
             self.model.zero_grad()
-            reason = fault(max(relative_errors([graph.replay(batch), flat(graph.grads)], want)), allowed)
+            loss = function(*batch)
+            grads = torch.cat([p.grad.flatten().float() for p in parameters if p.grad is not None])
+            self.model.zero_grad()
+            return [loss.cpu().double(), grads.cpu().double()]
+
+        want = outcome(function)
+        pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
+        allowed = ALLOWED_ERROR * torch.finfo(self.model.dtype).eps / 2  # recorded, a product may take another kernel
+        try:
+            graph = StepGraph(function, batch, parameters, pool)
+            self.model.zero_grad()
+            reason = fault(max(relative_errors(outcome(graph.replay), want)), allowed)
         except RuntimeError as problem:
             reason = str(problem).strip().splitlines()[0][:200]
         if not reason:
@@ -3523,11 +3491,11 @@ class Trainer:
     def step(self, number: int, plan: StepPlan) -> Tensor:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
         phase = phases(self.run.cfg)[plan.phase]
-        accum, graph, total = self.loader.shape.accum, self.graphs.get(phase), 0.0
+        accum, total = self.loader.shape.accum, 0.0
+        micro_step = self.graphs[phase].replay if phase in self.graphs else partial(self.gradients, phase)
         self.model.zero_grad()
         for micro in range(accum):
-            batch = self.batch(number * accum + micro, phase)
-            total = total + (graph.replay(batch) if graph else self.gradients(phase, *batch))
+            total = total + micro_step(*self.loader.fetch(number * accum + micro))
         self.optimizers.step(plan)
         return total
 
@@ -3566,23 +3534,20 @@ def warm_up(run: Runtime, trainer: Trainer) -> None:
 
 def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     """Seconds of the clock to keep for calibration and GPTQ: as set, or both timed, a fifth on top and a second."""
-    cfg, model = run.cfg, trainer.model
+    cfg, trial = run.cfg, replace(run, ledger=[])
     if cfg.gptq_reserve_seconds is not None or not cfg.max_wallclock_seconds:
         return cfg.gptq_reserve_seconds or 0.0
     hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
-    calibration, rounding = Clock(run.ranks.device), Clock(run.ranks.device)
     if batches:
         collect_hessians(run, trainer, 0, 1)  # compiles
-        calibration.start()
-        hessians = collect_hessians(run, trainer, 0, 3)
-        calibration.stop()
-    exporter = Exporter(replace(run, ledger=[]), model, hessians, {})
+        with trial.timed("hessians", "train"):
+            hessians = collect_hessians(run, trainer, 0, 3)
+    exporter = Exporter(trial, trainer.model, hessians, {})
     exporter.quantize()  # loads libraries
-    rounding.start()
     exporter.quantize()
-    rounding.stop()
+    calibration, rounding = trial.ledger[0][2], trial.ledger[-1][2]
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.auto_clip else 1  # what fitting the size may take
-    seconds = batches * calibration.total / 3 + passes * rounding.total
+    seconds = batches * calibration / 3 + passes * rounding
     return run.ranks.all_reduce_max(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
 
 
@@ -3593,25 +3558,16 @@ def calibration_batches(run: Runtime, shape: BatchShape) -> int:
     return -(-tokens // (run.ranks.world * shape.sequences * cfg.train_seq_len)) if cfg.gptq_enabled else 0
 
 
-class TrainResult(NamedTuple):
-    """What training leaves behind besides the weights in the model."""
-
-    steps: int
-    average: dict[str, Tensor]
-    active: set[str]  # configured features that did something
-
-
 class Training:
     """The training loop, and where it stands. A checkpoint holds that, the weights, averages and optimizers."""
 
     def __init__(self, run: Runtime, trainer: Trainer, validation: ValidationSet, budget: float) -> None:
         """`budget` seconds of the clock."""
-        cfg = run.cfg
-        self.run, self.cfg, self.trainer, self.model, self.validation = run, cfg, trainer, trainer.model, validation
-        self.budget, self.averager, self.clock = budget, Averager(cfg, trainer.model), Clock(run.ranks.device)
-        self.step, self.phase, self.ends_soon = 0, next(iter(phases(cfg))), False
+        self.run, self.cfg, self.trainer, self.model, self.validation = run, run.cfg, trainer, trainer.model, validation
+        self.budget, self.averager, self.clock = budget, Averager(run.cfg, trainer.model), Clock(run.ranks.device)
+        self.step, self.phase, self.ends_soon = 0, next(iter(phases(run.cfg))), False
+        self.first = 0  # step at which the clock began
         self.graphs = 0  # compiled inside the clock
-        self.active: set[str] = set()  # configured features that did something
         self.identity = run_identity(run, trainer.loader.stream, validation)
 
     def loop(self, noted: list[str]) -> None:
@@ -3623,7 +3579,7 @@ class Training:
                 synchronize(ranks.device)
             fault = self.trainer.loader.fault(self.step) if self.step < cfg.iterations else None
             reason = noted[0] if noted else str(fault or "")
-            seconds, stopped = ranks.all_reduce_max(self.clock.seconds(), bool(reason))
+            seconds, stopped = ranks.all_reduce_max(self.clock.seconds(), (ranks.rank + 1) * bool(reason))
             self.ends_soon = seconds * (1 + 10 / max(self.step, 1)) >= self.budget
             if self.step >= cfg.iterations or seconds * (1 + 1 / max(self.step, 1)) >= self.budget:
                 break  # the next one would end too late
@@ -3631,7 +3587,7 @@ class Training:
                 self.run.signals.answered.set()
                 self.clock.stop()
                 saved = f"RESUME=1 goes on from {cfg.weights_file}, EXPORT_ONLY=1 makes an artifact of it"
-                raise UserError(f"{next(filter(None, ranks.gather(reason)))}: stopped after step {self.step}; "
+                raise UserError(f"{ranks.broadcast(reason, int(stopped) - 1)}: stopped after step {self.step}; "
                                 f"{saved if self.save('stopped') else 'not saved'}")  # fmt: skip
             self.advance(seconds)
         self.run.ledger.append(("train", "steps", self.clock.stop()))
@@ -3641,7 +3597,7 @@ class Training:
         run, cfg = self.run, self.cfg
         plan = plan_step(cfg, self.step, seconds, self.budget)
         if plan.phase != self.phase:
-            self.phase = start_phase(run, self.model, plan, self.step, seconds)
+            self.start_phase(plan, seconds)
         if run.claim:
             run.claim.beat()
         before = graphs_compiled()
@@ -3651,18 +3607,60 @@ class Training:
             self.graphs += made
             run.log(f"WARNING: step {self.step} compiled {made} graphs inside the clock; warm-up should have made them")
         self.averager.update(self.step, plan.lr_scale)
-        self.active |= {self.phase, "warmdown" if plan.lr_scale < 1 else self.phase}
-        log_step(run, self.step, loss, plan, self.clock)
+        run.active.update({self.phase, "warmdown" if plan.lr_scale < 1 else self.phase})
+        self.log_step(loss, plan)
         scores = is_due(cfg.val_loss_every, self.step)
         saves = is_due(cfg.checkpoint_every, self.step) and self.step < cfg.iterations
         if scores or saves:
             self.clock.stop()
             if scores:
-                validate_step(run, self.model, self.validation, self.step, self.clock.total)
+                self.validate()
             if saves:
                 with run.timed("checkpoint", "untimed"):
                     self.save("running")
             self.clock.start()
+
+    def start_phase(self, plan: StepPlan, seconds: float) -> None:
+        """Announce the plan's phase; where it rounds the weights, fix the grid that the export is expected to use."""
+        run, model, self.phase = self.run, self.model, plan.phase
+        model.order, rounds, _ = phases(self.cfg)[plan.phase]
+        if self.cfg.auto_clip and rounds:
+            fitted = fit_clip_sigmas(self.cfg, quant_specs(model), passthrough(model))
+            model.clip_sigmas.fill_(run.ranks.all_reduce_max(fitted)[0])
+        name, step = f"{plan.phase}:enabled", self.step
+        run.log(f"{name} step:{step} scale:{plan.lr_scale:.4f} clip_sigmas:{model.clip_sigmas.item():.2f}")
+        run.log.event("phase", step=step, name=name, train_time_ms=round(seconds * 1000))
+
+    def log_step(self, loss: Tensor, plan: StepPlan) -> None:
+        """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run, on all ranks, if the loss is no number any more."""
+        run, cfg, step = self.run, self.cfg, self.step
+        if step > 10 and not is_due(cfg.train_log_every, step):
+            return
+        value, seconds = (run.ranks.all_reduce_sum_(loss) / run.ranks.world).item(), self.clock.seconds()
+        average, total = 1000 * seconds / (step - self.first), 1000 * (run.spent("train") + seconds)
+        run.log(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{total:.0f}ms "
+                f"step_avg:{average:.2f}ms lr_scale:{plan.lr_scale:.3f} "
+                f"tok/s:{1000 * cfg.train_batch_tokens / max(average, 1e-6):.0f}")  # fmt: skip
+        facts = {"train_time_ms": round(total), "step_avg_ms": average, "lr_scale": plan.lr_scale}
+        run.log.event("train", step=step, train_loss=value, **facts)
+        if not math.isfinite(value):
+            raise self.diverged(f"the training loss is {value}")
+
+    def diverged(self, what: str) -> UserError:
+        """The error that ends a run whose weights are spoilt, with where good ones are."""
+        cfg, step = self.cfg, self.step
+        last = (step - 1) // cfg.checkpoint_every * cfg.checkpoint_every if cfg.checkpoint_every else 0
+        saved = f"; {cfg.weights_file} has the weights of step {last}" if last else ""
+        return UserError(f"step {step}: {what}; lower MATRIX_LR={cfg.matrix_lr} or change SEED{saved}")
+
+    def validate(self) -> None:
+        """Score the weights as they are, on plain windows."""
+        run, step, milliseconds = self.run, self.step, 1000 * self.clock.total
+        with run.timed(f"validation@{step}", "untimed"):
+            score = evaluate(run, self.model, self.validation, self.cfg.eval_len)
+        run.log(f"step:{step}/{self.cfg.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+                f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(step, 1):.2f}ms")  # fmt: skip
+        run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(milliseconds))
 
     def save(self, state: str) -> bool:
         """Write the checkpoint to WEIGHTS_PATH; all ranks return together with whether that went well.
@@ -3675,9 +3673,9 @@ class Training:
         if run.ranks.is_main_process:
             raw = self.model.state_dict()
             if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
-                raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], self.step)
+                raise self.diverged(f"not finite any more: {' '.join(broken)}"[:200])
             standing = {"seconds": self.clock.total, "saved_at": time.time(), "phase": self.phase,
-                        "active": sorted(self.active | self.averager.active()), "graphs": self.graphs,
+                        "active": sorted(run.active | self.averager.active()), "graphs": self.graphs,
                         "ledger": [*map(list, run.ledger)], "clip_sigmas": self.model.clip_sigmas.item()}  # fmt: skip
             saved = {"architecture": self.cfg.architecture(), "steps": self.step, "order": list(self.model.order),
                      "state": state, "raw": raw, "average": self.averager.weights(), "optimizers": optimizers,
@@ -3694,15 +3692,15 @@ class Training:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from a checkpoint. What a killed run spent after it is counted, and at once noted in the file."""
-        run, standing = self.run, saved["standing"]
+        run, standing, lost = self.run, saved["standing"], 0.0
         self.model.load(saved["raw"])
         self.trainer.optimizers.load_state_dict(saved["optimizers"])
         self.averager.load(saved["averager"])
         self.step, self.phase, self.graphs = saved["steps"], standing["phase"], standing["graphs"]
-        self.active, self.model.order = set(standing["active"]), tuple(saved["order"])
+        self.model.order = tuple(saved["order"])
         self.model.clip_sigmas.fill_(standing["clip_sigmas"])
+        run.active.update(standing["active"])
         run.ledger[:0] = [tuple(row) for row in standing["ledger"] if row[1] != "steps"]  # the clock holds those
-        lost = 0.0
         if saved["state"] == "running" and run.claim:
             if run.claim.last_beat is None:
                 run.log("WARNING: the time that the killed run spent after its checkpoint is not known, nor counted")
@@ -3715,11 +3713,39 @@ class Training:
         run.log.event("resume", step=self.step, train_time_ms=round(spent), lost_ms=round(1000 * lost))
         self.save("running")
 
+    def post_qat(self) -> None:
+        """Train the averaged weights on the export grid for POST_QAT_SECONDS (PR #107).
 
-def train(
-    run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapping[str, Any] | None = None
-) -> TrainResult:
-    """Train until ITERATIONS or the clock ends, whichever comes first; from a checkpoint where there is one."""
+        What it is good for is logged: the score of the weights rounded to that grid, before and after.
+        """
+        run, cfg = self.run, self.cfg
+        self.model.load(self.averager.weights())
+        self.averager.load({"ema": None, "snapshots": [], "count": 0})  # what is exported is the last weights
+        self.clock, self.first = Clock(run.ranks.device), self.step
+        scale, two_rails = cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_rails_at < 1
+        plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, two_rails)
+        self.start_phase(plan, run.spent("train"))
+        run.active.add("post_qat")
+        eval_rounded(run, self.model, self.validation, "before_post_qat")
+        self.clock.start()
+        while True:
+            (seconds,), steps = run.ranks.all_reduce_max(self.clock.seconds()), self.step - self.first
+            if steps and seconds * (1 + 1 / steps) >= cfg.post_qat_seconds:
+                break
+            loss = self.trainer.step(self.step, plan)
+            self.step += 1
+            self.log_step(loss, plan)
+        run.ledger.append(("train", "post_qat", self.clock.stop()))
+        run.log(f"post_qat: {steps} steps in {self.clock.total:.1f}s at MATRIX_LR {cfg.post_qat_lr:g}")
+        eval_rounded(run, self.model, self.validation, "after_post_qat")
+        self.save("ended")
+
+
+def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapping[str, Any] | None = None) -> int:
+    """Train until ITERATIONS or the clock ends, whichever comes first; from a checkpoint where there is one.
+
+    The model then has the weights to export, their average; returns the steps made.
+    """
     cfg, model = run.cfg, trainer.model
     with run.timed("warmup", "untimed"):
         warm_up(run, trainer)
@@ -3729,8 +3755,8 @@ def train(
     if budget <= 0:
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ and QAT take {kept:.1f}s")
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
-    model.order = next(iter(phases(cfg).values())).order
     training = Training(run, trainer, validation, budget)
+    model.order = phases(cfg)[training.phase].order
     with run.signals.deferred() as noted:
         if saved:
             training.restore(saved)
@@ -3746,18 +3772,12 @@ def train(
         run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
         run.log.event("memory", allocated_mib=allocated, reserved_mib=reserved)
     if not is_due(cfg.val_loss_every, training.step):
-        validate_step(run, model, validation, training.step, training.clock.total)
-    training.active |= training.averager.active()
-    average = training.averager.weights()
+        training.validate()
+    run.active.update(training.averager.active())
     if cfg.post_qat_seconds:
-        model.load(average)
-        training.step += post_qat(run, trainer, validation, training.step)
-        training.averager = Averager(replace(cfg, ema_enabled=False, swa_enabled=False, lawa_enabled=False), model)
-        training.active.add("post_qat")
-        training.save("ended")
-        average = dict(model.named_parameters())
-    average = {name: value.detach().clone() for name, value in average.items()}
-    return TrainResult(training.step, average, training.active)
+        training.post_qat()
+    model.load(training.averager.weights())
+    return training.step
 
 
 def run_identity(run: Runtime, stream: TokenStream, validation: ValidationSet) -> dict[str, Any]:
@@ -3775,40 +3795,14 @@ def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: int) -> int:
-    """Train the (averaged) weights on the export grid for POST_QAT_SECONDS (PR #107); returns the steps made.
-
-    What it is good for is logged: the score of the weights rounded to that grid, before and after.
-    """
-    cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
-    scale, two_rails = cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_rails_at < 1
-    plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, two_rails)
-    start_phase(run, trainer.model, plan, first, run.spent("train"))
-    eval_rounded(run, trainer.model, validation, "before_post_qat")
-    clock.start()
-    while True:
-        (seconds,) = run.ranks.all_reduce_max(clock.seconds())
-        if steps and seconds * (1 + 1 / steps) >= cfg.post_qat_seconds:
-            break
-        loss = trainer.step(first + steps, plan)
-        steps += 1
-        log_step(run, first + steps, loss, plan, clock, first)
-    run.ledger.append(("train", "post_qat", clock.stop()))
-    run.log(f"post_qat: {steps} steps in {clock.total:.1f}s at MATRIX_LR {cfg.post_qat_lr:g}")
-    eval_rounded(run, trainer.model, validation, "after_post_qat")
-    return steps
-
-
 def eval_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str) -> None:
     """Log the score of the matrices on the grid of QAT, the function that it trains; the model is left as it was."""
-    kept = {name: bank.detach().clone() for name, bank in model.banks.items()}
+    kept = copy.deepcopy(model.state_dict())
     with run.timed(f"{when} rounded", "untimed"), torch.no_grad():
         for name, bank in model.banks.items():
-            grid = Grid(model.bits[name], run.cfg.clip_policy, model.clip_sigmas)
-            bank.copy_(fake_quantize(bank, grid))
+            bank.copy_(fake_quantize(bank, Grid(model.bits[name], run.cfg.clip_policy, model.clip_sigmas)))
         score = evaluate(run, model, validation, run.cfg.eval_len)
-        for name, bank in model.banks.items():
-            bank.copy_(kept[name])
+    model.load(kept)
     log_score(run, f"DIAGNOSTIC {when} rounded", score)
 
 
@@ -3816,53 +3810,6 @@ def graphs_compiled() -> int:
     """Graphs that torch.compile has made so far in this process; it counts them in the module it loads for that."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-
-
-def start_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: float) -> str:
-    """Announce the plan's phase; where it rounds the weights, fix the grid that the export is expected to use."""
-    model.order, rounds, _ = phases(run.cfg)[plan.phase]
-    if run.cfg.auto_clip and rounds:
-        fitted = fit_clip_sigmas(run.cfg, quant_specs(model), passthrough(model))
-        model.clip_sigmas.fill_(run.ranks.all_reduce_max(fitted)[0])
-    run.log(f"{plan.phase}:enabled step:{step} scale:{plan.lr_scale:.4f} clip_sigmas:{model.clip_sigmas.item():.2f}")
-    run.log.event("phase", step=step, name=f"{plan.phase}:enabled", train_time_ms=round(seconds * 1000))
-    return plan.phase
-
-
-def log_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Clock, first: int = 0) -> None:
-    """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run, on all ranks, if the loss is no number any more.
-
-    `clock` has run since step `first`.
-    """
-    cfg = run.cfg
-    if step > 10 and not is_due(cfg.train_log_every, step):
-        return
-    value, seconds = (run.ranks.all_reduce_sum_(loss) / run.ranks.world).item(), clock.seconds()
-    average, total = 1000 * seconds / (step - first), 1000 * (run.spent("train") + seconds)
-    run.log(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{total:.0f}ms "
-            f"step_avg:{average:.2f}ms lr_scale:{plan.lr_scale:.3f} "
-            f"tok/s:{1000 * cfg.train_batch_tokens / max(average, 1e-6):.0f}")  # fmt: skip
-    facts = {"train_time_ms": round(total), "step_avg_ms": average, "lr_scale": plan.lr_scale}
-    run.log.event("train", step=step, train_loss=value, **facts)
-    if not math.isfinite(value):
-        raise diverged(run, f"the training loss is {value}", step)
-
-
-def diverged(run: Runtime, what: str, step: int) -> UserError:
-    """The error that ends a run whose weights are spoilt, with where good ones are."""
-    cfg = run.cfg
-    last = (step - 1) // cfg.checkpoint_every * cfg.checkpoint_every if cfg.checkpoint_every else 0
-    saved = f"; {cfg.weights_file} has the weights of step {last}" if last else ""
-    return UserError(f"step {step}: {what}; lower MATRIX_LR={cfg.matrix_lr} or change SEED{saved}")
-
-
-def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int, seconds: float) -> None:
-    """Score the weights as they are, on plain windows."""
-    with run.timed(f"validation@{step}", "untimed"):
-        score = evaluate(run, model, validation, run.cfg.eval_len)
-    run.log(f"step:{step}/{run.cfg.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
-            f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms")  # fmt: skip
-    run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(1000 * seconds))
 
 
 def write_output(run: Runtime, path: Path, blob: bytes | memoryview, variable: str) -> Path:
@@ -4505,20 +4452,19 @@ class Exporter:
         return self.blob
 
 
-def export_model(run: Runtime, trainer: Trainer, trained: TrainResult, validation: ValidationSet) -> "Produced":
-    """Average, calibrate, quantize and write ARTIFACT_PATH; scores the averaged weights."""
+def export_model(run: Runtime, trainer: Trainer, steps: int, validation: ValidationSet) -> "ExportResult":
+    """Calibrate, quantize and write ARTIFACT_PATH; scores the weights, which are those to export, after `steps` steps."""
     cfg, model = run.cfg, trainer.model
-    model.load(trained.average)
     total = sum(parameter.sum() for parameter in model.parameters()).item()
     most, least = run.ranks.all_reduce_max(total, -total)
     if most != -least:  # each quantizes its layers from its own replica
         run.log(f"WARNING: the ranks' weights have drifted apart: they sum to between {-least} and {most}")
-    names = [n for n in ("ema", "swa", "lawa", "post_qat") if n in trained.active]
+    names = [n for n in ("ema", "swa", "lawa", "post_qat") if n in run.active]
     run.log(f"{'+'.join(names) or 'raw'}:applying {'+'.join(names).upper() or 'the last'} weights")
     hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
     if batches:
         with run.timed("hessians", "train"):
-            hessians = collect_hessians(run, trainer, trained.steps * trainer.loader.shape.accum, batches)
+            hessians = collect_hessians(run, trainer, steps * trainer.loader.shape.accum, batches)
         seconds, count = run.ledger[-1][2], cfg.gptq_calibration_batches
         run.log(f"GPTQ:collected {len(hessians)} Hessians over {count} batches in {seconds:.1f}s")
     blob, path = Exporter(run, model, hessians, validation.identity).export(), cfg.artifact_file
@@ -4529,9 +4475,9 @@ def export_model(run: Runtime, trainer: Trainer, trained: TrainResult, validatio
         score = evaluate(run, model, validation, cfg.eval_len)
     last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
     log_score(run, f"DIAGNOSTIC {last}", score)
-    if cfg.qat_enabled or "late_qat" in trained.active:
+    if cfg.qat_enabled or "late_qat" in run.active:
         eval_rounded(run, model, validation, last)
-    return ExportResult(model, score, trained.active, path, blob[-8:])
+    return ExportResult(model, score, path, blob[-8:])
 
 
 def log_sizes(run: Runtime, path: Path, header: dict[str, Any]) -> None:
@@ -4883,7 +4829,6 @@ class ExportResult(NamedTuple):
 
     model: GPT | None = None  # lends its compiled graphs
     before: Score | None = None  # of the weights that were quantized
-    active: set[str] = frozenset()
     path: Path | None = None  # of the artifact
     digest: bytes = b""  # with which it ends, on rank 0
 
@@ -4903,7 +4848,7 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: ExportR
     """Read ARTIFACT_PATH back from disk and score it, last by the sliding window."""
     cfg, path = run.cfg, produced.path or run.cfg.artifact_file
     with run.timed("read artifact", "eval"):
-        blob = run.ranks.broadcast_bytes(path.read_bytes() if run.ranks.is_main_process else b"")
+        blob = run.ranks.broadcast(path.read_bytes() if run.ranks.is_main_process else b"")
         if not blob.endswith(produced.digest):
             raise UserError(f"ARTIFACT_PATH={path}: another process has replaced it since it was written")
         header, parameters = decode_artifact(blob, path)
@@ -4979,28 +4924,30 @@ def produce_artifact(run: Runtime, validation: ValidationSet) -> ExportResult:
         refuse_other(saved["identity"], ours, f"{where} is from another run", "a run goes on as it began")
     if saved and (cfg.export_only or saved["state"] == "ended"):
         run.ledger.extend(tuple(row) for row in saved["standing"]["ledger"] if cfg.resume)
-        model.order = tuple(saved["order"])
-        trained = TrainResult(saved["steps"], saved["average"], set(saved["standing"]["active"]))
+        run.active.update(saved["standing"]["active"])
+        model.load(saved["average"])
+        steps, model.order = saved["steps"], tuple(saved["order"])
     else:
-        trained = train(run, trainer, validation, saved)
-    return export_model(run, trainer, trained, validation)
+        steps = train(run, trainer, validation, saved)
+    return export_model(run, trainer, steps, validation)
 
 
-def report_inactive(run: Runtime, active: set[str]) -> None:
+def report_inactive(run: Runtime) -> None:
     """Name what was configured and never happened, so that no flag passes for a feature, and what made steps longer."""
     cfg = run.cfg
+    is_named = cfg.sources["short_seq_len"] != "default"
     wanted = {
         "ema": (cfg.ema_enabled, "EMA_ENABLED=1"),
         "swa": (cfg.swa_enabled, f"SWA_START_FRAC={cfg.swa_start_frac} SWA_EVERY={cfg.swa_every}"),
         "lawa": (cfg.lawa_enabled, f"LAWA_FREQ={cfg.lawa_freq}"),
-        "short_seq": (cfg.sources["short_seq_len"] != "default" and any(cfg.short_seq_len) and len(cfg.seq_lengths) < 2,
-                      f"SHORT_SEQ_LEN={','.join(map(str, cfg.short_seq_len))} TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        "short_seq": (is_named and any(cfg.short_seq_len) and len(cfg.seq_lengths) < 2,
+                      f"SHORT_SEQ_LEN={as_text(cfg.short_seq_len)} TRAIN_SEQ_LEN={cfg.train_seq_len}"),
         **{name: (name.startswith("layer_loop"), f"ENABLE_LOOPING_AT={cfg.enable_looping_at}") for name in phases(cfg)},
         "late_qat": ("late_qat" in phases(cfg), f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold} MIN_LR={cfg.min_lr}"),
-        "post_qat": (bool(cfg.post_qat_seconds), f"POST_QAT_SECONDS={cfg.post_qat_seconds}"),
-        "warmdown": (bool(cfg.warmdown_iters or cfg.warmdown_frac), f"WARMDOWN_ITERS={cfg.warmdown_iters}"),
+        "post_qat": (cfg.post_qat_seconds, f"POST_QAT_SECONDS={cfg.post_qat_seconds}"),
+        "warmdown": (cfg.warmdown_iters or cfg.warmdown_frac, f"WARMDOWN_ITERS={cfg.warmdown_iters}"),
     }  # fmt: skip
-    missing = [f"{name} ({setting})" for name, (on, setting) in wanted.items() if on and name not in active]
+    missing = [f"{name} ({setting})" for name, (on, setting) in wanted.items() if on and name not in run.active]
     if not (cfg.eval_only or cfg.export_only):
         run.log(f"never activated: {'; '.join(missing) or 'none'}")
         run.log.event("inactive", features=missing)
@@ -5020,7 +4967,7 @@ def main() -> None:
         validation = load_validation(run)
         produced = produce_artifact(run, validation)
         evaluate_artifact(run, validation, produced)
-        report_inactive(run, produced.active)
+        report_inactive(run)
         log_ledger(run)
 
 
