@@ -52,7 +52,7 @@ import types
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, lru_cache, partial
@@ -327,10 +327,8 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Config":
-        """Configuration from a mapping such as os.environ (and the RECIPE file that it may name).
-
-        Raises UserError for a name or value that cannot be meant; names the variable and the remedy.
-        """
+        """Configuration from a mapping such as os.environ (and the RECIPE file that it may name); UserError for a name
+        or value that cannot be meant."""
         values: dict[str, Any] = {}
         sources = {f.name: "default" for f in cls.variables().values()}
         recipe = read_recipe(Path(env["RECIPE"])) if env.get("RECIPE") else {}
@@ -496,7 +494,6 @@ def run_rules(cfg: Config) -> list[tuple[Any, str]]:
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
     short, ends = cfg.short_seq_len, cfg.short_seq_frac
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
-    is_plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
     window = f"the window of {cfg.eval_len} tokens"
     logs = [f"logs/{cfg.log_name}.{kind}" for kind in ("txt", "jsonl", "py")]
     own = [cfg.artifact_file, cfg.weights_file, *logs, "train.log", f"train_seed{cfg.seed}.log"]
@@ -519,8 +516,8 @@ def run_rules(cfg: Config) -> list[tuple[Any, str]]:
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
         (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor].strongest,
          "$COMPRESSOR_LEVEL: too high for $COMPRESSOR; unset it for the best"),
-        (is_plain_name and len(cfg.run_id.encode(errors="replace")) <= 200,
-         f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, at most 200 bytes"),
+        (not re.search(r"^\.\.?$|[/\x00-\x1f]|.{200}", cfg.run_id),
+         f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, below 200 letters"),
         (len({*map(os.path.realpath, own)}) == len(own),
          f"ARTIFACT_PATH={cfg.artifact_file} WEIGHTS_PATH={cfg.weights_file}: one file for two, or a log of the run"),
         (cfg.eval_only + cfg.export_only + cfg.resume <= 1, "EVAL_ONLY, EXPORT_ONLY, RESUME: set one of them at most"),
@@ -611,11 +608,9 @@ class Ranks:
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def close(self, problem: BaseException | None) -> None:
-        """Leave the group; after a problem at once, since peers may never answer.
-
-        The first rank that has one tells it. The others have the same one, or have lost a peer: they end silently, or
-        torchrun ends them (SIGTERM as soon as a rank has failed, SIGKILL 30 s later).
-        """
+        """Leave the group; after a problem at once, since peers may never answer. The first rank that has one tells it.
+        The others have the same one, or have lost a peer: they end silently, or torchrun ends them (SIGTERM as soon as
+        a rank has failed, SIGKILL 30 s later)."""
         if self.world > 1 and problem:
             with contextlib.suppress(OSError):  # a closed console
                 if is_first_to_fail(self.env):
@@ -646,13 +641,11 @@ def launch_numbers(env: Mapping[str, str]) -> tuple[int, int, int]:
 
 def is_first_to_fail(env: Mapping[str, str]) -> bool:
     """Whether no other rank has asked this yet; torchrun keeps the store that counts, so it outlives every rank."""
-    try:
-        if launch_numbers(env)[1] == 1:
-            return True
-        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timedelta(seconds=5))
-        return store.add(f"failed/{env.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
-    except (RuntimeError, UserError):  # no torchrun: rank 0 kept the store and has gone, or there is none
-        return True
+    with contextlib.suppress(RuntimeError, UserError):  # without torchrun there is no store, or it ended with rank 0
+        if launch_numbers(env)[1] > 1:
+            store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timedelta(seconds=5))
+            return store.add(f"failed/{env.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    return True
 
 
 def describe(problem: BaseException) -> str:
@@ -709,10 +702,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def atomic_write(path: Path, blob: bytes | memoryview, variable: str) -> None:
-    """Write a file through a temporary name: it is whole or the older one. UserError where that fails.
-
-    A folder that has vanished is made again, and a link is followed.
-    """
+    """Write a file through a temporary name: it is whole or the older one. A folder that has vanished is made again,
+    and a link is followed. UserError where that fails."""
     real = Path(os.path.realpath(path))
     partial_path = real.with_name(real.name + ".partial")
     try:
@@ -921,10 +912,8 @@ class Signals:
             yield self
 
     def end_when_stuck(self, pipe: int) -> None:
-        """End this process, with a message, where nothing has answered a SIGTERM for STUCK_SECONDS.
-
-        A rank that waits on its GPU for a lost peer runs no handler; this thread hears of signals through a pipe.
-        """
+        """End this process, with a message, where nothing has answered a SIGTERM for STUCK_SECONDS: a rank that waits
+        on its GPU for a lost peer runs no handler. This thread hears of signals through a pipe."""
         with open(pipe, "rb", buffering=0) as numbers:
             while (number := numbers.read(1)) and number[0] != signal.SIGTERM:
                 pass
@@ -1007,15 +996,12 @@ def log_ledger(run: Runtime) -> None:
     MAX_WALLCLOCK_SECONDS; everything from opening the artifact to the score within MAX_EVAL_SECONDS."""
     limits = {"train": run.cfg.max_wallclock_seconds, "eval": run.cfg.max_eval_seconds, "untimed": 0.0}
     for budget, limit in limits.items():
-        spent, phases_spent = run.spent(budget), {}
-        for _, phase, seconds in (row for row in run.ledger if row[0] == budget):
-            phases_spent[phase] = phases_spent.get(phase, 0.0) + seconds
-        if not phases_spent:
-            continue
-        over = 0 < limit < spent
+        rows, spent = [row[1:] for row in run.ledger if row[0] == budget], run.spent(budget)
+        parts, over = {phase: sum(s for other, s in rows if other == phase) for phase, _ in rows}, 0 < limit < spent
         text = f"{spent:.1f}s" + (f" of {limit:.0f}s" if limit else "") + (" OVER BUDGET" if over else "")
-        run.log(f"budget {budget}: {text} ({' '.join(f'{phase}:{s:.2f}s' for phase, s in phases_spent.items())})")
-        run.log.event("ledger", budget=budget, limit=limit, seconds=spent, phases=phases_spent, over=over)
+        if rows:
+            run.log(f"budget {budget}: {text} ({' '.join(f'{phase}:{s:.2f}s' for phase, s in parts.items())})")
+            run.log.event("ledger", budget=budget, limit=limit, seconds=spent, phases=parts, over=over)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1066,10 +1052,8 @@ class Shard:
 
 
 def shard_paths(cfg: Config, split: str) -> list[Path]:
-    """Shards of a split in order: numbered from 0 without a gap, and no file beside them that is nearly one.
-
-    `split` may be "val_bytes": the byte sidecars, of which there may be none.
-    """
+    """Shards of a split in order: numbered from 0 without a gap, and no file beside them that is nearly one. `split`
+    may be "val_bytes": the byte sidecars, of which there may be none."""
     are_bytes, folder = split == "val_bytes", cfg.shard_folder
     paths = [path for path in sorted(folder.glob(f"fineweb_{split}_*")) if are_bytes or "_bytes_" not in path.name]
     for number, path in enumerate(paths):
@@ -1077,8 +1061,8 @@ def shard_paths(cfg: Config, split: str) -> list[Path]:
             raise UserError(f"DATA_PATH={folder}: found {path.name} where {wanted} should be; fetch what is missing, "
                             "move away what is not a shard")  # fmt: skip
     if not paths and not are_bytes:
-        raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; get them with `python3 "
-                        f"data/cached_challenge_fineweb.py --variant sp{cfg.vocab_size}` or set DATA_PATH to your folder")
+        raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; get them with `python3 data/cached_"
+                        f"challenge_fineweb.py --variant sp{cfg.vocab_size}` or set DATA_PATH to your folder")
     return paths
 
 
@@ -1121,7 +1105,8 @@ def batch_shape(cfg: Config, world: int, most: int = MICRO_BATCH_TOKENS) -> Batc
         raise UserError(f"TRAIN_BATCH_TOKENS={tokens} is no multiple of ranks x TRAIN_SEQ_LEN x GRAD_ACCUM_STEPS = "
                         f"{world} x {length} x {cfg.grad_accum_steps or 'auto'}; nearest valid: {valid}")  # fmt: skip
     per_rank, most = tokens // (world * length), max(most // length, 1)
-    accum = cfg.grad_accum_steps or next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= most)
+    auto = next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= most)
+    accum = cfg.grad_accum_steps or auto
     return BatchShape(accum, per_rank // accum)
 
 
@@ -1143,8 +1128,8 @@ class Loader:
         if self.windows < 1:
             raise UserError(f"{cfg.shard_folder}: {self.stream.total} tokens; lower TRAIN_SEQ_LEN={cfg.train_seq_len}")
         self.epoch_starts = lru_cache(maxsize=2)(self.shuffle)  # a batch may span two epochs
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self.ahead: dict[int, Future] = {}
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")  # reads a step's batches and the next
+        self.request = lru_cache(self.shape.accum + 1)(partial(worker.submit, self.batch))
 
     def shuffle(self, epoch: int) -> np.ndarray:
         """Stream position of each window of an epoch, in order of use."""
@@ -1169,12 +1154,6 @@ class Loader:
         pair = pair.pin_memory() if self.ranks.device.type == "cuda" else pair
         return pair[0], pair[1]
 
-    def request(self, number: int) -> Future:
-        """`batch(number)`, begun in the background."""
-        if number not in self.ahead:
-            self.ahead[number] = self.worker.submit(self.batch, number)
-        return self.ahead[number]
-
     def fault(self, step: int) -> UserError | None:
         """Why a step's micro-batches cannot be had, once they have been read; None where they can."""
         numbers = range(step * self.shape.accum, (step + 1) * self.shape.accum)
@@ -1184,7 +1163,6 @@ class Loader:
     def fetch(self, number: int) -> tuple[Tensor, Tensor]:
         """`batch(number)` on the device; the next one is read meanwhile."""
         inputs, targets = self.request(number).result()
-        self.ahead = {n: future for n, future in self.ahead.items() if number < n <= number + self.shape.accum}
         self.request(number + 1)
         device = self.ranks.device
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
@@ -1200,14 +1178,12 @@ class ByteTable:
     def __init__(self, path: Path, vocab_size: int) -> None:
         """Load the tokenizer at `path`; UserError unless it fits VOCAB_SIZE and has a piece for a space."""
         try:
-            sentencepiece = importlib.import_module("sentencepiece")
-            model = path.read_bytes()
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            model, sentencepiece = path.read_bytes(), importlib.import_module("sentencepiece")
+            self.pieces = pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except ImportError:
             raise UserError("the tokenizer needs the package sentencepiece: pip install -r requirements.txt") from None
         except (OSError, RuntimeError) as error:
             raise UserError(f"TOKENIZER_PATH={path}: {str(error)[:200]}; the downloader in data/ fetches it") from None
-        pieces = self.pieces
         if pieces.piece_to_id("\u2581") == pieces.unk_id():
             raise UserError(f"TOKENIZER_PATH={path} has no piece for a single space: byte counts would be wrong by 20%")
         if pieces.vocab_size() != vocab_size:
@@ -1229,9 +1205,7 @@ class ByteTable:
 
     def passages(self, tokens: np.ndarray) -> list[slice]:
         """Where the text of each document stands in `tokens`, up to the word before the first piece that is no text.
-
-        The last document may go on after `tokens`, and so also ends with a word.
-        """
+        The last document may go on after `tokens`, and so also ends with a word."""
         found, ends = [], np.append(np.flatnonzero(self.is_boundary[tokens]), len(tokens))
         for start in np.flatnonzero(tokens == self.bos_id) + 1:
             end = ends[np.searchsorted(ends, start)]
@@ -1241,11 +1215,9 @@ class ByteTable:
         return [place for place in found if place.stop > place.start]
 
     def self_test(self, tokens: np.ndarray, sidecar: np.ndarray | None) -> str:
-        """UserError unless this is the tokenizer of `tokens`; says in words what was compared.
-
-        Text encoded again gives the same tokens. The table counts its bytes exactly; the counts of a sidecar (n,) are
-        those of the text without case marks (private-use characters) and with the white space that was normalized away.
-        """
+        """UserError unless this is the tokenizer of `tokens`; says in words what was compared. Text encoded again gives
+        the same tokens. The table counts its bytes exactly; the counts of a sidecar (n,) are those of the text without
+        case marks (private-use characters) and with the white space that was normalized away."""
         where, places = f"TOKENIZER_PATH={self.path}: not the tokenizer of these shards", self.passages(tokens)
         same, plain = 0, 0
         for number, place in enumerate(places):
@@ -1330,20 +1302,20 @@ def load_validation(run: Runtime) -> ValidationSet:
     tested = table.self_test(tokens[:300_000], counts if counts is None else counts[:300_000])
     counts = table.count(tokens) if counts is None else counts
     total = int(counts[1:].sum())
-    official = OFFICIAL_SETS.get(len(tokens), ("", total))
-    if abs(total - official[1]) > 1:
-        raise UserError(f"{cfg.shard_folder}: {total} bytes in {len(tokens)} tokens; {official[0]} has {official[1]}: "
+    official, expected = OFFICIAL_SETS.get(len(tokens), ("", total))
+    if abs(total - expected) > 1:
+        raise UserError(f"{cfg.shard_folder}: {total} bytes in {len(tokens)} tokens; {official} has {expected}: "
                         "shards, sidecar or tokenizer are not the official ones; fetch them again")  # fmt: skip
     digest = hashlib.sha256(tokens.astype("<u2").tobytes() + counts.astype("<u2").tobytes()).hexdigest()
     identity = {"tokenizer_sha256": table.sha256, "val_sha256": digest}
     log.event("data", split="val", tokens=len(tokens), documents=documents, bytes=total, **identity)
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_file}")
     log(f"val_loader:shards pattern={cfg.shard_folder}/fineweb_val_*.bin tokens:{len(tokens)}")
-    log(f"val_tokens: {len(tokens)} val_documents: {documents} val_bytes: {total} ({official[0] or 'no official set'}; "
-        f"{tested})")  # fmt: skip
+    known = official or "no official set"
+    log(f"val_tokens: {len(tokens)} val_documents: {documents} val_bytes: {total} ({known}; {tested})")
     log(f"tokenizer_sha256:{table.sha256} val_sha256:{digest}")
-    to_device = partial(torch.tensor, dtype=torch.int32, device=run.ranks.device)
-    return ValidationSet(to_device(tokens), to_device(counts), table.bos_id, identity)
+    tensors = (torch.tensor(array, dtype=torch.int32, device=run.ranks.device) for array in (tokens, counts))
+    return ValidationSet(*tensors, table.bos_id, identity)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3403,11 +3375,9 @@ class StepGraph:
     def __init__(
         self, function: Callable[..., Tensor], batch: Iterable[Tensor], parameters: list[Tensor], pool: Any
     ) -> None:
-        """Record; `function` has run on such a batch before, so that nothing is compiled or loaded here.
-
-        The parameters have no gradients now. `pool` is the memory of an earlier graph, to be shared since only the
-        latest replay's gradients are read.
-        """
+        """Record; `function` has run on such a batch before, so that nothing is compiled or loaded here, and the
+        parameters have no gradients. `pool` is the memory of an earlier graph, to be shared since only the latest
+        replay's gradients are read."""
         self.batch, self.parameters = [tensor.clone() for tensor in batch], parameters
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # the loader's thread goes on
@@ -3416,8 +3386,7 @@ class StepGraph:
 
     def replay(self, *batch: Tensor) -> Tensor:
         """Add the gradients of `batch` to the parameters'; returns the value, which the next call overwrites."""
-        for mine, given in zip(self.batch, batch, strict=True):
-            mine.copy_(given, non_blocking=True)
+        torch._foreach_copy_(self.batch, batch, non_blocking=True)
         # Copied, since they may be what an earlier replay wrote where this one writes again.
         earlier = [None if p.grad is None else p.grad.clone() for p in self.parameters]
         self.graph.replay()
@@ -3456,12 +3425,11 @@ class Trainer:
 
     def record(self, phase: Phase) -> None:
         """From now on, micro-steps of a phase replay a CUDA graph, once it has given loss and gradients of a real one.
-
-        Where that fails, they go on being launched one by one, with a warning; asked for by name it is an error.
-        """
+        Where that fails, they go on being launched one by one, with a warning; asked for by name it is an error."""
         if not self.replays:
             return
-        parameters, batch, function = list(self.model.parameters()), self.loader.fetch(0), partial(self.gradients, phase)
+        parameters, batch = list(self.model.parameters()), self.loader.fetch(0)
+        function = partial(self.gradients, phase)
 
         def outcome(function: Callable[..., Tensor]) -> list[Tensor]:
             """Loss and gradients; these compare as a whole, since those of single numbers may be all rounding."""
@@ -3565,23 +3533,23 @@ class Training:
         """`budget` seconds of the clock."""
         self.run, self.cfg, self.trainer, self.model, self.validation = run, run.cfg, trainer, trainer.model, validation
         self.budget, self.averager, self.clock = budget, Averager(run.cfg, trainer.model), Clock(run.ranks.device)
-        self.step, self.phase, self.ends_soon = 0, next(iter(phases(run.cfg))), False
-        self.first = 0  # step at which the clock began
-        self.graphs = 0  # compiled inside the clock
+        self.step, self.phase, self.graphs = 0, next(iter(phases(run.cfg))), 0  # graphs compiled inside the clock
+        self.first, self.saved = 0, 0  # steps at which the clock began and of the latest checkpoint
         self.identity = run_identity(run, trainer.loader.stream, validation)
 
     def loop(self, noted: list[str]) -> None:
         """Steps until ITERATIONS or the clock ends. A signal in `noted`, or data that a rank cannot read, stops all."""
-        cfg, ranks = self.cfg, self.run.ranks
+        cfg, ranks, ends_soon = self.cfg, self.run.ranks, False
         self.clock.start()
         while True:
-            if self.ends_soon:  # the host runs ahead of the GPU: 0.2 s over the end were seen
+            if ends_soon:  # the host runs ahead of the GPU: 0.2 s over the end were seen
                 synchronize(ranks.device)
             fault = self.trainer.loader.fault(self.step) if self.step < cfg.iterations else None
             reason = noted[0] if noted else str(fault or "")
             seconds, stopped = ranks.all_reduce_max(self.clock.seconds(), (ranks.rank + 1) * bool(reason))
-            self.ends_soon = seconds * (1 + 10 / max(self.step, 1)) >= self.budget
-            if self.step >= cfg.iterations or seconds * (1 + 1 / max(self.step, 1)) >= self.budget:
+            per_step = seconds / max(self.step, 1)
+            ends_soon = seconds + 10 * per_step >= self.budget
+            if self.step >= cfg.iterations or seconds + per_step >= self.budget:
                 break  # the next one would end too late
             if stopped:
                 self.run.signals.answered.set()
@@ -3648,10 +3616,8 @@ class Training:
 
     def diverged(self, what: str) -> UserError:
         """The error that ends a run whose weights are spoilt, with where good ones are."""
-        cfg, step = self.cfg, self.step
-        last = (step - 1) // cfg.checkpoint_every * cfg.checkpoint_every if cfg.checkpoint_every else 0
-        saved = f"; {cfg.weights_file} has the weights of step {last}" if last else ""
-        return UserError(f"step {step}: {what}; lower MATRIX_LR={cfg.matrix_lr} or change SEED{saved}")
+        cfg, saved = self.cfg, f"; {self.cfg.weights_file} has the weights of step {self.saved}" if self.saved else ""
+        return UserError(f"step {self.step}: {what}; lower MATRIX_LR={cfg.matrix_lr} or change SEED{saved}")
 
     def validate(self) -> None:
         """Score the weights as they are, on plain windows."""
@@ -3663,12 +3629,10 @@ class Training:
         run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(milliseconds))
 
     def save(self, state: str) -> bool:
-        """Write the checkpoint to WEIGHTS_PATH; all ranks return together with whether that went well.
-
-        `state` is running, stopped (no step came after) or ended. A full disk is a warning: the run may still end well.
-        Weights that are not finite never replace good ones.
-        """
-        run, is_saved = self.run, False
+        """Write the checkpoint to WEIGHTS_PATH; all ranks return together with whether that went well. `state` is
+        running, stopped (no step came after) or ended. A full disk is a warning: the run may still end well. Weights
+        that are not finite never replace good ones."""
+        run, is_saved = self.run, 0.0
         optimizers = self.trainer.optimizers.state_dict()
         if run.ranks.is_main_process:
             raw = self.model.state_dict()
@@ -3685,10 +3649,12 @@ class Training:
             try:
                 path = write_output(run, self.cfg.weights_file, buffer.getbuffer(), "WEIGHTS_PATH")
                 run.log(f"weights: {path} (raw, average) {path.stat().st_size} bytes")
-                is_saved = True
+                is_saved = 1.0
             except UserError as problem:
                 run.log(f"WARNING: weights of step {self.step} not saved: {problem}")
-        return bool(run.ranks.all_reduce_max(is_saved)[0])
+        (is_saved,) = run.ranks.all_reduce_max(is_saved)
+        self.saved = self.step if is_saved else self.saved
+        return bool(is_saved)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from a checkpoint. What a killed run spent after it is counted, and at once noted in the file."""
@@ -3704,20 +3670,18 @@ class Training:
         if saved["state"] == "running" and run.claim:
             if run.claim.last_beat is None:
                 run.log("WARNING: the time that the killed run spent after its checkpoint is not known, nor counted")
-            beat = (run.claim.last_beat or 0.0) - standing["saved_at"]
-            lost = max(beat, 0.0) + standing["seconds"] / max(self.step, 1)  # and the step that had begun
+            since = (run.claim.last_beat or 0.0) - standing["saved_at"]
+            lost = max(since, 0.0) + standing["seconds"] / max(self.step, 1)  # and the step that had begun
         (lost,) = run.ranks.all_reduce_max(lost)
         self.clock.total = standing["seconds"] + lost
-        spent = 1000 * self.clock.total
-        run.log(f"resumed: step:{self.step} train_time:{spent:.0f}ms of which lost:{1000 * lost:.0f}ms")
-        run.log.event("resume", step=self.step, train_time_ms=round(spent), lost_ms=round(1000 * lost))
+        spent, lost = 1000 * self.clock.total, 1000 * lost
+        run.log(f"resumed: step:{self.step} train_time:{spent:.0f}ms of which lost:{lost:.0f}ms")
+        run.log.event("resume", step=self.step, train_time_ms=round(spent), lost_ms=round(lost))
         self.save("running")
 
     def post_qat(self) -> None:
-        """Train the averaged weights on the export grid for POST_QAT_SECONDS (PR #107).
-
-        What it is good for is logged: the score of the weights rounded to that grid, before and after.
-        """
+        """Train the averaged weights on the export grid for POST_QAT_SECONDS (PR #107). What it is good for is logged:
+        the score of the weights rounded to that grid, before and after."""
         run, cfg = self.run, self.cfg
         self.model.load(self.averager.weights())
         self.averager.load({"ema": None, "snapshots": [], "count": 0})  # what is exported is the last weights
@@ -3742,10 +3706,8 @@ class Training:
 
 
 def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapping[str, Any] | None = None) -> int:
-    """Train until ITERATIONS or the clock ends, whichever comes first; from a checkpoint where there is one.
-
-    The model then has the weights to export, their average; returns the steps made.
-    """
+    """Train until ITERATIONS or the clock ends, whichever comes first; from a checkpoint where there is one. The model
+    then has the weights to export, their average; returns the steps made."""
     cfg, model = run.cfg, trainer.model
     with run.timed("warmup", "untimed"):
         warm_up(run, trainer)
@@ -3765,8 +3727,8 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapp
         run.log.event("clock", graphs_compiled=training.graphs, reserve_s=reserve)
         training.save("stopped" if cfg.post_qat_seconds else "ended")  # before anything else can fail
     if training.step < cfg.iterations:
-        milliseconds = f"{1000 * training.clock.total:.0f}ms"
-        run.log(f"stopping_early: wallclock_cap train_time:{milliseconds} step:{training.step}/{cfg.iterations}")
+        spent = 1000 * training.clock.total
+        run.log(f"stopping_early: wallclock_cap train_time:{spent:.0f}ms step:{training.step}/{cfg.iterations}")
     if run.ranks.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
@@ -3813,10 +3775,8 @@ def graphs_compiled() -> int:
 
 
 def write_output(run: Runtime, path: Path, blob: bytes | memoryview, variable: str) -> Path:
-    """Write a file to its path, or with a warning to another folder where that fails; returns where it is.
-
-    Where no folder takes it, the error is that of the path which was asked for.
-    """
+    """Write a file to its path, or with a warning to another folder where that fails; returns where it is. Where no
+    folder takes it, the error is that of the path which was asked for."""
     problems = []
     for folder in dict.fromkeys([path.parent, Path("logs"), run.cfg.weights_file.parent, Path(tempfile.gettempdir())]):
         try:
@@ -3838,9 +3798,8 @@ def read_weights(run: Runtime, model: GPT, validation: ValidationSet) -> dict[st
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (*BACK_END_FAULTS, LookupError, EOFError, pickle.UnpicklingError) as problem:
         raise UserError(f"{where}: no weights of a run, or damaged ({str(problem).strip()[:100]!r})") from None
-    if not isinstance(saved, dict) or not {"architecture", "raw", "average", "identity", "standing"} <= saved.keys():
-        raise UserError(f"{where}: not a checkpoint of this version of train_gpt.py; take logs/<RUN_ID>.py of its run")
-    refuse_other_version(saved["architecture"], where)
+    keys = {"architecture", "raw", "average", "identity", "standing"}
+    refuse_other_version(saved["architecture"] if isinstance(saved, dict) and keys <= saved.keys() else None, where)
     refuse_other(saved["architecture"], run.cfg.architecture(), f"{where} is of another model", "set the same here")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if any({name: tensor.shape for name, tensor in saved[key].items()} != shapes for key in ("raw", "average")):
@@ -4453,7 +4412,7 @@ class Exporter:
 
 
 def export_model(run: Runtime, trainer: Trainer, steps: int, validation: ValidationSet) -> "ExportResult":
-    """Calibrate, quantize and write ARTIFACT_PATH; scores the weights, which are those to export, after `steps` steps."""
+    """Calibrate, quantize and write ARTIFACT_PATH; scores the model's weights, which are those after `steps` steps."""
     cfg, model = run.cfg, trainer.model
     total = sum(parameter.sum() for parameter in model.parameters()).item()
     most, least = run.ranks.all_reduce_max(total, -total)
@@ -4899,15 +4858,15 @@ def eval_and_log_ttt(run: Runtime, model: GPT, validation: ValidationSet) -> Non
 
 def load_architecture(cfg: Config) -> Config:
     """With EVAL_ONLY=1 the model is the artifact's; variables that were set and say otherwise are an error."""
+    path = cfg.artifact_file
     if not cfg.eval_only:
         return cfg
-    if not cfg.artifact_file.is_file():
-        raise UserError(f"ARTIFACT_PATH={cfg.artifact_file}: no such file; a run writes logs/<RUN_ID>.pgolf")
-    _, made, _ = read_header(cfg.artifact_file.read_bytes(), cfg.artifact_file)
+    if not path.is_file():
+        raise UserError(f"ARTIFACT_PATH={path}: no such file; a run writes logs/<RUN_ID>.pgolf")
+    made = read_header(path.read_bytes(), path)[1].architecture()
     asked = {name: value for name, value in cfg.architecture().items() if cfg.sources[name] != "default"}
-    where = f"ARTIFACT_PATH={cfg.artifact_file} is of another model"
-    refuse_other(made.architecture(), asked, where, "set the same here, or nothing")
-    return replace(cfg, **made.architecture())
+    refuse_other(made, asked, f"ARTIFACT_PATH={path} is of another model", "set the same here, or nothing")
+    return replace(cfg, **made)
 
 
 def produce_artifact(run: Runtime, validation: ValidationSet) -> ExportResult:
