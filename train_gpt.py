@@ -516,8 +516,8 @@ def run_rules(cfg: Config) -> list[tuple[Any, str]]:
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
         (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor].strongest,
          "$COMPRESSOR_LEVEL: too high for $COMPRESSOR; unset it for the best"),
-        (not re.search(r"^\.\.?$|[/\x00-\x1f]|.{200}", cfg.run_id),
-         f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, below 200 letters"),
+        (not re.search(r"^\.\.?$|[/\x00-\x1f]", cfg.run_id) and len(os.fsencode(cfg.run_id)) <= 200,
+         f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, at most 200 bytes"),
         (len({*map(os.path.realpath, own)}) == len(own),
          f"ARTIFACT_PATH={cfg.artifact_file} WEIGHTS_PATH={cfg.weights_file}: one file for two, or a log of the run"),
         (cfg.eval_only + cfg.export_only + cfg.resume <= 1, "EVAL_ONLY, EXPORT_ONLY, RESUME: set one of them at most"),
@@ -697,8 +697,7 @@ class Clock:
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    getattr(torch, device.type).synchronize()
 
 
 def atomic_write(path: Path, blob: bytes | memoryview, variable: str) -> None:
@@ -888,10 +887,10 @@ class Signals:
         raise Interrupted(f"{self.noted[0]}: stopped{saved}")
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[list[str]]:
-        """Inside, signals are noted in the list; one that nobody has answered is raised at the end."""
+    def deferred(self) -> Iterator[None]:
+        """Inside, signals are noted; one that nobody has answered is raised at the end."""
         self.is_deferred = True
-        yield self.noted
+        yield
         self.is_deferred = False
         if self.noted:
             self.interrupt()
@@ -3444,7 +3443,6 @@ class Trainer:
         allowed = ALLOWED_ERROR * torch.finfo(self.model.dtype).eps / 2  # recorded, a product may take another kernel
         try:
             graph = StepGraph(function, batch, parameters, pool)
-            self.model.zero_grad()
             reason = fault(max(relative_errors(outcome(graph.replay), want)), allowed)
         except RuntimeError as problem:
             reason = str(problem).strip().splitlines()[0][:200]
@@ -3537,22 +3535,22 @@ class Training:
         self.first, self.saved = 0, 0  # steps at which the clock began and of the latest checkpoint
         self.identity = run_identity(run, trainer.loader.stream, validation)
 
-    def loop(self, noted: list[str]) -> None:
-        """Steps until ITERATIONS or the clock ends. A signal in `noted`, or data that a rank cannot read, stops all."""
-        cfg, ranks, ends_soon = self.cfg, self.run.ranks, False
+    def loop(self) -> None:
+        """Steps until ITERATIONS or the clock ends. A signal, or data that a rank cannot read, stops all ranks."""
+        cfg, ranks, signals, ends_soon = self.cfg, self.run.ranks, self.run.signals, False
         self.clock.start()
         while True:
             if ends_soon:  # the host runs ahead of the GPU: 0.2 s over the end were seen
                 synchronize(ranks.device)
             fault = self.trainer.loader.fault(self.step) if self.step < cfg.iterations else None
-            reason = noted[0] if noted else str(fault or "")
+            reason = signals.noted[0] if signals.noted else str(fault or "")
             seconds, stopped = ranks.all_reduce_max(self.clock.seconds(), (ranks.rank + 1) * bool(reason))
             per_step = seconds / max(self.step, 1)
             ends_soon = seconds + 10 * per_step >= self.budget
             if self.step >= cfg.iterations or seconds + per_step >= self.budget:
                 break  # the next one would end too late
             if stopped:
-                self.run.signals.answered.set()
+                signals.answered.set()
                 self.clock.stop()
                 saved = f"RESUME=1 goes on from {cfg.weights_file}, EXPORT_ONLY=1 makes an artifact of it"
                 raise UserError(f"{ranks.broadcast(reason, int(stopped) - 1)}: stopped after step {self.step}; "
@@ -3719,10 +3717,10 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapp
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
     training = Training(run, trainer, validation, budget)
     model.order = phases(cfg)[training.phase].order
-    with run.signals.deferred() as noted:
+    with run.signals.deferred():
         if saved:
             training.restore(saved)
-        training.loop(noted)
+        training.loop()
         run.log(f"graphs compiled inside the clock: {training.graphs}")
         run.log.event("clock", graphs_compiled=training.graphs, reserve_s=reserve)
         training.save("stopped" if cfg.post_qat_seconds else "ended")  # before anything else can fail
