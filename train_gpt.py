@@ -799,12 +799,12 @@ class Log:
     """
 
     def __init__(self, cfg: Config, enabled: bool) -> None:
-        self.cfg, self.console, self.paths, self.files, self.lines = cfg, enabled, {}, {}, {}
-        for kind in ("txt", "jsonl") if enabled else ():
-            path = self.paths[kind] = Path(f"logs/{cfg.log_name}.{kind}")
+        self.cfg, self.console = cfg, enabled
+        self.paths = {kind: Path(f"logs/{cfg.log_name}.{kind}") for kind in ("txt", "jsonl") if enabled}
+        for path in self.paths.values():
             path.parent.mkdir(exist_ok=True)
-            self.files[kind] = path.open("ab" if cfg.resume else "wb", buffering=0)
-            self.lines[kind] = bytearray(path.read_bytes())
+        self.files = {kind: open(path, "ab" if cfg.resume else "wb", buffering=0) for kind, path in self.paths.items()}
+        self.lines = {kind: bytearray(path.read_bytes()) for kind, path in self.paths.items()}
 
     def __call__(self, text: str, console: bool = True) -> None:
         self.write("txt", text)
@@ -972,11 +972,12 @@ class Runtime:
 
 def log_header(run: Runtime) -> None:
     """Source with its sha256, versions, and every hyperparameter with where it came from."""
-    cfg, log, source, device, world = run.cfg, run.log, Path(__file__).read_bytes(), run.ranks.device, run.ranks.world
-    digest, place, version = hashlib.sha256(source).hexdigest(), f"logs/{cfg.log_name}.py", torch.__version__
+    cfg, log, device, world = run.cfg, run.log, run.ranks.device, run.ranks.world
+    source, copy_path = Path(__file__).read_bytes(), Path(f"logs/{cfg.log_name}.py")
+    digest, version = hashlib.sha256(source).hexdigest(), torch.__version__
     if run.ranks.is_main_process:
-        atomic_write(Path(place), source, "log")  # not in the log, which tools grep
-    log(f"source: sha256:{digest} bytes:{len(source)} copy:{place}")
+        atomic_write(copy_path, source, "log")  # not in the log, which tools grep
+    log(f"source: sha256:{digest} bytes:{len(source)} copy:{copy_path}")
     log(f"Running Python {platform.python_version()} PyTorch {version} command: {' '.join(sys.argv)}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     log(f"device:{device.type} ({name}) cuda:{torch.version.cuda} cudnn:{torch.backends.cudnn.version()} "
@@ -1024,8 +1025,8 @@ class Shard:
     def __init__(self, path: Path) -> None:
         """Check magic, version and length."""
         self.path = path
-        header = self.read_file("<i4", 256, 0)
-        if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        header = self.read(-SHARD_HEADER_BYTES // 2, SHARD_HEADER_BYTES // 2).view("<i4")
+        if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
             raise UserError(f"{path}: not a token shard (magic, version: {header[:2].tolist()}, expected "
                             f"{[SHARD_MAGIC, SHARD_VERSION]}); fetch or build it again")  # fmt: skip
         self.count, size = int(header[2]), path.stat().st_size
@@ -1035,18 +1036,14 @@ class Shard:
                             "bytes; it is truncated or damaged: fetch it again")  # fmt: skip
         self.tokenizer = header[3:11].tobytes().hex() if header[3:11].any() else ""
 
-    def read_file(self, kind: str, count: int, offset: int) -> np.ndarray:
-        """Numbers from a byte offset on. Read, not mapped: a mapped file that shrinks kills the process (SIGBUS)."""
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """`count` tokens, uint16. Read, not mapped: a mapped file that shrinks kills the process (SIGBUS)."""
         try:
-            return np.fromfile(self.path, kind, count, offset=offset)
+            tokens = np.fromfile(self.path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
         except OSError as problem:
             raise UserError(f"{self.path}: {problem.strerror}; fetch it again") from None
-
-    def read(self, offset: int, count: int) -> np.ndarray:
-        """`count` tokens, uint16."""
-        tokens = self.read_file("<u2", count, SHARD_HEADER_BYTES + 2 * offset)
         if len(tokens) != count:
-            raise UserError(f"{self.path}: has become shorter since the run began; fetch it again")
+            raise UserError(f"{self.path}: has become shorter since the run began, or is no shard; fetch it again")
         return tokens
 
 
