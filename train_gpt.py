@@ -3754,12 +3754,12 @@ def is_due(every: int, step: int) -> bool:
 
 def eval_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str) -> None:
     """Log the score of the matrices on the grid of QAT, the function that it trains; the model is left as it was."""
-    kept = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(model.state_dict())
     with run.timed(f"{when} rounded", "untimed"), torch.no_grad():
         for name, bank in model.banks.items():
             bank.copy_(fake_quantize(bank, Grid(model.bits[name], run.cfg.clip_policy, model.clip_sigmas)))
         score = evaluate(run, model, validation, run.cfg.eval_len)
-    model.load(kept)
+    model.load(before)
     log_score(run, f"DIAGNOSTIC {when} rounded", score)
 
 

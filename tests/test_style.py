@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
 TOOLS = sorted([*ROOT.glob("records/*.py"), *ROOT.glob("data/*.py")])  # not records/track_*: frozen once landed
 
-FILE_LINES, FUNCTION_LINES, LINE_WIDTH, DEPTH, PARAMETERS, UNDOCUMENTED_LINES = 5031, 60, 120, 3, 6, 12
+FILE_LINES, FUNCTION_LINES, LINE_WIDTH, DEPTH, PARAMETERS, UNDOCUMENTED_LINES = 4932, 60, 120, 3, 6, 12
 ENVIRON_READS = 2
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
