@@ -52,10 +52,10 @@ import types
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -325,10 +325,8 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Config":
-        """Configuration from a mapping such as os.environ (and the RECIPE file that it may name).
-
-        Raises UserError for a name or value that cannot be meant; names the variable and the remedy.
-        """
+        """Configuration from a mapping such as os.environ (and the RECIPE file that it may name); UserError for a name
+        or value that cannot be meant."""
         values: dict[str, Any] = {}
         sources = {f.name: "default" for f in cls.variables().values()}
         recipe = read_recipe(Path(env["RECIPE"])) if env.get("RECIPE") else {}
@@ -442,31 +440,25 @@ def check_names(mapping: Mapping[str, str], strict: bool) -> None:
                         "not meant for this run")  # fmt: skip
 
 
+BOOLEANS = {"0": False, "false": False, "no": False, "off": False, "1": True, "true": True, "yes": True, "on": True}
+
+
 def parse_value(name: str, text: str, spec: Field) -> Any:
     """The text of a variable as its field's type; UserError names variable, value and what is allowed."""
     low, high, choices = (spec.metadata[key] for key in ("low", "high", "choices"))
     kind = next((k for k in get_args(spec.type) if k in (int, float, str)), spec.type)  # float | None, tuple[int, ...]
-    if kind is bool:
-        words = ("0", "false", "no", "off", "1", "true", "yes", "on")
-        if text.lower() not in words:
-            raise UserError(f"{name}={text!r}: expected 0 or 1 (true/false, yes/no and on/off are understood)")
-        return words.index(text.lower()) >= 4
-    is_list = isinstance(spec.default, tuple)
+    limits = [f" {word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
+    number, is_list = "number" + " and".join(limits), isinstance(spec.default, tuple)
+    wanted = {bool: "0 or 1 (true/false, yes/no and on/off are understood)", str: f"one of {', '.join(choices)}",
+              int: f"a whole {number}", float: f"a finite {number}"}  # fmt: skip
+    read = (lambda word: BOOLEANS[word.lower()]) if kind is bool else kind
     try:
-        values = tuple(kind(part.strip()) for part in (text.split(",") if is_list else [text]) if part.strip())
-    except ValueError:
-        raise UserError(f"{name}={text!r}: expected {'a whole number' if kind is int else 'a number'}") from None
-    if is_list:
-        return values
-    (value,) = values
-    if kind is str:
-        if choices and value not in choices:
-            raise UserError(f"{name}={text!r}: expected one of {', '.join(choices)}")
-        return value
-    if not abs(value) < 1e38 or not low <= value <= high:  # neither NaN nor beyond float32
-        limits = [f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
-        raise UserError(f"{name}={text}: expected a finite number{' of ' * bool(limits)}{' and '.join(limits)}")
-    return value
+        values = tuple(read(part.strip()) for part in (text.split(",") if is_list else [text]) if part.strip())
+    except (KeyError, ValueError):
+        values = (math.nan,)
+    if not all(v in choices if choices else kind is str or abs(v) < 1e38 and low <= v <= high for v in values):
+        raise UserError(f"{name}={text}: expected {wanted[kind]}")  # neither NaN nor beyond float32
+    return values if is_list else values[0]
 
 
 def model_rules(cfg: Config) -> list[tuple[Any, str]]:
@@ -496,7 +488,6 @@ def run_rules(cfg: Config) -> list[tuple[Any, str]]:
     names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
     short, ends = cfg.short_seq_len, cfg.short_seq_frac
     idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
-    is_plain_name = cfg.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f]", cfg.run_id)
     window = f"the window of {cfg.eval_len} tokens"
     logs = [f"logs/{cfg.log_name}.{kind}" for kind in ("txt", "jsonl", "py")]
     own = [cfg.artifact_file, cfg.weights_file, *logs, "train.log", f"train_seed{cfg.seed}.log"]
@@ -519,7 +510,7 @@ def run_rules(cfg: Config) -> list[tuple[Any, str]]:
         (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
         (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor].strongest,
          "$COMPRESSOR_LEVEL: too high for $COMPRESSOR; unset it for the best"),
-        (is_plain_name and len(cfg.run_id.encode(errors="replace")) <= 200,
+        (not re.search(r"^\.\.?$|[/\x00-\x1f]", cfg.run_id) and len(os.fsencode(cfg.run_id)) <= 200,
          f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, at most 200 bytes"),
         (len({*map(os.path.realpath, own)}) == len(own),
          f"ARTIFACT_PATH={cfg.artifact_file} WEIGHTS_PATH={cfg.weights_file}: one file for two, or a log of the run"),
@@ -599,19 +590,12 @@ class Ranks:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
-    def broadcast_bytes(self, blob: bytes) -> bytes:
-        """Rank 0's bytes on every rank."""
-        blobs = [blob]
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The value of one rank, on every rank."""
+        values = [value]
         if self.world > 1:
-            dist.broadcast_object_list(blobs, 0, group=self.control)
-        return blobs[0]
-
-    def gather(self, text: str) -> list[str]:
-        """Every rank's text, on every rank."""
-        texts = [text] * self.world
-        if self.world > 1:
-            dist.all_gather_object(texts, text, group=self.control)
-        return texts
+            dist.broadcast_object_list(values, source, group=self.control)
+        return values[0]
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of `count` pieces of work; sizes differ by one at most."""
@@ -619,22 +603,18 @@ class Ranks:
 
     def close(self, problem: BaseException | None) -> None:
         """Leave the group; after a problem at once, since peers may never answer. The first rank that has one tells it.
-
-        The others have the same one, or have lost a peer: they end silently, or torchrun ends them (SIGTERM as soon
-        as a rank has failed, SIGKILL 30 s later).
-        """
-        if self.world == 1:
-            return
-        if problem is None:
+        The others have the same one, or have lost a peer: they end silently, or torchrun ends them (SIGTERM as soon as
+        a rank has failed, SIGKILL 30 s later)."""
+        if self.world > 1 and problem:
+            with contextlib.suppress(OSError):  # a closed console
+                if is_first_to_fail(self.env):
+                    print(describe(problem), file=sys.stderr, flush=True)
+            os._exit(1)
+        elif self.world > 1:
             dist.destroy_process_group()
             # Gloo's thread lets go of the last tensors when it likes, and an interpreter that ends meanwhile
             # aborts: 5 of 11 runs with torch 2.11. Who drops the last reference to a group waits for its thread.
             object.__setattr__(self, "control", None)
-            return
-        with contextlib.suppress(OSError):  # a closed console
-            if is_first_to_fail(self.env):
-                print(describe(problem), file=sys.stderr, flush=True)
-        os._exit(1)
 
 
 def launch_numbers(env: Mapping[str, str]) -> tuple[int, int, int]:
@@ -643,8 +623,8 @@ def launch_numbers(env: Mapping[str, str]) -> tuple[int, int, int]:
     given = {name: env.get(name, "").strip() for name in names}
     if not any(given[name] for name in names[:3]):
         return 0, 1, 0
-    numbers = [int(given[name]) if re.fullmatch(r"[0-9]{1,9}", given[name]) else -1 for name in names[:4]]
-    rank, world, local_rank, port = numbers
+    is_number = re.compile("[0-9]{1,9}").fullmatch
+    rank, world, local_rank, port = (int(given[name]) if is_number(given[name]) else -1 for name in names[:4])
     has_meeting_place = 0 < port < 65_536 and given["MASTER_ADDR"]
     if not (0 <= rank < world and local_rank >= 0 and (world == 1 or has_meeting_place)):
         pairs = " ".join(f"{name}={value!r}" for name, value in given.items())
@@ -655,13 +635,11 @@ def launch_numbers(env: Mapping[str, str]) -> tuple[int, int, int]:
 
 def is_first_to_fail(env: Mapping[str, str]) -> bool:
     """Whether no other rank has asked this yet; torchrun keeps the store that counts, so it outlives every rank."""
-    try:
-        if launch_numbers(env)[1] == 1:
-            return True
-        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timedelta(seconds=5))
-        return store.add(f"failed/{env.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
-    except (RuntimeError, UserError):  # no torchrun: rank 0 kept the store and has gone, or there is none
-        return True
+    with contextlib.suppress(RuntimeError, UserError):  # without torchrun there is no store, or it ended with rank 0
+        if launch_numbers(env)[1] > 1:
+            store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timedelta(seconds=5))
+            return store.add(f"failed/{env.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    return True
 
 
 def describe(problem: BaseException) -> str:
@@ -713,15 +691,12 @@ class Clock:
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    getattr(torch, device.type).synchronize()
 
 
 def atomic_write(path: Path, blob: bytes | memoryview, variable: str) -> None:
-    """Write a file through a temporary name: it is whole or the older one. UserError where that fails.
-
-    A folder that has vanished is made again, and a link is followed.
-    """
+    """Write a file through a temporary name: it is whole or the older one. A folder that has vanished is made again,
+    and a link is followed. UserError where that fails."""
     real = Path(os.path.realpath(path))
     partial_path = real.with_name(real.name + ".partial")
     try:
@@ -814,15 +789,14 @@ class Log:
     """The run's record: console, logs/<RUN_ID>.txt, and a JSON line stream. Only rank 0 writes, every line at once.
 
     What cannot be written any more (disk full, console closed) is given up with one warning on the others: it must not
-    end a paid run. The lines are also kept, for the seed logs of a submission, which are written when a run has ended
-    well, and for a log folder that vanished.
+    end a paid run. The lines are also kept, for the seed logs of a submission and for a folder that vanished.
     """
 
     def __init__(self, cfg: Config, enabled: bool) -> None:
         self.cfg, self.console = cfg, enabled
         self.paths = {kind: Path(f"logs/{cfg.log_name}.{kind}") for kind in ("txt", "jsonl") if enabled}
-        if enabled:
-            Path("logs").mkdir(exist_ok=True)
+        for path in self.paths.values():
+            path.parent.mkdir(exist_ok=True)
         self.files = {kind: open(path, "ab" if cfg.resume else "wb", buffering=0) for kind, path in self.paths.items()}
         self.lines = {kind: bytearray(path.read_bytes()) for kind, path in self.paths.items()}
 
@@ -844,27 +818,30 @@ class Log:
     def write(self, kind: str, line: str) -> None:
         """Append a line to a file, if it still takes any."""
         data = line.encode(errors="backslashreplace") + b"\n"
+        if kind in self.lines:
+            self.lines[kind] += data
         try:
-            if kind in self.lines:
-                self.lines[kind] += data
             if kind in self.files:
                 self.files[kind].write(data)
         except OSError as problem:
             self.files.pop(kind)
             self(f"WARNING: {self.paths[kind]}: {problem.strerror}; its lines are kept in memory until the end")
 
-    def close(self, ended_well: bool) -> None:
-        """Write again what its folder has lost, and after a good training run the logs that submissions ship."""
+    def close(self, problem: BaseException | None) -> None:
+        """Say how the run ended and write again what a folder has lost; after a good end of training also the logs that
+        submissions ship."""
+        if problem:
+            self(describe(problem), console=False)
         wanted = {path: self.lines[kind] for kind, path in self.paths.items()
                   if kind not in self.files or not path.exists()}  # fmt: skip
-        if ended_well and self.lines and self.cfg.log_name == self.cfg.run_id:
+        if not problem and self.lines and self.cfg.log_name == self.cfg.run_id:
             names = [f"train_seed{self.cfg.seed}.log"] + ["train.log"] * (self.cfg.seed == 1337)
             wanted |= {Path(name): self.lines["txt"] for name in names}
         for path, blob in wanted.items():
             try:
                 atomic_write(path, bytes(blob), "log")  # a copy: the warning below makes the lines longer
-            except UserError as problem:
-                self(f"WARNING: {problem}")
+            except UserError as fault:
+                self(f"WARNING: {fault}")
         for file in self.files.values():
             file.close()
 
@@ -904,10 +881,10 @@ class Signals:
         raise Interrupted(f"{self.noted[0]}: stopped{saved}")
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[list[str]]:
-        """Inside, signals are noted in the list; one that nobody has answered is raised at the end."""
+    def deferred(self) -> Iterator[None]:
+        """Inside, signals are noted; one that nobody has answered is raised at the end."""
         self.is_deferred = True
-        yield self.noted
+        yield
         self.is_deferred = False
         if self.noted:
             self.interrupt()
@@ -915,25 +892,21 @@ class Signals:
     @contextlib.contextmanager
     def handled(self) -> Iterator["Signals"]:
         """Take the signals over from Python."""
-        usual = {n: signal.signal(n, self.handle) for n in self.NUMBERS if signal.getsignal(n) is not signal.SIG_IGN}
-        readable, writable = os.pipe()
-        os.set_blocking(writable, False)
-        usual_pipe = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-        threading.Thread(target=self.end_when_stuck, args=(readable,), daemon=True).start()
-        try:
+        with contextlib.ExitStack() as undo:
+            for number in self.NUMBERS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    undo.callback(signal.signal, number, signal.signal(number, self.handle))
+            readable, writable = os.pipe()
+            os.set_blocking(writable, False)
+            undo.callback(os.close, writable)
+            undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writable, warn_on_full_buffer=False))
+            undo.callback(self.answered.set)
+            threading.Thread(target=self.end_when_stuck, args=(readable,), daemon=True).start()
             yield self
-        finally:
-            self.answered.set()
-            signal.set_wakeup_fd(usual_pipe)
-            os.close(writable)
-            for number, handler in usual.items():
-                signal.signal(number, handler)
 
     def end_when_stuck(self, pipe: int) -> None:
-        """End this process, with a message, where nothing has answered a SIGTERM for STUCK_SECONDS.
-
-        A rank that waits on its GPU for a lost peer runs no handler; this thread hears of signals through a pipe.
-        """
+        """End this process, with a message, where nothing has answered a SIGTERM for STUCK_SECONDS: a rank that waits
+        on its GPU for a lost peer runs no handler. This thread hears of signals through a pipe."""
         with open(pipe, "rb", buffering=0) as numbers:
             while (number := numbers.read(1)) and number[0] != signal.SIGTERM:
                 pass
@@ -955,28 +928,24 @@ class Runtime:
     signals: Signals | None = None
     claim: Claim | None = None  # rank 0's
     costs: list[str] = field(default_factory=list)  # what makes every step longer than it need be
+    active: set[str] = field(default_factory=set)  # configured features that did something
 
     @classmethod
     @contextlib.contextmanager
     def start(cls, cfg: Config, env: Mapping[str, str]) -> Iterator["Runtime"]:
         """Start ranks, claim the files, open the log and write its header; close all of them whatever happens."""
         ranks = Ranks.start(cfg, env)
-        log, claim = Log(cfg, enabled=False), None
-        try:
-            if ranks.is_main_process:
-                claim = Claim(cfg)
-                log = Log(cfg, enabled=True)
-            with Signals(cfg, log, ranks).handled() as signals:
-                run = cls(cfg, ranks, log, [], signals, claim)
-                log_header(run)
-                yield run
-        finally:
-            if problem := sys.exc_info()[1]:
-                log(describe(problem), console=False)
-            log.close(ended_well=problem is None)
+        with contextlib.ExitStack() as stack:  # left from the last line to the first
+            stack.push(lambda _, problem, __: ranks.close(problem))
+            claim = Claim(cfg) if ranks.is_main_process else None
             if claim:
-                claim.release()
-            ranks.close(problem)
+                stack.callback(claim.release)
+            log = Log(cfg, ranks.is_main_process)
+            stack.push(lambda _, problem, __: log.close(problem))
+            signals = stack.enter_context(Signals(cfg, log, ranks).handled())
+            run = cls(cfg, ranks, log, [], signals, claim)
+            log_header(run)
+            yield run
 
     @contextlib.contextmanager
     def timed(self, phase: str, budget: str) -> Iterator[None]:
@@ -997,24 +966,23 @@ class Runtime:
 
 def log_header(run: Runtime) -> None:
     """Source with its sha256, versions, and every hyperparameter with where it came from."""
-    cfg, log, source = run.cfg, run.log, Path(__file__).read_bytes()
+    cfg, log, device, world = run.cfg, run.log, run.ranks.device, run.ranks.world
+    source, copy_path = Path(__file__).read_bytes(), Path(f"logs/{cfg.log_name}.py")
+    digest, version = hashlib.sha256(source).hexdigest(), torch.__version__
     if run.ranks.is_main_process:
-        atomic_write(Path(f"logs/{cfg.log_name}.py"), source, "log")  # not in the log, which tools grep
-    log(f"source: sha256:{hashlib.sha256(source).hexdigest()} bytes:{len(source)} copy:logs/{cfg.log_name}.py")
-    log(f"Running Python {sys.version.split()[0]} PyTorch {torch.__version__} command: {' '.join(sys.argv)}")
-    device = run.ranks.device
+        atomic_write(copy_path, source, "log")  # not in the log, which tools grep
+    log(f"source: sha256:{digest} bytes:{len(source)} copy:{copy_path}")
+    log(f"Running Python {platform.python_version()} PyTorch {version} command: {' '.join(sys.argv)}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     log(f"device:{device.type} ({name}) cuda:{torch.version.cuda} cudnn:{torch.backends.cudnn.version()} "
-        f"host:{platform.node()} world_size:{run.ranks.world}")  # fmt: skip
+        f"host:{platform.node()} world_size:{world}")  # fmt: skip
     log(f"seed:{cfg.seed}")
     log("Hyperparameters:", console=False)
-    values = {f.name: vars(cfg)[f.name] for f in Config.variables().values()}
+    values, sources = {name: vars(cfg)[name] for name in cfg.sources}, dict(cfg.sources)
     for key, value in values.items():
-        log(f"  {key}: {value} ({cfg.sources[key]})", console=False)
-    changed = {k: v for k, v in values.items() if cfg.sources[k] != "default"}
-    log("changed: " + " ".join(f"{k.upper()}={v}" for k, v in changed.items()))
-    facts = {"torch": torch.__version__, "device": name, "world_size": run.ranks.world}
-    log.event("config", sha256=hashlib.sha256(source).hexdigest(), **facts, values=values, sources=dict(cfg.sources))
+        log(f"  {key}: {value} ({sources[key]})", console=False)
+    log("changed: " + " ".join(f"{k.upper()}={v}" for k, v in values.items() if sources[k] != "default"))
+    log.event("config", sha256=digest, torch=version, device=name, world_size=world, values=values, sources=sources)
 
 
 def log_ledger(run: Runtime) -> None:
@@ -1022,15 +990,12 @@ def log_ledger(run: Runtime) -> None:
     MAX_WALLCLOCK_SECONDS; everything from opening the artifact to the score within MAX_EVAL_SECONDS."""
     limits = {"train": run.cfg.max_wallclock_seconds, "eval": run.cfg.max_eval_seconds, "untimed": 0.0}
     for budget, limit in limits.items():
-        spent, phases_spent = run.spent(budget), {}
-        for _, phase, seconds in (row for row in run.ledger if row[0] == budget):
-            phases_spent[phase] = phases_spent.get(phase, 0.0) + seconds
-        if not phases_spent:
-            continue
-        over = 0 < limit < spent
+        rows, spent = [row[1:] for row in run.ledger if row[0] == budget], run.spent(budget)
+        parts, over = {phase: sum(s for other, s in rows if other == phase) for phase, _ in rows}, 0 < limit < spent
         text = f"{spent:.1f}s" + (f" of {limit:.0f}s" if limit else "") + (" OVER BUDGET" if over else "")
-        run.log(f"budget {budget}: {text} ({' '.join(f'{phase}:{s:.2f}s' for phase, s in phases_spent.items())})")
-        run.log.event("ledger", budget=budget, limit=limit, seconds=spent, phases=phases_spent, over=over)
+        if rows:
+            run.log(f"budget {budget}: {text} ({' '.join(f'{phase}:{s:.2f}s' for phase, s in parts.items())})")
+            run.log.event("ledger", budget=budget, limit=limit, seconds=spent, phases=parts, over=over)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1048,12 +1013,22 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MICRO_BATCH_TOKENS = 98_304  # one GPU's share of the record batch: 786,432 over 8; fits 80 GB with room
 
 
-class Shard(NamedTuple):
-    """A checked shard: its file, tokens in it, and the tokenizer's SHA-256 as hex ("" where the builder noted none)."""
+class Shard:
+    """A shard's file, tokens in it, and the tokenizer's SHA-256 as hex ("" where the builder noted none)."""
 
-    path: Path
-    count: int
-    tokenizer: str
+    def __init__(self, path: Path) -> None:
+        """Check magic, version and length."""
+        self.path = path
+        header = self.read(-SHARD_HEADER_BYTES // 2, SHARD_HEADER_BYTES // 2).view("<i4")
+        if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+            raise UserError(f"{path}: not a token shard (magic, version: {header[:2].tolist()}, expected "
+                            f"{[SHARD_MAGIC, SHARD_VERSION]}); fetch or build it again")  # fmt: skip
+        self.count, size = int(header[2]), path.stat().st_size
+        wanted = SHARD_HEADER_BYTES + 2 * self.count
+        if self.count < 1 or size != wanted:
+            raise UserError(f"{path}: header promises {self.count} tokens, {wanted} bytes, but the file has {size} "
+                            "bytes; it is truncated or damaged: fetch it again")  # fmt: skip
+        self.tokenizer = header[3:11].tobytes().hex() if header[3:11].any() else ""
 
     def read(self, offset: int, count: int) -> np.ndarray:
         """`count` tokens, uint16. Read, not mapped: a mapped file that shrinks kills the process (SIGBUS)."""
@@ -1062,42 +1037,22 @@ class Shard(NamedTuple):
         except OSError as problem:
             raise UserError(f"{self.path}: {problem.strerror}; fetch it again") from None
         if len(tokens) != count:
-            raise UserError(f"{self.path}: has become shorter since the run began; fetch it again")
+            raise UserError(f"{self.path}: has become shorter since the run began, or is no shard; fetch it again")
         return tokens
 
 
-def open_shard(path: Path) -> Shard:
-    """The shard at `path` after checks of magic, version and length."""
-    try:
-        header, size = np.fromfile(path, dtype="<i4", count=256), path.stat().st_size
-    except OSError as problem:
-        raise UserError(f"{path}: {problem.strerror}; fetch it again") from None
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: not a token shard (magic, version: {header[:2].tolist()}, expected "
-                        f"{[SHARD_MAGIC, SHARD_VERSION]}); fetch or build it again")  # fmt: skip
-    count = int(header[2])
-    if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UserError(f"{path}: header promises {count} tokens, {SHARD_HEADER_BYTES + 2 * count} bytes, but the file "
-                        f"has {size} bytes; it is truncated or damaged: fetch it again")  # fmt: skip
-    return Shard(path, count, header[3:11].tobytes().hex() if header[3:11].any() else "")
-
-
 def shard_paths(cfg: Config, split: str) -> list[Path]:
-    """Shards of a split in order: numbered from 0 without a gap, and no file beside them that is nearly one.
-
-    `split` may be "val_bytes": the byte sidecars, of which there may be none.
-    """
-    paths = [path for path in sorted(cfg.shard_folder.glob(f"fineweb_{split}_*"))
-             if split == "val_bytes" or "_bytes_" not in path.name]  # fmt: skip
+    """Shards of a split in order: numbered from 0 without a gap, and no file beside them that is nearly one. `split`
+    may be "val_bytes": the byte sidecars, of which there may be none."""
+    are_bytes, folder = split == "val_bytes", cfg.shard_folder
+    paths = [path for path in sorted(folder.glob(f"fineweb_{split}_*")) if are_bytes or "_bytes_" not in path.name]
     for number, path in enumerate(paths):
-        if path.name != f"fineweb_{split}_{number:06d}.bin":
-            raise UserError(f"DATA_PATH={cfg.shard_folder}: found {path.name} where fineweb_{split}_{number:06d}.bin "
-                            "should be; fetch what is missing, move away what is not a shard")  # fmt: skip
-    if not paths and split != "val_bytes":
-        raise UserError(
-            f"DATA_PATH={cfg.shard_folder}: no fineweb_{split}_*.bin there; get them with "
-            f"`python3 data/cached_challenge_fineweb.py --variant sp{cfg.vocab_size}` or set DATA_PATH to your folder"
-        )
+        if path.name != (wanted := f"fineweb_{split}_{number:06d}.bin"):
+            raise UserError(f"DATA_PATH={folder}: found {path.name} where {wanted} should be; fetch what is missing, "
+                            "move away what is not a shard")  # fmt: skip
+    if not paths and not are_bytes:
+        raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; get them with `python3 data/cached_"
+                        f"challenge_fineweb.py --variant sp{cfg.vocab_size}` or set DATA_PATH to your folder")
     return paths
 
 
@@ -1105,7 +1060,7 @@ class TokenStream:
     """All shards of a split as one endless stream of tokens."""
 
     def __init__(self, cfg: Config, split: str) -> None:
-        self.shards, self.vocab_size = [open_shard(path) for path in shard_paths(cfg, split)], cfg.vocab_size
+        self.shards, self.vocab_size = [*map(Shard, shard_paths(cfg, split))], cfg.vocab_size
         self.ends = np.cumsum([shard.count for shard in self.shards])
         self.total = int(self.ends[-1])
 
@@ -1132,17 +1087,15 @@ class BatchShape(NamedTuple):
 
 def batch_shape(cfg: Config, world: int, most: int = MICRO_BATCH_TOKENS) -> BatchShape:
     """Fewest micro-steps that keep a rank's micro-batch within `most` tokens; UserError where nothing divides."""
-    unit = world * cfg.train_seq_len * max(cfg.grad_accum_steps, 1)
-    if cfg.train_batch_tokens % unit or cfg.train_batch_tokens < unit:
-        below = cfg.train_batch_tokens // unit * unit
+    tokens, length = cfg.train_batch_tokens, cfg.train_seq_len
+    unit = world * length * max(cfg.grad_accum_steps, 1)
+    below = tokens // unit * unit
+    if tokens != below or not below:
         valid = f"{below} or {below + unit}" if below else str(unit)
-        raise UserError(
-            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is no multiple of ranks x TRAIN_SEQ_LEN x GRAD_ACCUM_STEPS = "
-            f"{world} x {cfg.train_seq_len} x {cfg.grad_accum_steps or 'auto'}; nearest valid: {valid}"
-        )
-    per_rank = cfg.train_batch_tokens // (world * cfg.train_seq_len)
-    sequences = max(most // cfg.train_seq_len, 1)
-    auto = next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= sequences)
+        raise UserError(f"TRAIN_BATCH_TOKENS={tokens} is no multiple of ranks x TRAIN_SEQ_LEN x GRAD_ACCUM_STEPS = "
+                        f"{world} x {length} x {cfg.grad_accum_steps or 'auto'}; nearest valid: {valid}")  # fmt: skip
+    per_rank, most = tokens // (world * length), max(most // length, 1)
+    auto = next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= most)
     accum = cfg.grad_accum_steps or auto
     return BatchShape(accum, per_rank // accum)
 
@@ -1164,20 +1117,19 @@ class Loader:
         self.windows = (self.stream.total - cfg.train_seq_len) // cfg.train_seq_len
         if self.windows < 1:
             raise UserError(f"{cfg.shard_folder}: {self.stream.total} tokens; lower TRAIN_SEQ_LEN={cfg.train_seq_len}")
-        self.orders: dict[int, np.ndarray] = {}  # epoch -> start of each of its windows, in order of use
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self.ahead: dict[int, Future] = {}
+        self.epoch_starts = lru_cache(maxsize=2)(self.shuffle)  # a batch may span two epochs
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")  # reads a step's batches and the next
+        self.request = lru_cache(self.shape.accum + 1)(partial(worker.submit, self.batch))
+
+    def shuffle(self, epoch: int) -> np.ndarray:
+        """Stream position of each window of an epoch, in order of use."""
+        rng, length = np.random.default_rng([self.cfg.seed, epoch]), self.cfg.train_seq_len
+        return int(rng.integers(length)) + length * rng.permutation(self.windows)
 
     def window_start(self, index: int) -> int:
         """Stream position of the index-th shuffled window, counted over all epochs."""
         epoch, place = divmod(index, self.windows)
-        if epoch not in self.orders:
-            rng = np.random.default_rng([self.cfg.seed, epoch])
-            phase = int(rng.integers(self.cfg.train_seq_len))
-            order = phase + self.cfg.train_seq_len * rng.permutation(self.windows)
-            last = {e: o for e, o in self.orders.items() if e == epoch - 1}  # a batch may span two epochs
-            self.orders = {**last, epoch: order}
-        return int(self.orders[epoch][place])
+        return int(self.epoch_starts(epoch)[place])
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of micro-batch `number` (step x accum + micro-step), each (sequences, seq_len) int64."""
@@ -1192,12 +1144,6 @@ class Loader:
         pair = pair.pin_memory() if self.ranks.device.type == "cuda" else pair
         return pair[0], pair[1]
 
-    def request(self, number: int) -> Future:
-        """`batch(number)`, begun in the background."""
-        if number not in self.ahead:
-            self.ahead[number] = self.worker.submit(self.batch, number)
-        return self.ahead[number]
-
     def fault(self, step: int) -> UserError | None:
         """Why a step's micro-batches cannot be had, once they have been read; None where they can."""
         numbers = range(step * self.shape.accum, (step + 1) * self.shape.accum)
@@ -1207,7 +1153,6 @@ class Loader:
     def fetch(self, number: int) -> tuple[Tensor, Tensor]:
         """`batch(number)` on the device; the next one is read meanwhile."""
         inputs, targets = self.request(number).result()
-        self.ahead = {n: future for n, future in self.ahead.items() if number < n <= number + self.shape.accum}
         self.request(number + 1)
         device = self.ranks.device
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
@@ -1223,14 +1168,12 @@ class ByteTable:
     def __init__(self, path: Path, vocab_size: int) -> None:
         """Load the tokenizer at `path`; UserError unless it fits VOCAB_SIZE and has a piece for a space."""
         try:
-            sentencepiece = importlib.import_module("sentencepiece")
-            model = path.read_bytes()
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            model, sentencepiece = path.read_bytes(), importlib.import_module("sentencepiece")
+            self.pieces = pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except ImportError:
             raise UserError("the tokenizer needs the package sentencepiece: pip install -r requirements.txt") from None
         except (OSError, RuntimeError) as error:
             raise UserError(f"TOKENIZER_PATH={path}: {str(error)[:200]}; the downloader in data/ fetches it") from None
-        pieces = self.pieces
         if pieces.piece_to_id("\u2581") == pieces.unk_id():
             raise UserError(f"TOKENIZER_PATH={path} has no piece for a single space: byte counts would be wrong by 20%")
         if pieces.vocab_size() != vocab_size:
@@ -1252,24 +1195,19 @@ class ByteTable:
 
     def passages(self, tokens: np.ndarray) -> list[slice]:
         """Where the text of each document stands in `tokens`, up to the word before the first piece that is no text.
-
-        The last document may go on after `tokens`, and so also ends with a word.
-        """
-        found, starts = [], np.flatnonzero(tokens == self.bos_id)
-        for start, end in zip(starts + 1, [*starts[1:], len(tokens)], strict=True):
-            others = np.flatnonzero(self.is_boundary[tokens[start:end]])
-            if len(others) or end == len(tokens):
-                words = np.flatnonzero(self.has_space[tokens[start : start + others[0] if len(others) else end]])
-                end = start + (words[-1] if len(words) else 0)
+        The last document may go on after `tokens`, and so also ends with a word."""
+        found, ends = [], np.append(np.flatnonzero(self.is_boundary[tokens]), len(tokens))
+        for start in np.flatnonzero(tokens == self.bos_id) + 1:
+            end = ends[np.searchsorted(ends, start)]
+            if end == len(tokens) or tokens[end] != self.bos_id:
+                end = start + max(np.flatnonzero(self.has_space[tokens[start:end]]), default=0)
             found.append(slice(start, end))
         return [place for place in found if place.stop > place.start]
 
     def self_test(self, tokens: np.ndarray, sidecar: np.ndarray | None) -> str:
-        """UserError unless this is the tokenizer of `tokens`; says in words what was compared.
-
-        Text encoded again gives the same tokens. The table counts its bytes exactly; the counts of a sidecar (n,) are
-        those of the text without case marks (private-use characters) and with the white space that was normalized away.
-        """
+        """UserError unless this is the tokenizer of `tokens`; says in words what was compared. Text encoded again gives
+        the same tokens. The table counts its bytes exactly; the counts of a sidecar (n,) are those of the text without
+        case marks (private-use characters) and with the white space that was normalized away."""
         where, places = f"TOKENIZER_PATH={self.path}: not the tokenizer of these shards", self.passages(tokens)
         same, plain = 0, 0
         for number, place in enumerate(places):
@@ -1347,27 +1285,27 @@ def load_validation(run: Runtime) -> ValidationSet:
         raise UserError(f"{cfg.shard_folder}: no BOS (id {table.bos_id}) in the validation set; build the shards again")
     if stream.total <= cfg.eval_len:
         raise UserError(f"{cfg.shard_folder}: {stream.total} validation tokens; lower EVAL_SEQ_LEN={cfg.eval_len}")
-    sidecars = [open_shard(path) for path in shard_paths(cfg, "val_bytes")]
+    sidecars = [*map(Shard, shard_paths(cfg, "val_bytes"))]
     counts = np.concatenate([s.read(0, s.count) for s in sidecars]).astype(np.int32) if sidecars else None
     if sidecars and len(counts) != len(tokens):
         raise UserError(f"{sidecars[0].path}: {len(counts)} byte counts for {len(tokens)} tokens; fetch both again")
     tested = table.self_test(tokens[:300_000], counts if counts is None else counts[:300_000])
     counts = table.count(tokens) if counts is None else counts
     total = int(counts[1:].sum())
-    official = OFFICIAL_SETS.get(len(tokens), ("", total))
-    if abs(total - official[1]) > 1:
-        raise UserError(f"{cfg.shard_folder}: {total} bytes in {len(tokens)} tokens; {official[0]} has {official[1]}: "
+    official, expected = OFFICIAL_SETS.get(len(tokens), ("", total))
+    if abs(total - expected) > 1:
+        raise UserError(f"{cfg.shard_folder}: {total} bytes in {len(tokens)} tokens; {official} has {expected}: "
                         "shards, sidecar or tokenizer are not the official ones; fetch them again")  # fmt: skip
     digest = hashlib.sha256(tokens.astype("<u2").tobytes() + counts.astype("<u2").tobytes()).hexdigest()
     identity = {"tokenizer_sha256": table.sha256, "val_sha256": digest}
     log.event("data", split="val", tokens=len(tokens), documents=documents, bytes=total, **identity)
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_file}")
     log(f"val_loader:shards pattern={cfg.shard_folder}/fineweb_val_*.bin tokens:{len(tokens)}")
-    log(f"val_tokens: {len(tokens)} val_documents: {documents} val_bytes: {total} ({official[0] or 'no official set'}; "
-        f"{tested})")  # fmt: skip
+    known = official or "no official set"
+    log(f"val_tokens: {len(tokens)} val_documents: {documents} val_bytes: {total} ({known}; {tested})")
     log(f"tokenizer_sha256:{table.sha256} val_sha256:{digest}")
-    to_device = partial(torch.tensor, dtype=torch.int32, device=run.ranks.device)
-    return ValidationSet(to_device(tokens), to_device(counts), table.bos_id, identity)
+    tensors = (torch.tensor(array, dtype=torch.int32, device=run.ranks.device) for array in (tokens, counts))
+    return ValidationSet(*tensors, table.bos_id, identity)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3309,23 +3247,20 @@ class StepGraph:
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], batch: list[Tensor], parameters: list[Tensor], pool: Any
+        self, function: Callable[..., Tensor], batch: Iterable[Tensor], parameters: list[Tensor], pool: Any
     ) -> None:
-        """Record; `function` has run on such a batch before, so that nothing is compiled or loaded here.
-
-        The parameters have no gradients now. `pool` is the memory of an earlier graph, to be shared since only the
-        latest replay's gradients are read.
-        """
+        """Record; `function` has run on such a batch before, so that nothing is compiled or loaded here, and the
+        parameters have no gradients. `pool` is the memory of an earlier graph, to be shared since only the latest
+        replay's gradients are read."""
         self.batch, self.parameters = [tensor.clone() for tensor in batch], parameters
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # the loader's thread goes on
             self.loss = function(*self.batch)
         self.grads = [parameter.grad for parameter in parameters]
 
-    def replay(self, batch: list[Tensor]) -> Tensor:
+    def replay(self, *batch: Tensor) -> Tensor:
         """Add the gradients of `batch` to the parameters'; returns the value, which the next call overwrites."""
-        for mine, given in zip(self.batch, batch, strict=True):
-            mine.copy_(given, non_blocking=True)
+        torch._foreach_copy_(self.batch, batch, non_blocking=True)
         # Copied, since they may be what an earlier replay wrote where this one writes again.
         earlier = [None if p.grad is None else p.grad.clone() for p in self.parameters]
         self.graph.replay()
@@ -3334,33 +3269,24 @@ class StepGraph:
         return self.loss
 
 
-def flat(tensors: list[Tensor | None]) -> Tensor:
-    """All entries in one row; gradients compare as a whole, since those of single numbers may be all rounding."""
-    return torch.cat([tensor.flatten().float() for tensor in tensors if tensor is not None])
-
-
 class Trainer:
     """Model, optimizers and training data, and one optimizer step over them."""
 
     def __init__(self, run: Runtime, model: GPT) -> None:
-        self.run, self.model = run, model
+        cfg, self.run, self.model = run.cfg, run, model
         self.loader = Loader(run, model.micro_batch)
         self.graphs: dict[Phase, StepGraph] = {}
-        self.optimizers = Optimizers(run.cfg, run.ranks, model)
-        shape, cfg = self.loader.shape, run.cfg
-        stream = self.loader.stream
-        run.log.event("data", split="train", shards=len(stream.shards), tokens=stream.total)
-        run.log(f"train_loader:dataset:{cfg.shard_folder.name} train_shards:{len(stream.shards)} tokens:{stream.total}")
-        run.log(f"world_size:{run.ranks.world} grad_accum_steps:{shape.accum}")
+        self.optimizers = Optimizers(cfg, run.ranks, model)
+        shards, tokens = len(self.loader.stream.shards), self.loader.stream.total
+        run.log.event("data", split="train", shards=shards, tokens=tokens)
+        run.log(f"train_loader:dataset:{cfg.shard_folder.name} train_shards:{shards} tokens:{tokens}")
+        run.log(f"world_size:{run.ranks.world} grad_accum_steps:{self.loader.shape.accum}")
         run.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")  # fmt: skip
 
-    def batch(self, number: int, phase: Phase) -> list[Tensor]:
-        """Inputs and targets of a micro-step as the phase cuts them."""
-        return [tensor.view(-1, phase.seq_len) for tensor in self.loader.fetch(number)]
-
-    def gradients(self, phase: Phase, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Add a micro-step's gradients to the parameters'; returns its part of the step's loss."""
+    def gradients(self, phase: Phase, *batch: Tensor) -> Tensor:
+        """Add the gradients of a micro-batch, cut as the phase wants it; returns its part of the step's loss."""
+        inputs, targets = (tensor.view(-1, phase.seq_len) for tensor in batch)
         weights = self.model.fast_weights(phase.fake_quant)
         loss = self.model.fast_nll(inputs, targets, weights, phase.order).mean() / self.loader.shape.accum
         loss.backward()
@@ -3373,21 +3299,26 @@ class Trainer:
 
     def record(self, phase: Phase) -> None:
         """From now on, micro-steps of a phase replay a CUDA graph, once it has given loss and gradients of a real one.
-
-        Where that fails, they go on being launched one by one, with a warning; asked for by name it is an error.
-        """
+        Where that fails, they go on being launched one by one, with a warning; asked for by name it is an error."""
         if not self.replays:
             return
-        parameters, batch, reason = list(self.model.parameters()), self.batch(0, phase), ""
-        allowed = ALLOWED_ERROR * torch.finfo(self.model.dtype).eps / 2  # recorded, a product may take another kernel
-        self.model.zero_grad()
-        want = [self.gradients(phase, *batch).cpu().double(), flat([p.grad for p in parameters]).cpu().double()]
-        pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
-        self.model.zero_grad()
-        try:
-            graph = StepGraph(partial(self.gradients, phase), batch, parameters, pool)
+        parameters, batch = list(self.model.parameters()), self.loader.fetch(0)
+        function = partial(self.gradients, phase)
+
+        def outcome(function: Callable[..., Tensor]) -> list[Tensor]:
+            """Loss and gradients; these compare as a whole, since those of single numbers may be all rounding."""
             self.model.zero_grad()
-            reason = fault(max(relative_errors([graph.replay(batch), flat(graph.grads)], want)), allowed)
+            loss = function(*batch)
+            grads = torch.cat([p.grad.flatten().float() for p in parameters if p.grad is not None])
+            self.model.zero_grad()
+            return [loss.cpu().double(), grads.cpu().double()]
+
+        want = outcome(function)
+        pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
+        allowed = ALLOWED_ERROR * torch.finfo(self.model.dtype).eps / 2  # recorded, a product may take another kernel
+        try:
+            graph = StepGraph(function, batch, parameters, pool)
+            reason = fault(max(relative_errors(outcome(graph.replay), want)), allowed)
         except RuntimeError as problem:
             reason = str(problem).strip().splitlines()[0][:200]
         if not reason:
@@ -3401,11 +3332,11 @@ class Trainer:
     def step(self, number: int, plan: StepPlan) -> Tensor:
         """Optimizer step `number`; returns this rank's mean loss in nats per token, on the device."""
         phase = phases(self.run.cfg)[plan.phase]
-        accum, graph, total = self.loader.shape.accum, self.graphs.get(phase), 0.0
+        accum, total = self.loader.shape.accum, 0.0
+        micro_step = self.graphs[phase].replay if phase in self.graphs else partial(self.gradients, phase)
         self.model.zero_grad()
         for micro in range(accum):
-            batch = self.batch(number * accum + micro, phase)
-            total = total + (graph.replay(batch) if graph else self.gradients(phase, *batch))
+            total = total + micro_step(*self.loader.fetch(number * accum + micro))
         self.optimizers.step(plan)
         return total
 
@@ -3444,27 +3375,23 @@ def warm_up(run: Runtime, trainer: Trainer) -> None:
 
 def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     """Seconds of the clock to keep for calibration and GPTQ: as set, or both timed, a fifth on top and a second."""
-    cfg, model = run.cfg, trainer.model
+    cfg, trial = run.cfg, replace(run, ledger=[])
     if cfg.gptq_reserve_seconds is not None or not cfg.max_wallclock_seconds:
         return cfg.gptq_reserve_seconds or 0.0
     hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
-    calibration, costs, rounding = (Clock(run.ranks.device) for _ in range(3))
     if batches:
         collect_hessians(run, trainer, 0, 1)  # compiles
-        calibration.start()
-        hessians = collect_hessians(run, trainer, 0, 3)
-        calibration.stop()
+        with trial.timed("hessians", "train"):
+            hessians = collect_hessians(run, trainer, 0, 3)
         hessians |= row_costs(run, trainer, 0, hessians)  # compiles
-        costs.start()
-        row_costs(run, trainer, 0, hessians)
-        costs.stop()
-    exporter = Exporter(replace(run, ledger=[]), model, hessians, {})
+        with trial.timed("costs", "train"):
+            row_costs(run, trainer, 0, hessians)
+    exporter = Exporter(trial, trainer.model, hessians, {})
     exporter.quantize()  # loads libraries
-    rounding.start()
     exporter.quantize()
-    rounding.stop()
+    (calibration, costs), rounding = (spent for *_, spent in trial.ledger[:2]), trial.ledger[-1][2]
     passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.auto_clip else 1  # what fitting the size may take
-    seconds = batches * calibration.total / 3 + costs.total + passes * rounding.total
+    seconds = bool(batches) * (batches * calibration / 3 + costs) + passes * rounding
     return run.ranks.all_reduce_max(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
 
 
@@ -3475,45 +3402,36 @@ def calibration_batches(run: Runtime, shape: BatchShape) -> int:
     return -(-tokens // (run.ranks.world * shape.sequences * cfg.train_seq_len)) if cfg.gptq_enabled else 0
 
 
-class TrainResult(NamedTuple):
-    """What training leaves behind besides the weights in the model."""
-
-    steps: int
-    average: dict[str, Tensor]
-    active: set[str]  # configured features that did something
-
-
 class Training:
     """The training loop, and where it stands. A checkpoint holds that, the weights, averages and optimizers."""
 
     def __init__(self, run: Runtime, trainer: Trainer, validation: ValidationSet, budget: float) -> None:
         """`budget` seconds of the clock."""
-        cfg = run.cfg
-        self.run, self.cfg, self.trainer, self.model, self.validation = run, cfg, trainer, trainer.model, validation
-        self.budget, self.averager, self.clock = budget, Averager(cfg, trainer.model), Clock(run.ranks.device)
-        self.step, self.phase, self.ends_soon = 0, next(iter(phases(cfg))), False
-        self.graphs = 0  # compiled inside the clock
-        self.active: set[str] = set()  # configured features that did something
+        self.run, self.cfg, self.trainer, self.model, self.validation = run, run.cfg, trainer, trainer.model, validation
+        self.budget, self.averager, self.clock = budget, Averager(run.cfg, trainer.model), Clock(run.ranks.device)
+        self.step, self.phase, self.graphs = 0, next(iter(phases(run.cfg))), 0  # graphs compiled inside the clock
+        self.first, self.saved = 0, 0  # steps at which the clock began and of the latest checkpoint
         self.identity = run_identity(run, trainer.loader.stream, validation)
 
-    def loop(self, noted: list[str]) -> None:
-        """Steps until ITERATIONS or the clock ends. A signal in `noted`, or data that a rank cannot read, stops all."""
-        cfg, ranks = self.cfg, self.run.ranks
+    def loop(self) -> None:
+        """Steps until ITERATIONS or the clock ends. A signal, or data that a rank cannot read, stops all ranks."""
+        cfg, ranks, signals, ends_soon = self.cfg, self.run.ranks, self.run.signals, False
         self.clock.start()
         while True:
-            if self.ends_soon:  # the host runs ahead of the GPU: 0.2 s over the end were seen
+            if ends_soon:  # the host runs ahead of the GPU: 0.2 s over the end were seen
                 synchronize(ranks.device)
             fault = self.trainer.loader.fault(self.step) if self.step < cfg.iterations else None
-            reason = noted[0] if noted else str(fault or "")
-            seconds, stopped = ranks.all_reduce_max(self.clock.seconds(), bool(reason))
-            self.ends_soon = seconds * (1 + 10 / max(self.step, 1)) >= self.budget
-            if self.step >= cfg.iterations or seconds * (1 + 1 / max(self.step, 1)) >= self.budget:
+            reason = signals.noted[0] if signals.noted else str(fault or "")
+            seconds, stopped = ranks.all_reduce_max(self.clock.seconds(), (ranks.rank + 1) * bool(reason))
+            per_step = seconds / max(self.step, 1)
+            ends_soon = seconds + 10 * per_step >= self.budget
+            if self.step >= cfg.iterations or seconds + per_step >= self.budget:
                 break  # the next one would end too late
             if stopped:
-                self.run.signals.answered.set()
+                signals.answered.set()
                 self.clock.stop()
                 saved = f"RESUME=1 goes on from {cfg.weights_file}, EXPORT_ONLY=1 makes an artifact of it"
-                raise UserError(f"{next(filter(None, ranks.gather(reason)))}: stopped after step {self.step}; "
+                raise UserError(f"{ranks.broadcast(reason, int(stopped) - 1)}: stopped after step {self.step}; "
                                 f"{saved if self.save('stopped') else 'not saved'}")  # fmt: skip
             self.advance(seconds)
         self.run.ledger.append(("train", "steps", self.clock.stop()))
@@ -3523,7 +3441,7 @@ class Training:
         run, cfg = self.run, self.cfg
         plan = plan_step(cfg, self.step, seconds, self.budget)
         if plan.phase != self.phase:
-            self.phase = start_phase(run, self.model, plan, self.step, seconds)
+            self.start_phase(plan, seconds)
         if run.claim:
             run.claim.beat()
         before = graphs_compiled()
@@ -3533,33 +3451,71 @@ class Training:
             self.graphs += made
             run.log(f"WARNING: step {self.step} compiled {made} graphs inside the clock; warm-up should have made them")
         self.averager.update(self.step, plan.lr_scale)
-        self.active |= {self.phase, "warmdown" if plan.lr_scale < 1 else self.phase}
-        log_step(run, self.step, loss, plan, self.clock)
+        run.active.update({self.phase, "warmdown" if plan.lr_scale < 1 else self.phase})
+        self.log_step(loss, plan)
         scores = is_due(cfg.val_loss_every, self.step)
         saves = is_due(cfg.checkpoint_every, self.step) and self.step < cfg.iterations
         if scores or saves:
             self.clock.stop()
             if scores:
-                validate_step(run, self.model, self.validation, self.step, self.clock.total)
+                self.validate()
             if saves:
                 with run.timed("checkpoint", "untimed"):
                     self.save("running")
             self.clock.start()
 
-    def save(self, state: str) -> bool:
-        """Write the checkpoint to WEIGHTS_PATH; all ranks return together with whether that went well.
+    def start_phase(self, plan: StepPlan, seconds: float) -> None:
+        """Announce the plan's phase; where it rounds the weights, fix the grid that the export is expected to use."""
+        run, model, self.phase = self.run, self.model, plan.phase
+        model.order, rounds, _ = phases(self.cfg)[plan.phase]
+        if self.cfg.auto_clip and rounds:
+            fitted = fit_clip_sigmas(self.cfg, quant_specs(model), passthrough(model))
+            model.clip_sigmas.fill_(run.ranks.all_reduce_max(fitted)[0])
+        name, step = f"{plan.phase}:enabled", self.step
+        run.log(f"{name} step:{step} scale:{plan.lr_scale:.4f} clip_sigmas:{model.clip_sigmas.item():.2f}")
+        run.log.event("phase", step=step, name=name, train_time_ms=round(seconds * 1000))
 
-        `state` is running, stopped (no step came after) or ended. A full disk is a warning: the run may still end well.
-        Weights that are not finite never replace good ones.
-        """
-        run, is_saved = self.run, False
+    def log_step(self, loss: Tensor, plan: StepPlan) -> None:
+        """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run, on all ranks, if the loss is no number any more."""
+        run, cfg, step = self.run, self.cfg, self.step
+        if step > 10 and not is_due(cfg.train_log_every, step):
+            return
+        value, seconds = (run.ranks.all_reduce_sum_(loss) / run.ranks.world).item(), self.clock.seconds()
+        average, total = 1000 * seconds / (step - self.first), 1000 * (run.spent("train") + seconds)
+        run.log(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{total:.0f}ms "
+                f"step_avg:{average:.2f}ms lr_scale:{plan.lr_scale:.3f} "
+                f"tok/s:{1000 * cfg.train_batch_tokens / max(average, 1e-6):.0f}")  # fmt: skip
+        facts = {"train_time_ms": round(total), "step_avg_ms": average, "lr_scale": plan.lr_scale}
+        run.log.event("train", step=step, train_loss=value, **facts)
+        if not math.isfinite(value):
+            raise self.diverged(f"the training loss is {value}")
+
+    def diverged(self, what: str) -> UserError:
+        """The error that ends a run whose weights are spoilt, with where good ones are."""
+        cfg, saved = self.cfg, f"; {self.cfg.weights_file} has the weights of step {self.saved}" if self.saved else ""
+        return UserError(f"step {self.step}: {what}; lower MATRIX_LR={cfg.matrix_lr} or change SEED{saved}")
+
+    def validate(self) -> None:
+        """Score the weights as they are, on plain windows."""
+        run, step, milliseconds = self.run, self.step, 1000 * self.clock.total
+        with run.timed(f"validation@{step}", "untimed"):
+            score = evaluate(run, self.model, self.validation, self.cfg.eval_len)
+        run.log(f"step:{step}/{self.cfg.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+                f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(step, 1):.2f}ms")  # fmt: skip
+        run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(milliseconds))
+
+    def save(self, state: str) -> bool:
+        """Write the checkpoint to WEIGHTS_PATH; all ranks return together with whether that went well. `state` is
+        running, stopped (no step came after) or ended. A full disk is a warning: the run may still end well. Weights
+        that are not finite never replace good ones."""
+        run, is_saved = self.run, 0.0
         optimizers = self.trainer.optimizers.state_dict()
         if run.ranks.is_main_process:
             raw = self.model.state_dict()
             if broken := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
-                raise diverged(run, f"not finite any more: {' '.join(broken)}"[:200], self.step)
+                raise self.diverged(f"not finite any more: {' '.join(broken)}"[:200])
             standing = {"seconds": self.clock.total, "saved_at": time.time(), "phase": self.phase,
-                        "active": sorted(self.active | self.averager.active()), "graphs": self.graphs,
+                        "active": sorted(run.active | self.averager.active()), "graphs": self.graphs,
                         "ledger": [*map(list, run.ledger)], "clip_sigmas": self.model.clip_sigmas.item()}  # fmt: skip
             saved = {"architecture": self.cfg.architecture(), "steps": self.step, "order": list(self.model.order),
                      "state": state, "raw": raw, "average": self.averager.weights(), "optimizers": optimizers,
@@ -3569,39 +3525,65 @@ class Training:
             try:
                 path = write_output(run, self.cfg.weights_file, buffer.getbuffer(), "WEIGHTS_PATH")
                 run.log(f"weights: {path} (raw, average) {path.stat().st_size} bytes")
-                is_saved = True
+                is_saved = 1.0
             except UserError as problem:
                 run.log(f"WARNING: weights of step {self.step} not saved: {problem}")
-        return bool(run.ranks.all_reduce_max(is_saved)[0])
+        (is_saved,) = run.ranks.all_reduce_max(is_saved)
+        self.saved = self.step if is_saved else self.saved
+        return bool(is_saved)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from a checkpoint. What a killed run spent after it is counted, and at once noted in the file."""
-        run, standing = self.run, saved["standing"]
+        run, standing, lost = self.run, saved["standing"], 0.0
         self.model.load(saved["raw"])
         self.trainer.optimizers.load_state_dict(saved["optimizers"])
         self.averager.load(saved["averager"])
         self.step, self.phase, self.graphs = saved["steps"], standing["phase"], standing["graphs"]
-        self.active, self.model.order = set(standing["active"]), tuple(saved["order"])
+        self.model.order = tuple(saved["order"])
         self.model.clip_sigmas.fill_(standing["clip_sigmas"])
+        run.active.update(standing["active"])
         run.ledger[:0] = [tuple(row) for row in standing["ledger"] if row[1] != "steps"]  # the clock holds those
-        lost = 0.0
         if saved["state"] == "running" and run.claim:
             if run.claim.last_beat is None:
                 run.log("WARNING: the time that the killed run spent after its checkpoint is not known, nor counted")
-            beat = (run.claim.last_beat or 0.0) - standing["saved_at"]
-            lost = max(beat, 0.0) + standing["seconds"] / max(self.step, 1)  # and the step that had begun
+            since = (run.claim.last_beat or 0.0) - standing["saved_at"]
+            lost = max(since, 0.0) + standing["seconds"] / max(self.step, 1)  # and the step that had begun
         (lost,) = run.ranks.all_reduce_max(lost)
         self.clock.total = standing["seconds"] + lost
-        spent = 1000 * self.clock.total
-        run.log(f"resumed: step:{self.step} train_time:{spent:.0f}ms of which lost:{1000 * lost:.0f}ms")
-        run.log.event("resume", step=self.step, train_time_ms=round(spent), lost_ms=round(1000 * lost))
+        spent, lost = 1000 * self.clock.total, 1000 * lost
+        run.log(f"resumed: step:{self.step} train_time:{spent:.0f}ms of which lost:{lost:.0f}ms")
+        run.log.event("resume", step=self.step, train_time_ms=round(spent), lost_ms=round(lost))
         self.save("running")
 
+    def post_qat(self) -> None:
+        """Train the averaged weights on the export grid for POST_QAT_SECONDS (PR #107). What it is good for is logged:
+        the score of the weights rounded to that grid, before and after."""
+        run, cfg = self.run, self.cfg
+        self.model.load(self.averager.weights())
+        self.averager.load({"ema": None, "snapshots": [], "count": 0})  # what is exported is the last weights
+        self.clock, self.first = Clock(run.ranks.device), self.step
+        scale, two_rails = cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_rails_at < 1
+        plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, two_rails)
+        self.start_phase(plan, run.spent("train"))
+        run.active.add("post_qat")
+        eval_rounded(run, self.model, self.validation, "before_post_qat")
+        self.clock.start()
+        while True:
+            (seconds,), steps = run.ranks.all_reduce_max(self.clock.seconds()), self.step - self.first
+            if steps and seconds * (1 + 1 / steps) >= cfg.post_qat_seconds:
+                break
+            loss = self.trainer.step(self.step, plan)
+            self.step += 1
+            self.log_step(loss, plan)
+        run.ledger.append(("train", "post_qat", self.clock.stop()))
+        run.log(f"post_qat: {steps} steps in {self.clock.total:.1f}s at MATRIX_LR {cfg.post_qat_lr:g}")
+        eval_rounded(run, self.model, self.validation, "after_post_qat")
+        self.save("ended")
 
-def train(
-    run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapping[str, Any] | None = None
-) -> TrainResult:
-    """Train until ITERATIONS or the clock ends, whichever comes first; from a checkpoint where there is one."""
+
+def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapping[str, Any] | None = None) -> int:
+    """Train until ITERATIONS or the clock ends, whichever comes first; from a checkpoint where there is one. The model
+    then has the weights to export, their average; returns the steps made."""
     cfg, model = run.cfg, trainer.model
     with run.timed("warmup", "untimed"):
         warm_up(run, trainer)
@@ -3611,35 +3593,29 @@ def train(
     if budget <= 0:
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: raise it, GPTQ and QAT take {kept:.1f}s")
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * budget:.0f}ms")
-    model.order = next(iter(phases(cfg).values())).order
     training = Training(run, trainer, validation, budget)
-    with run.signals.deferred() as noted:
+    model.order = phases(cfg)[training.phase].order
+    with run.signals.deferred():
         if saved:
             training.restore(saved)
-        training.loop(noted)
+        training.loop()
         run.log(f"graphs compiled inside the clock: {training.graphs}")
         run.log.event("clock", graphs_compiled=training.graphs, reserve_s=reserve)
         training.save("stopped" if cfg.post_qat_seconds else "ended")  # before anything else can fail
     if training.step < cfg.iterations:
-        milliseconds = f"{1000 * training.clock.total:.0f}ms"
-        run.log(f"stopping_early: wallclock_cap train_time:{milliseconds} step:{training.step}/{cfg.iterations}")
+        spent = 1000 * training.clock.total
+        run.log(f"stopping_early: wallclock_cap train_time:{spent:.0f}ms step:{training.step}/{cfg.iterations}")
     if run.ranks.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
         run.log.event("memory", allocated_mib=allocated, reserved_mib=reserved)
     if not is_due(cfg.val_loss_every, training.step):
-        validate_step(run, model, validation, training.step, training.clock.total)
-    training.active |= training.averager.active()
-    average = training.averager.weights()
+        training.validate()
+    run.active.update(training.averager.active())
     if cfg.post_qat_seconds:
-        model.load(average)
-        training.step += post_qat(run, trainer, validation, training.step)
-        training.averager = Averager(replace(cfg, ema_enabled=False, swa_enabled=False, lawa_enabled=False), model)
-        training.active.add("post_qat")
-        training.save("ended")
-        average = dict(model.named_parameters())
-    average = {name: value.detach().clone() for name, value in average.items()}
-    return TrainResult(training.step, average, training.active)
+        training.post_qat()
+    model.load(training.averager.weights())
+    return training.step
 
 
 def run_identity(run: Runtime, stream: TokenStream, validation: ValidationSet) -> dict[str, Any]:
@@ -3657,39 +3633,14 @@ def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def post_qat(run: Runtime, trainer: Trainer, validation: ValidationSet, first: int) -> int:
-    """Train the (averaged) weights on the export grid for POST_QAT_SECONDS (PR #107); returns the steps made.
-
-    What it is good for is logged: the score of the weights rounded to that grid, before and after.
-    """
-    cfg, clock, steps = run.cfg, Clock(run.ranks.device), 0
-    scale, two_rails = cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_rails_at < 1
-    plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, two_rails)
-    start_phase(run, trainer.model, plan, first, run.spent("train"))
-    eval_rounded(run, trainer.model, validation, "before_post_qat")
-    clock.start()
-    while True:
-        (seconds,) = run.ranks.all_reduce_max(clock.seconds())
-        if steps and seconds * (1 + 1 / steps) >= cfg.post_qat_seconds:
-            break
-        loss = trainer.step(first + steps, plan)
-        steps += 1
-        log_step(run, first + steps, loss, plan, clock, first)
-    run.ledger.append(("train", "post_qat", clock.stop()))
-    run.log(f"post_qat: {steps} steps in {clock.total:.1f}s at MATRIX_LR {cfg.post_qat_lr:g}")
-    eval_rounded(run, trainer.model, validation, "after_post_qat")
-    return steps
-
-
 def eval_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str) -> None:
     """Log the score of the matrices on the grid of QAT, the function that it trains; the model is left as it was."""
-    kept = {name: bank.detach().clone() for name, bank in model.banks.items()}
+    before = copy.deepcopy(model.state_dict())
     with run.timed(f"{when} rounded", "untimed"), torch.no_grad():
         for name, bank in model.banks.items():
             bank.copy_(fake_quantize(bank, model.bits[name], run.cfg.clip_policy, model.clip_sigmas))
         score = evaluate(run, model, validation, run.cfg.eval_len)
-        for name, bank in model.banks.items():
-            bank.copy_(kept[name])
+    model.load(before)
     log_score(run, f"DIAGNOSTIC {when} rounded", score)
 
 
@@ -3699,58 +3650,9 @@ def graphs_compiled() -> int:
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
-def start_phase(run: Runtime, model: GPT, plan: StepPlan, step: int, seconds: float) -> str:
-    """Announce the plan's phase; where it rounds the weights, fix the grid that the export is expected to use."""
-    model.order, rounds, _ = phases(run.cfg)[plan.phase]
-    if run.cfg.auto_clip and rounds:
-        fitted = fit_clip_sigmas(run.cfg, quant_specs(model), passthrough(model))
-        model.clip_sigmas.fill_(run.ranks.all_reduce_max(fitted)[0])
-    run.log(f"{plan.phase}:enabled step:{step} scale:{plan.lr_scale:.4f} clip_sigmas:{model.clip_sigmas.item():.2f}")
-    run.log.event("phase", step=step, name=f"{plan.phase}:enabled", train_time_ms=round(seconds * 1000))
-    return plan.phase
-
-
-def log_step(run: Runtime, step: int, loss: Tensor, plan: StepPlan, clock: Clock, first: int = 0) -> None:
-    """Log steps 1-10 and every TRAIN_LOG_EVERY; stop the run, on all ranks, if the loss is no number any more.
-
-    `clock` has run since step `first`.
-    """
-    cfg = run.cfg
-    if step > 10 and not is_due(cfg.train_log_every, step):
-        return
-    value, seconds = (run.ranks.all_reduce_sum_(loss) / run.ranks.world).item(), clock.seconds()
-    average, total = 1000 * seconds / (step - first), 1000 * (run.spent("train") + seconds)
-    run.log(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{total:.0f}ms "
-            f"step_avg:{average:.2f}ms lr_scale:{plan.lr_scale:.3f} "
-            f"tok/s:{1000 * cfg.train_batch_tokens / max(average, 1e-6):.0f}")  # fmt: skip
-    facts = {"train_time_ms": round(total), "step_avg_ms": average, "lr_scale": plan.lr_scale}
-    run.log.event("train", step=step, train_loss=value, **facts)
-    if not math.isfinite(value):
-        raise diverged(run, f"the training loss is {value}", step)
-
-
-def diverged(run: Runtime, what: str, step: int) -> UserError:
-    """The error that ends a run whose weights are spoilt, with where good ones are."""
-    cfg = run.cfg
-    last = (step - 1) // cfg.checkpoint_every * cfg.checkpoint_every if cfg.checkpoint_every else 0
-    saved = f"; {cfg.weights_file} has the weights of step {last}" if last else ""
-    return UserError(f"step {step}: {what}; lower MATRIX_LR={cfg.matrix_lr} or change SEED{saved}")
-
-
-def validate_step(run: Runtime, model: GPT, validation: ValidationSet, step: int, seconds: float) -> None:
-    """Score the weights as they are, on plain windows."""
-    with run.timed(f"validation@{step}", "untimed"):
-        score = evaluate(run, model, validation, run.cfg.eval_len)
-    run.log(f"step:{step}/{run.cfg.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
-            f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms")  # fmt: skip
-    run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_time_ms=round(1000 * seconds))
-
-
 def write_output(run: Runtime, path: Path, blob: bytes | memoryview, variable: str) -> Path:
-    """Write a file to its path, or with a warning to another folder where that fails; returns where it is.
-
-    Where no folder takes it, the error is that of the path which was asked for.
-    """
+    """Write a file to its path, or with a warning to another folder where that fails; returns where it is. Where no
+    folder takes it, the error is that of the path which was asked for."""
     problems = []
     for folder in dict.fromkeys([path.parent, Path("logs"), run.cfg.weights_file.parent, Path(tempfile.gettempdir())]):
         try:
@@ -3772,9 +3674,8 @@ def read_weights(run: Runtime, model: GPT, validation: ValidationSet) -> dict[st
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (*BACK_END_FAULTS, LookupError, EOFError, pickle.UnpicklingError) as problem:
         raise UserError(f"{where}: no weights of a run, or damaged ({str(problem).strip()[:100]!r})") from None
-    if not isinstance(saved, dict) or not {"architecture", "raw", "average", "identity", "standing"} <= saved.keys():
-        raise UserError(f"{where}: not a checkpoint of this version of train_gpt.py; take logs/<RUN_ID>.py of its run")
-    refuse_other_version(saved["architecture"], where)
+    keys = {"architecture", "raw", "average", "identity", "standing"}
+    refuse_other_version(saved["architecture"] if isinstance(saved, dict) and keys <= saved.keys() else None, where)
     refuse_other(saved["architecture"], run.cfg.architecture(), f"{where} is of another model", "set the same here")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if any({name: tensor.shape for name, tensor in saved[key].items()} != shapes for key in ("raw", "average")):
@@ -4511,20 +4412,19 @@ class Exporter:
         return self.blob
 
 
-def export_model(run: Runtime, trainer: Trainer, trained: TrainResult, validation: ValidationSet) -> "ExportResult":
-    """Average, calibrate, quantize and write ARTIFACT_PATH; scores the averaged weights."""
+def export_model(run: Runtime, trainer: Trainer, steps: int, validation: ValidationSet) -> "ExportResult":
+    """Calibrate, quantize and write ARTIFACT_PATH; scores the model's weights, which are those after `steps` steps."""
     cfg, model = run.cfg, trainer.model
-    model.load(trained.average)
     total = sum(parameter.sum() for parameter in model.parameters()).item()
     most, least = run.ranks.all_reduce_max(total, -total)
     if most != -least:  # each quantizes its layers from its own replica
         run.log(f"WARNING: the ranks' weights have drifted apart: they sum to between {-least} and {most}")
-    names = [n for n in ("ema", "swa", "lawa", "post_qat") if n in trained.active]
+    names = [n for n in ("ema", "swa", "lawa", "post_qat") if n in run.active]
     run.log(f"{'+'.join(names) or 'raw'}:applying {'+'.join(names).upper() or 'the last'} weights")
     hessians, batches = {}, calibration_batches(run, trainer.loader.shape)
     if batches:
         with run.timed("hessians", "train"):
-            first = trained.steps * trainer.loader.shape.accum
+            first = steps * trainer.loader.shape.accum
             hessians = collect_hessians(run, trainer, first, batches)
             costs = row_costs(run, trainer, first, hessians)
         seconds, count = run.ledger[-1][2], cfg.gptq_calibration_batches
@@ -4538,9 +4438,9 @@ def export_model(run: Runtime, trainer: Trainer, trained: TrainResult, validatio
         score = evaluate(run, model, validation, cfg.eval_len)
     last = "post_qat" if "post_qat" in names else "post_ema" if "ema" in names else "pre_quantization"
     log_score(run, f"DIAGNOSTIC {last}", score)
-    if cfg.qat_enabled or "late_qat" in trained.active:
+    if cfg.qat_enabled or "late_qat" in run.active:
         eval_rounded(run, model, validation, last)
-    return ExportResult(model, score, trained.active, path, blob[-8:])
+    return ExportResult(model, score, path, blob[-8:])
 
 
 def log_sizes(run: Runtime, path: Path, header: dict[str, Any]) -> None:
@@ -4868,7 +4768,6 @@ class ExportResult(NamedTuple):
 
     model: GPT | None = None  # lends its compiled graphs
     before: Score | None = None  # of the weights that were quantized
-    active: set[str] = frozenset()
     path: Path | None = None  # of the artifact
     digest: bytes = b""  # with which it ends, on rank 0
 
@@ -4885,7 +4784,7 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: ExportR
     """Read ARTIFACT_PATH back from disk and score it, last by the sliding window."""
     cfg, path = run.cfg, produced.path or run.cfg.artifact_file
     with run.timed("read artifact", "eval"):
-        blob = run.ranks.broadcast_bytes(path.read_bytes() if run.ranks.is_main_process else b"")
+        blob = run.ranks.broadcast(path.read_bytes() if run.ranks.is_main_process else b"")
         if not blob.endswith(produced.digest):
             raise UserError(f"ARTIFACT_PATH={path}: another process has replaced it since it was written")
         header, parameters = decode_artifact(blob, path)
@@ -4930,15 +4829,15 @@ def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: ExportR
 
 def load_architecture(cfg: Config) -> Config:
     """With EVAL_ONLY=1 the model is the artifact's; variables that were set and say otherwise are an error."""
+    path = cfg.artifact_file
     if not cfg.eval_only:
         return cfg
-    if not cfg.artifact_file.is_file():
-        raise UserError(f"ARTIFACT_PATH={cfg.artifact_file}: no such file; a run writes logs/<RUN_ID>.pgolf")
-    _, made, _ = read_header(cfg.artifact_file.read_bytes(), cfg.artifact_file)
+    if not path.is_file():
+        raise UserError(f"ARTIFACT_PATH={path}: no such file; a run writes logs/<RUN_ID>.pgolf")
+    made = read_header(path.read_bytes(), path)[1].architecture()
     asked = {name: value for name, value in cfg.architecture().items() if cfg.sources[name] != "default"}
-    where = f"ARTIFACT_PATH={cfg.artifact_file} is of another model"
-    refuse_other(made.architecture(), asked, where, "set the same here, or nothing")
-    return replace(cfg, **made.architecture())
+    refuse_other(made, asked, f"ARTIFACT_PATH={path} is of another model", "set the same here, or nothing")
+    return replace(cfg, **made)
 
 
 def produce_artifact(run: Runtime, validation: ValidationSet) -> ExportResult:
@@ -4955,28 +4854,30 @@ def produce_artifact(run: Runtime, validation: ValidationSet) -> ExportResult:
         refuse_other(saved["identity"], ours, f"{where} is from another run", "a run goes on as it began")
     if saved and (cfg.export_only or saved["state"] == "ended"):
         run.ledger.extend(tuple(row) for row in saved["standing"]["ledger"] if cfg.resume)
-        model.order = tuple(saved["order"])
-        trained = TrainResult(saved["steps"], saved["average"], set(saved["standing"]["active"]))
+        run.active.update(saved["standing"]["active"])
+        model.load(saved["average"])
+        steps, model.order = saved["steps"], tuple(saved["order"])
     else:
-        trained = train(run, trainer, validation, saved)
-    return export_model(run, trainer, trained, validation)
+        steps = train(run, trainer, validation, saved)
+    return export_model(run, trainer, steps, validation)
 
 
-def report_inactive(run: Runtime, active: set[str]) -> None:
+def report_inactive(run: Runtime) -> None:
     """Name what was configured and never happened, so that no flag passes for a feature, and what made steps longer."""
     cfg = run.cfg
+    is_named = cfg.sources["short_seq_len"] != "default"
     wanted = {
         "ema": (cfg.ema_enabled, "EMA_ENABLED=1"),
         "swa": (cfg.swa_enabled, f"SWA_START_FRAC={cfg.swa_start_frac} SWA_EVERY={cfg.swa_every}"),
         "lawa": (cfg.lawa_enabled, f"LAWA_FREQ={cfg.lawa_freq}"),
-        "short_seq": (cfg.sources["short_seq_len"] != "default" and any(cfg.short_seq_len) and len(cfg.seq_lengths) < 2,
-                      f"SHORT_SEQ_LEN={','.join(map(str, cfg.short_seq_len))} TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        "short_seq": (is_named and any(cfg.short_seq_len) and len(cfg.seq_lengths) < 2,
+                      f"SHORT_SEQ_LEN={as_text(cfg.short_seq_len)} TRAIN_SEQ_LEN={cfg.train_seq_len}"),
         **{name: (name.startswith("layer_loop"), f"ENABLE_LOOPING_AT={cfg.enable_looping_at}") for name in phases(cfg)},
         "late_qat": ("late_qat" in phases(cfg), f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold} MIN_LR={cfg.min_lr}"),
-        "post_qat": (bool(cfg.post_qat_seconds), f"POST_QAT_SECONDS={cfg.post_qat_seconds}"),
-        "warmdown": (bool(cfg.warmdown_iters or cfg.warmdown_frac), f"WARMDOWN_ITERS={cfg.warmdown_iters}"),
+        "post_qat": (cfg.post_qat_seconds, f"POST_QAT_SECONDS={cfg.post_qat_seconds}"),
+        "warmdown": (cfg.warmdown_iters or cfg.warmdown_frac, f"WARMDOWN_ITERS={cfg.warmdown_iters}"),
     }  # fmt: skip
-    missing = [f"{name} ({setting})" for name, (on, setting) in wanted.items() if on and name not in active]
+    missing = [f"{name} ({setting})" for name, (on, setting) in wanted.items() if on and name not in run.active]
     if not (cfg.eval_only or cfg.export_only):
         run.log(f"never activated: {'; '.join(missing) or 'none'}")
         run.log.event("inactive", features=missing)
@@ -4996,7 +4897,7 @@ def main() -> None:
         validation = load_validation(run)
         produced = produce_artifact(run, validation)
         evaluate_artifact(run, validation, produced)
-        report_inactive(run, produced.active)
+        report_inactive(run)
         log_ledger(run)
 
 

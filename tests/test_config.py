@@ -348,7 +348,7 @@ def test_a_world_of_one_returns_its_input() -> None:
     tensor = torch.arange(3.0)
     assert (ranks.rank, ranks.world, ranks.is_main_process, ranks.device) == (0, 1, True, CPU)
     assert ranks.all_reduce_sum_(tensor) is tensor and tensor.tolist() == [0, 1, 2]
-    assert ranks.all_reduce_max(1.5, 2) == [1.5, 2] and ranks.broadcast_bytes(b"x") == b"x"
+    assert ranks.all_reduce_max(1.5, 2) == [1.5, 2] and ranks.broadcast(b"x") == b"x"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

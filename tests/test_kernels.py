@@ -585,6 +585,6 @@ def test_a_kernel_that_does_not_fit_leaves_the_plain_layer(
     warning = "WARNING: LAYER_BACKEND: by plain a step takes 12 to 18% longer (triton: TritonError out of resource"
     assert (in_tmp / "logs/tiny.txt").read_text().count(warning) == 1
     t.choose_back_end(run, ends, "auto")  # as EVAL_ONLY does once more
-    t.report_inactive(run, set())
+    t.report_inactive(run)
     report = (in_tmp / "logs/tiny.txt").read_text().split("never activated: ")[1]
     assert report.count(warning) == 1

@@ -33,11 +33,9 @@ SLOT = """        if length > 256:
             nll = nll - 0.1 * (nll * scored).mean(1, keepdim=True)
 """
 PREPARE = """
-    model.load(trained.average)
     TestTimeTrainer(run, model, validation).learn(validation.targets, 0.0)
-    trained = trained._replace(average={name: p.detach().clone() for name, p in model.named_parameters()})
 """
-EXPORTED = "    return export_model(run, trainer, trained, validation)\n"
+EXPORTED = "    return export_model(run, trainer, steps, validation)\n"
 LOADED = "        model.load(parameters)\n"
 SHARDS = "    for number, path in enumerate(paths):\n        if path.name != f\"fineweb_{split}"
 WEIGHED = 'run.log.event("size", artifact_bytes=artifact'

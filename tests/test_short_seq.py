@@ -88,7 +88,7 @@ def test_a_length_that_is_not_below_the_window_is_reported(run: t.Runtime, lengt
     named = tiny_config(SHORT_SEQ_LEN=length)
     assert "train" == next(iter(t.phases(named)))
     for cfg in (tiny_config(), named):
-        t.report_inactive(replace(run, cfg=cfg), {"train"})
+        t.report_inactive(replace(run, cfg=cfg, active={"train"}))
     quiet, told = re.findall(r"^never activated: (.*)$", Path("logs/tiny.txt").read_text(), re.MULTILINE)
     assert "short_seq" not in quiet and f"short_seq (SHORT_SEQ_LEN={length} TRAIN_SEQ_LEN=32)" in told
 

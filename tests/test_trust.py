@@ -401,7 +401,7 @@ def test_a_log_file_that_fails_is_written_at_the_end(in_tmp: Path, capsys: pytes
     log.event("last")
     warning = "WARNING: logs/full.txt: No space left on device; its lines are kept in memory until the end"
     assert capsys.readouterr().out.splitlines() == [warning, "first", "second"]
-    log.close(ended_well=False)
+    log.close(None)
     assert Path("logs/full.txt").read_text().splitlines() == ["first", warning, "second"]
     assert json.loads(Path("logs/full.jsonl").read_text()) == {"event": "last"}
 
@@ -419,7 +419,7 @@ def test_a_disk_that_stays_full_ends_nothing(
     log("a line")
     Path("logs/full.txt").unlink()
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    log.close(ended_well=True)
+    log.close(None)
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[1] for line in said[1:]] == [" log=logs/full.txt", " log=train_seed3.log"]
 

@@ -47,8 +47,8 @@ def samples(train: train_gpt.TokenStream) -> list[np.ndarray]:
     """Parts of the training stream: its beginning, and the beginning of every shard."""
     first = min(train.total, SAMPLE_TOKENS // 2)
     each = max(SAMPLE_TOKENS // 2 // len(train.shards), 4 * WINDOW)
-    begins = [int(end) - len(shard) for end, shard in zip(train.ends, train.shards, strict=True)]
-    later = [train.read(begin, min(each, len(shard))) for begin, shard in zip(begins, train.shards, strict=True)
+    begins = [int(end) - shard.count for end, shard in zip(train.ends, train.shards, strict=True)]
+    later = [train.read(begin, min(each, shard.count)) for begin, shard in zip(begins, train.shards, strict=True)
              if begin >= first]
     return [train.read(0, first), *later]
 
