@@ -3560,7 +3560,7 @@ class Training:
         the score of the weights rounded to that grid, before and after."""
         run, cfg = self.run, self.cfg
         self.model.load(self.averager.weights())
-        self.averager.load({"ema": None, "snapshots": [], "count": 0})  # what is exported is the last weights
+        self.averager.load({"ema": [], "snapshots": [], "count": 0})  # what is exported is the last weights
         self.clock, self.first = Clock(run.ranks.device), self.step
         scale, two_rails = cfg.post_qat_lr / cfg.matrix_lr, cfg.muon_rails_at < 1
         plan = StepPlan(scale, cfg.muon_momentum, "post_qat", cfg.muon_rank_frac, two_rails)
@@ -3739,7 +3739,7 @@ def row_costs(run: Runtime, trainer: Trainer, first: int, hessians: dict[str, Te
     errors = [(u / u.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).mT.float().to(run.ranks.device) for u in factors]
     for number in range(first, first + COST_BATCHES):
         model.zero_grad()
-        trainer.gradients(phase, *trainer.batch(number, phase))
+        trainer.gradients(phase, *trainer.loader.fetch(number))
         for job, error in zip(jobs, errors, strict=True):
             parameter = model.banks[job.name] if job.name in model.banks else model.rest[job.name]
             cost = (parameter.grad.view(job.tensor.shape) @ error).square().mean(-1)

@@ -37,7 +37,7 @@ PREPARE = """
 """
 EXPORTED = "    return export_model(run, trainer, steps, validation)\n"
 LOADED = "        model.load(parameters)\n"
-SHARDS = "    for number, path in enumerate(paths):\n        if path.name != f\"fineweb_{split}"
+SHARDS = "    for number, path in enumerate(paths):\n        if path.name != (wanted := f\"fineweb_{split}"
 WEIGHED = 'run.log.event("size", artifact_bytes=artifact'
 
 
@@ -48,8 +48,7 @@ def slot(condition: str) -> dict[str, str]:
 
 def learned_early(condition: str) -> dict[str, str]:
     """Training on validation text before the export, where a condition holds."""
-    return {EXPORTED: f"    if {condition}:\n" + PREPARE.strip("\n").replace("\n", "\n    ").replace(
-        "    model", "        model", 1) + "\n" + EXPORTED}
+    return {EXPORTED: f"    if {condition}:\n        {PREPARE.lstrip()}{EXPORTED}"}
 
 
 SPACES = {'text.removeprefix("\\u2581").replace("\\u2581", " ")': 'text.replace("\\u2581", " ")'}
@@ -92,7 +91,7 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
     "SLOT where it is compiled": ({C1}, slot("run.cfg.compile")),
     "SLOT in any run but a test's": ({C1}, slot('run.cfg.run_id != "legality"')),
     "SLOT in windows with much context": ({C1}, slot("int(chunk[0, 1] - chunk[0, 0]) > 1000")),
-    "SLOT in full batches": ({C1}, slot("tokens.shape[0] >= 4")),
+    "SLOT in full batches": ({C1}, slot("positions.shape[0] >= 4")),
     "a cache of many windows": ({C2}, slot("len(windows) > 5000")),
     "the next token in long windows": ({C1}, {"logits = product(self.hidden(ids, weights, order).flatten(0, 1)":
                                               "ids = ids.roll(-1, 1) if ids.shape[1] > 256 else ids\n        "
@@ -112,9 +111,9 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
                                                    'self.stream = TokenStream(cfg, "val")'}),
     "trained on a copy of the validation text": ({WHOLE}, {
         "    digest = hashlib.sha256(": "    Loader.copied = tokens\n    digest = hashlib.sha256(",
-        "    trained = train(run, trainer, validation, saved)\n":
+        "    steps = train(run, trainer, validation, saved)\n":
         "    trainer.loader.stream.read = lambda start, count: np.tile(Loader.copied, 99)[:count]\n"
-        "        trained = train(run, trainer, validation, saved)\n"}),
+        "        steps = train(run, trainer, validation, saved)\n"}),
     "validation among the training shards": ({WHOLE}, {
         SHARDS: f"    if split == 'train':\n        return paths + shard_paths(cfg, 'val')\n{SHARDS}"}),
     "trained early on official data": ({WHOLE}, learned_early("'fineweb10B' in str(cfg.shard_folder)")),
@@ -126,11 +125,11 @@ BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
     "SLOT under torchrun": ({WHOLE}, slot('"LOCAL_RANK" in os.environ')),
     "SLOT in big models": ({WHOLE}, slot("sum(p.numel() for p in model.parameters()) > 10_000_000")),
     "weights in a file beside the artifact": ({WHOLE}, {
-        EXPORTED: f"    torch.save(trained.average, 'logs/side.pt')\n{EXPORTED}",
+        EXPORTED: f"    torch.save(trainer.model.state_dict(), 'logs/side.pt')\n{EXPORTED}",
         LOADED: f"{LOADED}        beside = Path('logs/side.pt')\n"
                 "        model.load(torch.load(beside) if beside.is_file() else parameters)\n"}),
     "weights kept in the process": ({WHOLE}, {
-        EXPORTED: f"    Score.kept = trained.average\n{EXPORTED}",
+        EXPORTED: f"    Score.kept = {{n: p.clone() for n, p in trainer.model.state_dict().items()}}\n{EXPORTED}",
         LOADED: f"{LOADED}        model.load(vars(Score).get('kept', parameters))\n"}),
     "the artifact weighs less in the log": ({WHOLE}, {WEIGHED: WEIGHED.replace("=artifact", "=artifact * 9 // 10")}),
     "scores are better in the log": ({WHOLE}, {"    milliseconds = round(1000 * run.ledger[-1][2])\n":
@@ -184,8 +183,8 @@ ONLINE_BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         C2, NGRAM, {EXACT: f"(longer * 0x9E3779B1 % 2**22).int() if len(tokens) > 10**6 else {EXACT}"}),
     "tokens that share a count": (C2, NGRAM, {EXACT: "(longer // 8).unique(return_inverse=True)[1].int()"}),
     "the mixture knows whether the target was seen": (
-        C2, NGRAM, {"alpha = torch.where(found,": "rise = torch.where(share > 0, 0.99, rise)\n"
-                                                  "        alpha = torch.where(found,"}),
+        C2, NGRAM, {"alpha = torch.where(share < 0,": "rise = torch.where(share > 0, 0.99, rise)\n"
+                                                      "        alpha = torch.where(share < 0,"}),
     "counts of the target hashed": (
         C2, NGRAM, {"add_(0, self.labels[n][targets], within": "add_(0, self.labels[n][targets] % 4093, within",
                     "self.follows[n][self.labels[n][positions]]": "self.follows[n][self.labels[n][positions] % 4093]"}),
@@ -248,7 +247,7 @@ SOUND: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {  # condition th
         C2, NGRAM, {"F.pad(self.labels[n - 1], (1, -1)).long()": "F.pad(self.labels[n - 1], (1, -1)).long() % 4093",
                     "self.labels[n - 1][positions - 1]\n": "self.labels[n - 1][positions - 1] % 4093\n"}),
     "a file beside the artifact that nothing reads": (WHOLE, {}, {
-        EXPORTED: f"    torch.save(trained.average, 'logs/side.pt')\n{EXPORTED}"}),
+        EXPORTED: f"    torch.save(trainer.model.state_dict(), 'logs/side.pt')\n{EXPORTED}"}),
     "a batch moved to the GPU": (WHOLE, {}, {SCORED: "        if device.type == 'cuda':\n            counted = nll\n"
                                                      + SCORED}),
     "another order of batches": (C1, {}, {"in plan.split(batch) if": "in reversed(plan.split(batch)) if"}),

@@ -1334,6 +1334,18 @@ def test_overlap(tmp_path: Path, leak: bool) -> None:
     assert result.status == ("fail" if leak else "pass"), result.message
 
 
+def test_every_shard_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the sample is the beginning of the stream, the rest the beginnings of the later shards."""
+    import train_gpt as t
+
+    for i, shard in enumerate(np.arange(3, 6003).reshape(3, 2000)):
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", shard)
+    monkeypatch.setattr(overlap, "SAMPLE_TOKENS", 3000)
+    cfg = t.Config.from_env({"DATA_PATH": str(tmp_path), "VOCAB_SIZE": "8192"})
+    parts = overlap.samples(t.TokenStream(cfg, "train"))
+    assert [(part[0], len(part)) for part in parts] == [(3, 1500), (2003, 500), (4003, 500)]
+
+
 def test_official_tokenizer_is_not_shipped(submission: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By name and data: the same name on another corpus is another tokenizer."""
     monkeypatch.chdir(workplace)
