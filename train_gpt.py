@@ -9,20 +9,23 @@ the repository: copied alone into a records/ folder it runs.
     RECIPE=records/recipes/demo.env DEVICE=cpu python train_gpt.py # a few minutes on a CPU
     python train_gpt.py --help                                     # every variable
 
-Contents
+Contents: no section uses what a later one defines
     1. Configuration
     2. Runtime
     3. Data
-    4. Model
-    5. Kernels
-    6. Optimizers
-    7. Schedules, phases, late QAT
-    8. Weight averaging
-    9. Training
+    4. Schedule
+    5. Attention
+    6. Layer
+    7. Kernels
+    8. Back ends
+    9. Model
     10. Quantization
     11. Artifact
     12. Evaluation
-    13. Main
+    13. Optimizers
+    14. Weight averaging
+    15. Training
+    16. Main
 """
 
 import contextlib
@@ -336,7 +339,8 @@ class Config:
                 if text := mapping.get(name, "").strip():
                     values[spec.name], sources[spec.name] = parse_value(name, text, spec), source
         cfg = cls(**values, sources=sources)
-        validate(cfg, model_rules(cfg) + run_rules(cfg))
+        for demands in RULES:
+            validate(cfg, demands(cfg))
         return replace(cfg, run_id=cfg.run_id or str(uuid.uuid4()))
 
     def architecture(self) -> dict[str, Any]:
@@ -461,79 +465,19 @@ def parse_value(name: str, text: str, spec: Field) -> Any:
     return values if is_list else values[0]
 
 
-def model_rules(cfg: Config) -> list[tuple[Any, str]]:
-    """What must hold between variables of the model, and what the error says otherwise; $NAME stands for NAME=value."""
-    layers, head_dim = cfg.num_layers, cfg.head_dim
-    ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(layers))) != []
-    return [
-        (cfg.model_dim % cfg.num_heads == 0, "$MODEL_DIM is not divisible by $NUM_HEADS"),
-        (cfg.num_heads % cfg.num_kv_heads == 0, "$NUM_HEADS is not divisible by $NUM_KV_HEADS"),
-        (head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={head_dim} is odd: rotary embedding needs pairs"),
-        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"$ROPE_DIMS: even, at most {head_dim}"),
-        (cfg.hidden_dim > 0, "$MLP_HIDDEN and $MLP_MULT give an MLP of width 0"),
-        (cfg.attn_backend in ("auto", *attention_back_ends(cfg).factories),
-         "$ATTN_BACKEND: not with DOC_ATTENTION=1; leave it at auto or set DOC_ATTENTION=0"),
-        (cfg.xsa_last_n <= layers, "$XSA_LAST_N exceeds $NUM_LAYERS"),
-        (ve_fits or not cfg.ve_enabled, "$VE_LAYERS: different layers below $NUM_LAYERS, or set VE_ENABLED=0"),
-        (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < layers,
-         "$LOOP_START $LOOP_END: not in order within $NUM_LAYERS; NUM_LOOPS=0 for no loops"),
-        (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
-         "$LORA_RANK: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
-        (cfg.bigram_vocab_size != 1, "$BIGRAM_VOCAB_SIZE: 0 switches it off, else at least 2"),
-    ]  # fmt: skip
+RULES: list[Callable[[Config], list[tuple[Any, str]]]] = []  # later sections add what must hold between variables
 
 
-def run_rules(cfg: Config) -> list[tuple[Any, str]]:
-    """The same for training, export, evaluation and re-entry."""
-    names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
-    short, ends = cfg.short_seq_len, cfg.short_seq_frac
-    idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
-    window = f"the window of {cfg.eval_len} tokens"
-    logs = [f"logs/{cfg.log_name}.{kind}" for kind in ("txt", "jsonl", "py")]
-    own = [cfg.artifact_file, cfg.weights_file, *logs, "train.log", f"train_seed{cfg.seed}.log"]
-    return [
-        (cfg.lowbit_bits != 1, "$LOWBIT_BITS: 2 to 8, or 0 for MATRIX_BITS"),
-        (not idle, f"LOWBIT_NAME_PATTERNS={','.join(idle)}: not in {' '.join(names[:: cfg.num_layers])}"),
-        (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns), "$LOWBIT_BITS and $LOWBIT_NAME_PATTERNS: set both"),
-        (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
-        (not cfg.muon_head_group or cfg.num_kv_heads % cfg.muon_head_group == 0,
-         "$MUON_HEAD_GROUP does not divide $NUM_KV_HEADS; 0 for all heads"),
-        (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, "$MUON_RAILS_AT: MUON_MOMENTUM below 1"),
-        (len(short) == len(ends) and [*short] == sorted({*short}) and [*ends] == sorted(ends) and min(short) >= 0
-         and not any(cfg.train_seq_len % n for n in short if 0 < n < cfg.train_seq_len),
-         "$SHORT_SEQ_LEN $SHORT_SEQ_FRAC: as many of each, both rising, lengths that divide $TRAIN_SEQ_LEN; "
-         "SHORT_SEQ_LEN=0 SHORT_SEQ_FRAC=0 for none"),
-        (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
-         "$POST_QAT_SECONDS is all of $MAX_WALLCLOCK_SECONDS"),
-        (not (cfg.qat_enabled and cfg.auto_clip),
-         "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
-        (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
-        (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor].strongest,
-         "$COMPRESSOR_LEVEL: too high for $COMPRESSOR; unset it for the best"),
-        (not re.search(r"^\.\.?$|[/\x00-\x1f]", cfg.run_id) and len(os.fsencode(cfg.run_id)) <= 200,
-         f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, at most 200 bytes"),
-        (len({*map(os.path.realpath, own)}) == len(own),
-         f"ARTIFACT_PATH={cfg.artifact_file} WEIGHTS_PATH={cfg.weights_file}: one file for two, or a log of the run"),
-        (cfg.eval_only + cfg.export_only + cfg.resume <= 1, "EVAL_ONLY, EXPORT_ONLY, RESUME: set one of them at most"),
-        (not cfg.resume or cfg.run_id, "RESUME=1 needs the RUN_ID of the run that is to go on"),
-        (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
-        (not cfg.export_only or cfg.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH=<file>"),
-        (cfg.eval_stride <= cfg.eval_len, f"$EVAL_STRIDE exceeds {window}"),
-        (not cfg.ttt_enabled or cfg.eval_stride > 0, "TTT_ENABLED=1 needs EVAL_STRIDE above 0"),
-        (cfg.ttt_chunk_tokens > cfg.eval_len or not cfg.ttt_enabled,
-         f"$TTT_CHUNK_TOKENS holds no whole window of {cfg.eval_len} tokens and its target"),
-        (not cfg.ngram_enabled or cfg.eval_stride > 0, "NGRAM_ENABLED=1 needs EVAL_STRIDE above 0"),
-        (cfg.ngram_min_order <= cfg.ngram_max_order, "$NGRAM_MIN_ORDER exceeds $NGRAM_MAX_ORDER"),
-        (cfg.ngram_alpha_low <= cfg.ngram_alpha_high < 1, "$NGRAM_ALPHA_LOW $NGRAM_ALPHA_HIGH: in order and below 1"),
-        (cfg.ttt_freeze_blocks <= cfg.num_layers, "$TTT_FREEZE_BLOCKS exceeds NUM_LAYERS"),
-        (not cfg.ttt_lora_enabled or cfg.ttt_chunk_size <= cfg.eval_len, f"$TTT_CHUNK_SIZE exceeds {window}"),
-    ]  # fmt: skip
+def rules(function: Callable) -> Callable:
+    """Decorator: what a function demands of a configuration is checked by `Config.from_env`."""
+    RULES.append(function)
+    return function
 
 
-def validate(cfg: Config, rules: list[tuple[Any, str]]) -> None:
+def validate(cfg: Config, demands: list[tuple[Any, str]]) -> None:
     """Check what involves several variables; messages name them with their values."""
     shown = {f"${name}": f"{name}={as_text(vars(cfg)[name.lower()]).removesuffix('.0')}" for name in cfg.variables()}
-    for holds, message in rules:
+    for holds, message in demands:
         if not holds:
             raise UserError(re.sub(r"\$[A-Z_]+", lambda name: shown.get(name[0], name[0]), message))
 
@@ -998,6 +942,11 @@ def log_ledger(run: Runtime) -> None:
             run.log.event("ledger", budget=budget, limit=limit, seconds=spent, phases=parts, over=over)
 
 
+def cut(flat: Tensor, shapes: list[Sequence[int]]) -> list[Tensor]:
+    """Tensors of these shapes from all their entries in one row."""
+    return [piece.view(shape) for piece, shape in zip(flat.split([*map(math.prod, shapes)]), shapes, strict=True)]
+
+
 # ----------------------------------------------------------------------------------------------
 # 3. Data
 # ----------------------------------------------------------------------------------------------
@@ -1158,6 +1107,10 @@ class Loader:
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
 
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # of CaseOps (PR #1729): text in lower case, capitals as marks before it
+SAME_TOKENS = 0.9  # least share; right tokenizers reach 1.0 on documents without unknown pieces, wrong ones 0.12
+
+
 class ByteTable:
     """Bytes of text that a token stands for, from the SentencePiece model.
 
@@ -1236,10 +1189,6 @@ class ByteTable:
         return f"bytes by sidecar, {share:.2%} of {total} tokens the same when encoded again"
 
 
-CASE_MARKS = "\ue001\ue002\ue003\ue004"  # of CaseOps (PR #1729): text in lower case, capitals as marks before it
-SAME_TOKENS = 0.9  # least share; right tokenizers reach 1.0 on documents without unknown pieces, wrong ones 0.12
-
-
 @dataclass(frozen=True)
 class ValidationSet:
     """The whole validation split on the device: tokens (n,) int32, bytes of each token as a target (n,) int32."""
@@ -1309,19 +1258,110 @@ def load_validation(run: Runtime) -> ValidationSet:
 
 
 # ----------------------------------------------------------------------------------------------
-# 4. Model
+# 4. Schedule
 # ----------------------------------------------------------------------------------------------
-# Matrices live in four banks of shape (layers, rows, cols), so that the optimizer works on a few
-# large tensors; BANKS and the rest of the parameters are each described by one table. There is one
-# forward pass: training, Hessians and evaluation differ only in the weights, the layer order and
-# the observer that they hand in. Shapes: B sequences, T tokens, H heads, D head size.
+# Schedules are pure functions of step and clock. What changes the graph is a Phase, a static
+# argument of the forward pass: every phase is compiled before the clock starts.
+
+
+class Phase(NamedTuple):
+    """Everything static about a forward pass."""
+
+    order: tuple[int, ...]  # layer indices in the order in which they run
+    fake_quant: bool
+    seq_len: int
+
+
+def final_order(cfg: Config) -> tuple[int, ...]:
+    """Layers as the finished model runs them, in order: LOOP_START to LOOP_END 1 + NUM_LOOPS times (PR #1394)."""
+    plain, first, end = tuple(range(cfg.num_layers)), cfg.loop_start, cfg.loop_end + 1
+    return plain[:first] + plain[first:end] * (1 + cfg.num_loops) + plain[end:] if cfg.num_loops else plain
+
+
+def phase_at(cfg: Config, progress: float) -> tuple[str, Phase]:
+    """Name and phase at a part of the run, late QAT aside: sequences grow and loops begin, each at its own time."""
+    length = next(n for n, end in cfg.seq_lengths.items() if progress < end)
+    looped = progress >= cfg.enable_looping_at
+    name = "layer_loop" if looped and cfg.num_loops and cfg.enable_looping_at else "train"
+    order = final_order(cfg) if looped else tuple(range(cfg.num_layers))
+    return name + f"_{length}" * (length < cfg.train_seq_len), Phase(order, cfg.qat_enabled, length)
+
+
+def phases(cfg: Config) -> dict[str, Phase]:
+    """Name -> phase, in the order in which the schedule will use them; late QAT has all loops and the whole length."""
+    begins = {0.0, *cfg.seq_lengths.values(), cfg.enable_looping_at if cfg.num_loops else 0.0} - {math.inf}
+    found = dict(phase_at(cfg, begin) for begin in sorted(begins))
+    late = {"late_qat": cfg.late_qat_threshold > 0 and not cfg.qat_enabled, "post_qat": cfg.post_qat_seconds}
+    return found | {name: Phase(final_order(cfg), True, cfg.train_seq_len) for name, is_used in late.items() if is_used}
+
+
+def training_frac(cfg: Config, step: int, seconds: float, budget: float) -> float:
+    """Part of the run that is over, by steps or by the clock, whichever is further."""
+    return max(step / cfg.iterations, seconds / budget)
+
+
+def lr_scale_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
+    """Learning-rate scale in [MIN_LR, 1]: flat, then linear to the end of the run, whichever of steps or clock ends it.
+    WARMDOWN_ITERS counts steps; the steps that the clock still allows follow from the step time so far."""
+    if cfg.warmdown_iters:
+        by_clock = (budget - seconds) * step / seconds if step and seconds > 0 else math.inf
+        scale = min(cfg.iterations - step, by_clock) / cfg.warmdown_iters
+    else:
+        rest = 1 - training_frac(cfg, step, seconds, budget)
+        scale = rest / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
+    return max(min(scale, 1.0), cfg.min_lr, 0.0)
+
+
+def muon_momentum_at(cfg: Config, step: int) -> float:
+    """Muon momentum, linear from its start to its final value."""
+    done = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+    return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+
+
+class StepPlan(NamedTuple):
+    """Learning-rate scale, Muon momentum, phase, part of Muon's directions, whether its momentum has two rails."""
+
+    lr_scale: float
+    momentum: float
+    phase: str
+    muon_share: float = 1.0
+    two_rails: bool = False
+
+
+RAILS = {0.85: 0.4385, 0.98: 0.5615}  # decay and share of the fast and the slow one: their mean age is 30 steps
+
+
+def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, float]]:
+    """Decay, gain and weight of each rail of Muon's momentum: a rail becomes decay x rail + gain x gradient, and the
+    update is the gradient + the sum of weight x rail.
+
+    Two rails (modded-nanogpt PR #340) f, s are averages of decays .85 and .98, and the update is
+    (1 - mu) gradient + mu (.4385 f + .5615 s), all over 1 - mu here, since what follows makes its own length.
+    Until MUON_RAILS_AT both are the plain momentum sum of decay mu, in the same units: so both start from it.
+    """
+    mu, count = plan.momentum, 1 + (cfg.muon_rails_at < 1)
+    if not plan.two_rails:
+        return [(mu, 1.0, mu / count)] * count
+    return [(decay, (1 - decay) / (1 - mu), mu * share) for decay, share in RAILS.items()]
+
+
+def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
+    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
+    scale, progress = lr_scale_at(cfg, step, seconds, budget), training_frac(cfg, step, seconds, budget)
+    is_late = scale < cfg.late_qat_threshold and not cfg.qat_enabled
+    phase = "late_qat" if is_late else phase_at(cfg, progress)[0]
+    share = cfg.muon_rank_frac + (1 - cfg.muon_rank_frac) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return StepPlan(scale, muon_momentum_at(cfg, step), phase, share, two_rails=progress >= cfg.muon_rails_at < 1)
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Attention
+# ----------------------------------------------------------------------------------------------
+# A back end takes q, k and v of B sequences of T tokens, and what tells documents apart. H heads, D head size.
 
 # Namespace of our operators. A process that loads several copies of this file (`records check`) must not define one
 # twice: torch frees the first, and calling that ends in a segmentation fault. Cached graphs go by the name.
 OPERATORS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, n := f"pgolf{i or ''}"), "xsa"))
-CalibHook = Callable[[str, Tensor], None]  # name of a matrix and its inputs
-NORM_EPS = 1e-6
-ALLOWED_ERROR = 4.0  # of a back end, in errors of the plain definition in the same precision
 ATTN_CHUNK_TOKENS = 49_152  # what FlashAttention 4 finds in the L2 cache again: all 98,304 at once take 7 to 9% longer
 
 
@@ -1369,6 +1409,32 @@ PLAIN_ATTENTION = Attention(
     partial(sdpa, SDPBackend.MATH),
     lambda documents: (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1),
 )
+
+
+def num_chunks(rows: int, length: int) -> int:
+    """In how many parts, of whole rows and ATTN_CHUNK_TOKENS or more, documents are counted and attended to."""
+    return math.gcd(rows, 1 << max(rows * length // ATTN_CHUNK_TOKENS, 1).bit_length() - 1)
+
+
+def max_docs_per_chunk(tokens: int) -> int:
+    """How many documents of a part are told apart. Every sequence that a kernel must be prepared for costs time, and
+    their number may not depend on the batch: half as many again as FineWeb has at 8,192 pieces. What is scored may not
+    depend on the batch either, and windows that overlap repeat the places with the shortest documents."""
+    return max(64, tokens // (512 if torch.is_grad_enabled() else 64))
+
+
+def sequence_ends(documents: Tensor, parts: int) -> Tensor:
+    """The mask of kernels that take sequences of varied length end to end, and compute nothing that would be masked.
+
+    Where each row or document of a part begins, then the end of the part: (parts, most sequences + 1) int32.
+    """
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).view(parts, -1)
+    counted, count = num_chunks(*documents.shape), begins.shape[1]
+    most = (len(documents) + counted * max_docs_per_chunk(documents.numel() // counted)) // parts
+    places = torch.arange(count, dtype=torch.int32, device=documents.device).expand_as(begins)
+    slots = torch.where(begins, begins.cumsum(1) - 1, most)
+    ends = places.new_full((parts, most + 1), count).scatter(1, slots, places)
+    return F.pad(ends[:, :most], (0, 1), value=count)
 
 
 def flatten_chunks(dense: Callable[..., Tensor], varlen: Callable[..., Tensor]) -> Attention:
@@ -1454,38 +1520,25 @@ ATTENTION: dict[str, Callable[[], Attention]] = {  # in order of preference on H
 }
 
 
-def num_chunks(rows: int, length: int) -> int:
-    """In how many parts, of whole rows and ATTN_CHUNK_TOKENS or more, documents are counted and attended to."""
-    return math.gcd(rows, 1 << max(rows * length // ATTN_CHUNK_TOKENS, 1).bit_length() - 1)
-
-
-def max_docs_per_chunk(tokens: int) -> int:
-    """How many documents of a part are told apart. Every sequence that a kernel must be prepared for costs time, and
-    their number may not depend on the batch: half as many again as FineWeb has at 8,192 pieces. What is scored may not
-    depend on the batch either, and windows that overlap repeat the places with the shortest documents."""
-    return max(64, tokens // (512 if torch.is_grad_enabled() else 64))
-
-
-def sequence_ends(documents: Tensor, parts: int) -> Tensor:
-    """The mask of kernels that take sequences of varied length end to end, and compute nothing that would be masked.
-
-    Where each row or document of a part begins, then the end of the part: (parts, most sequences + 1) int32.
-    """
-    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).view(parts, -1)
-    counted, count = num_chunks(*documents.shape), begins.shape[1]
-    most = (len(documents) + counted * max_docs_per_chunk(documents.numel() // counted)) // parts
-    places = torch.arange(count, dtype=torch.int32, device=documents.device).expand_as(begins)
-    slots = torch.where(begins, begins.cumsum(1) - 1, most)
-    ends = places.new_full((parts, most + 1), count).scatter(1, slots, places)
-    return F.pad(ends[:, :most], (0, 1), value=count)
-
-
 def doc_ids(ids: Tensor, bos_id: int) -> Tensor:
     """Numbers (B, T) that are equal for tokens of the same document of a row of ids (B, T); documents beyond
     `max_docs_per_chunk` of a part of the batch are taken for one with the one before them."""
     begins = (ids == bos_id).view(num_chunks(*ids.shape), -1)
     told_apart = begins & (begins.cumsum(1) <= max_docs_per_chunk(begins.shape[1]))
     return told_apart.view_as(ids).cumsum(1)
+
+
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. Layer
+# ----------------------------------------------------------------------------------------------
+# The parts of a layer in plain operations: the definition that kernels are measured against, and what runs
+# where there are none.
+
+NORM_EPS = 1e-6
 
 
 class Residual(NamedTuple):
@@ -1550,6 +1603,17 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits.float() / cap)
 
 
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2 x cos.shape[-1] dimensions of x (B, T, heads, D) in half-split pairs; the rest passes."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
 class PlainLayer:
     """The parts of a layer, in running order, and the loss, in plain operations: the definition of each."""
 
@@ -1612,135 +1676,6 @@ class PlainLayer:
 
 
 PLAIN_LAYER = PlainLayer()
-LAYER: dict[str, Callable[[], PlainLayer]] = {"triton": lambda: TritonLayer(), "plain": lambda: PLAIN_LAYER}
-
-
-def relative_errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
-    """||got - want|| / ||want|| of each pair of tensors; NaN counts as infinite."""
-    pairs = [(g.detach().to("cpu", torch.float64), w.detach()) for g, w in zip(got, want, strict=True)]
-    return [float(((g - w).norm() / w.norm()).nan_to_num(nan=math.inf)) for g, w in pairs]
-
-
-Errors = tuple[float, float]  # a relative error, and how large it may be
-
-
-def fault(error: float, allowed: float) -> str:
-    """What is wrong with a relative error; nothing where it is allowed."""
-    return "" if error <= allowed < math.inf else f"wrong by {error:.1e}, {allowed:.1e} allowed"
-
-
-def probe(function: Callable, plain: Callable, shapes: list[tuple[int, ...]], device: torch.device) -> Errors:
-    """Of the output of `function` on random tensors or the gradient that comes out worst, against `plain` in float64.
-
-    Allowed is ALLOWED_ERROR times the error of `plain` in the same precision, which grows with the length of the sums
-    as that of any back end. A gradient of a few numbers may be right by luck: none is held to less than the median.
-    """
-    generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(shape, generator=generator) for shape in shapes]
-
-    def run(function: Callable, dtype: torch.dtype, where: torch.device) -> list[Tensor]:
-        inputs = [value.detach().clone().to(where, dtype).requires_grad_() for value in values]
-        y = function(*inputs)
-        y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(where, dtype))
-        return [y, *(i.grad for i in inputs)]
-
-    want = run(plain, torch.float64, torch.device("cpu"))
-    usual, errors = (relative_errors(run(f, compute_dtype(device), device), want) for f in (plain, function))
-    allowed = [ALLOWED_ERROR * max(error, statistics.median(usual)) for error in usual]
-    return max(zip(errors, allowed, strict=True), key=lambda pair: pair[0] - pair[1])
-
-
-def probe_attention(attend: Attention, cfg: Config, device: torch.device) -> Errors:
-    """`probe` of an attention back end; with DOC_ATTENTION there are three documents in a row of tokens."""
-    shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
-    documents = torch.arange(128).div(50, rounding_mode="floor").expand(2, 128)
-
-    def masked(attend: Attention, *qkv: Tensor) -> Tensor:
-        return attend(*qkv, attend.mask(documents.to(qkv[0].device)) if cfg.doc_attention else None)
-
-    return probe(partial(masked, attend), partial(masked, PLAIN_ATTENTION), shapes, device)
-
-
-def check_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
-    """`probe` of a layer, every input's gradient included, of its output as the next layer's skip, and of the loss."""
-    dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
-    matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
-    vectors = [(3, dim), (cfg.num_heads,), (hidden,)]
-
-    def layer(parts: PlainLayer, x: Tensor, x0: Tensor, extra: Tensor, *rest: Tensor) -> Tensor:
-        qkv, out, up, down = (w * w.shape[1] ** -0.5 for w in rest[:4])
-        (mix, gain, beta), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
-        rows, kept, first = parts.resid_mix_norm(x, (x0, x0), (x0, x0), mix, 0.5)
-        follows = torch.arange(len(x), device=x.device) % 50 > 0 if cfg.key_offset else None
-        q, k, v, proxy = parts.qkv_rope(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)), follows)
-        y = PLAIN_ATTENTION(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
-        z = parts.xsa(y, v, proxy).flatten(1)
-        y = parts.mlp(parts.attn_proj(rows, z, out, 0.5), up, down, beta)[0]
-        y = parts.materialize_norm(parts.resid_mix_norm(y, (x, kept), first, mix, 0.5)[0])
-        return torch.cat([y.flatten(), parts.nll(2 * y, torch.arange(len(y), device=y.device) % dim, 3.0).to(y.dtype)])
-
-    shapes = [(2 * length, dim)] * 2 + [(2 * length, kv)] + matrices + vectors
-    return probe(partial(layer, parts), partial(layer, PLAIN_LAYER), shapes, device)
-
-
-class BackEnds(NamedTuple):
-    """Interchangeable implementations of one function: variable, name -> maker in order of preference, and probe."""
-
-    variable: str
-    factories: dict[str, Callable[[], Callable]]
-    without_cuda: tuple[str, ...]  # those that `auto` may take where there is no CUDA
-    probe: Callable[[Callable, Config, torch.device], Errors]
-    prices: dict[str, str]  # by how much a step is longer than by the best, where it is (H100, benchmarks/RESULTS.md)
-
-
-LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), check_layer, {"plain": "12 to 18%"})
-
-
-def attention_back_ends(cfg: Config) -> BackEnds:
-    """With DOC_ATTENTION all but cuDNN, which cannot keep documents apart."""
-    factories = {name: maker for name, maker in ATTENTION.items() if name != "cudnn" or not cfg.doc_attention}
-    without_cuda = ("math",) if cfg.doc_attention else ("flash", "math")
-    prices = {"cudnn": "5%", "fa2": "18%", "flash": "18%", "math": "several times"}
-    return BackEnds("ATTN_BACKEND", factories, without_cuda, probe_attention, prices)
-
-
-BACK_END_FAULTS = (
-    ImportError, AttributeError, AssertionError, TypeError, ValueError, OSError, RuntimeError, TritonError,
-)
-
-
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
-    """The first back end of a chain that is right on every rank; one asked for by name is taken or is an error.
-
-    A slower one than the best is a warning, unless what was passed over is of no use to this GPU.
-    """
-    device, refused, is_loss = run.ranks.device, [], False
-    chain = list(ends.factories) if device.type == "cuda" else ends.without_cuda
-    for name in chain if asked == "auto" else [asked]:
-        chosen, error, allowed, reason, is_absent = None, math.nan, math.nan, "", False
-        try:
-            chosen = ends.factories[name]()
-            error, allowed = ends.probe(chosen, run.cfg, device)
-            reason = fault(error, allowed)
-        except BACK_END_FAULTS as e:
-            reason = f"{type(e).__name__} {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''}"
-            is_absent = isinstance(e, ImportError | NotImplementedError)
-        failures = run.ranks.all_reduce_sum_(torch.tensor(float(bool(reason)), device=device)).item()
-        if not failures:
-            why = "; ".join(refused) or "first choice"
-            errors = f"error:{error:.1e} allowed:{allowed:.1e}"
-            run.log(f"{ends.variable.lower()}:{name} head_dim:{run.cfg.head_dim} {errors} reason:{why}")
-            run.log.event("back_end", variable=ends.variable, name=name)
-            if is_loss and name in ends.prices:
-                run.warn_of_cost(f"{ends.variable}: by {name} a step takes {ends.prices[name]} longer ({why})")
-            return chosen
-        refused.append(f"{name}: {reason or 'failed on another rank'}")
-        is_loss = is_loss or not is_absent or is_hopper(device)
-    raise UserError(f"{ends.variable}={asked}: not usable here ({'; '.join(refused)}); auto takes the best")
 
 
 def float64_device(device: torch.device) -> torch.device:
@@ -1753,10 +1688,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
-
-
 def rotary_table(length: int, cfg: Config, device: torch.device) -> Tensor:
     """Cosines and sines (2, length, 1, dims/2) of rotary embedding on the first ROPE_DIMS dimensions."""
     dims = cfg.rope_dims or cfg.head_dim
@@ -1767,401 +1698,8 @@ def rotary_table(length: int, cfg: Config, device: torch.device) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()]).to(compute_dtype(device)).to(device)
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 x cos.shape[-1] dimensions of x (B, T, heads, D) in half-split pairs; the rest passes."""
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
-
-
-def has_previous(ids: Tensor, bos_id: int) -> Tensor:
-    """Where ids (B, T) have a previous token of the same document: neither BOS nor first in the window."""
-    return (ids != bos_id) & (torch.arange(ids.shape[1], device=ids.device) > 0)
-
-
-def bigram_hash(ids: Tensor, bos_id: int, buckets: int) -> Tensor:
-    """Bucket of (token, previous token), (B, T); the last bucket stands for 'no previous token' (PR #65)."""
-    previous = F.pad(ids, (1, -1))
-    hashed = (36313 * ids ^ 27191 * previous) % (buckets - 1)
-    return torch.where(has_previous(ids, bos_id), hashed, buckets - 1)
-
-
-def smear(x: Tensor, ids: Tensor, gate: Tensor, bos_id: int) -> Tensor:
-    """x_t + sigmoid(gate) (x_{t-1} - x_t) per channel within a document, x (B, T, C) (PR #65)."""
-    amount = torch.sigmoid(gate) * has_previous(ids, bos_id).unsqueeze(-1)
-    return x + amount.to(x.dtype) * (F.pad(x, (0, 0, 1, -1)) - x)
-
-
-class BankSpec(NamedTuple):
-    """One bank: (layers, rows, cols), its rows split among named matrices; `zero` starts it at zero."""
-
-    name: str
-    roles: tuple[tuple[str, int], ...]  # matrix name within a layer -> rows
-    cols: int
-    zero: bool
-
-    @property
-    def rows(self) -> int:
-        return sum(rows for _, rows in self.roles)
-
-    def spans(self) -> list[tuple[str, int, int]]:
-        """(matrix name, first row, end row) of each role."""
-        ends = itertools.accumulate(rows for _, rows in self.roles)
-        return [(name, end - rows, end) for (name, rows), end in zip(self.roles, ends, strict=True)]
-
-
-def bank_specs(cfg: Config) -> tuple[BankSpec, ...]:
-    """The one table of matrices. Q, K and V share a bank and so one product: one read of the input, not three."""
-    dim, hidden, kv = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim
-    return (
-        BankSpec("qkv", (("attn.c_q", dim), ("attn.c_k", kv), ("attn.c_v", kv)), dim, zero=False),
-        BankSpec("out", (("attn.proj", dim),), dim, zero=True),
-        BankSpec("up", (("mlp.fc", hidden),), dim, zero=False),
-        BankSpec("down", (("mlp.proj", dim),), hidden, zero=True),
-    )
-
-
-def row_bits(cfg: Config, spec: BankSpec) -> Tensor:
-    """Bits of the codes of every row of a bank, (layers, rows, 1): LOWBIT_BITS where a pattern is in the name."""
-    places = itertools.product(range(cfg.num_layers), spec.roles)
-    rows = [(f"blocks.{layer}.{role}.", count) for layer, (role, count) in places]
-    is_low = [any(p in name for p in cfg.lowbit_name_patterns) for name, count in rows for _ in range(count)]
-    return torch.tensor([cfg.lowbit_bits if low else cfg.matrix_bits for low in is_low]).view(-1, spec.rows, 1)
-
-
-class ParamSpec(NamedTuple):
-    """One parameter outside the banks: shape, initial value or standard deviation, and its Adam group.
-
-    `init` is a number (constant), "orthogonal", or ("normal", std). `per_layer`: dimension 0 is the layer.
-    Embeddings and small matrices (`coded`) are quantized; the rest is control and is kept in half precision.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    init: Any
-    group: str
-    per_layer: bool = False
-    coded: bool = False
-
-
-def param_table(cfg: Config) -> list[ParamSpec]:
-    """The one table of parameters outside the banks; a feature that is off has no row and so no parameter."""
-    dim, layers, heads, vocab = cfg.model_dim, cfg.num_layers, cfg.num_heads, cfg.vocab_size
-    kv, buckets, is_asqu = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size, cfg.mlp_activation == "asqu"
-    skips = max(len(phase.order) // 2 for phase in phases(cfg).values())
-    mix = torch.stack([torch.ones(dim), torch.zeros(dim)]).expand(layers, 2, dim)  # all of x, nothing of x0
-    rows = [
-        (True, ParamSpec("tok_emb", (vocab, dim), ("normal", cfg.tied_embed_init_std), "embed", coded=True)),
-        (not cfg.tie_embeddings, ParamSpec("lm_head", (vocab, dim), 0.0, "head", coded=True)),
-        (buckets, ParamSpec("bigram_table", (buckets, cfg.bigram_dim), 0.0, "embed", coded=True)),
-        (buckets, ParamSpec("bigram_proj", (dim, cfg.bigram_dim), "orthogonal", "scalar", coded=True)),
-        (buckets, ParamSpec("bigram_scale", (1,), 0.05, "scalar")),
-        (cfg.ve_enabled, ParamSpec("ve_table", (vocab, cfg.ve_dim), ("normal", 0.01), "embed", coded=True)),
-        (cfg.ve_enabled, ParamSpec("ve_proj", (kv, cfg.ve_dim), 0.0, "scalar", coded=True)),
-        (cfg.ve_enabled, ParamSpec("ve_scale", (len(cfg.ve_layers),), 0.1, "scalar")),
-        (cfg.smear_gate_enabled, ParamSpec("smear_gate", (dim,), 0.0, "scalar")),
-        (skips, ParamSpec("skip_weights", (skips, dim), 1.0, "scalar")),
-        (True, ParamSpec("resid_mix", (layers, 2, dim), mix, "scalar", per_layer=True)),
-        (True, ParamSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
-        (True, ParamSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
-        (True, ParamSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
-        (cfg.value_residual, ParamSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
-        (cfg.gated_attn_enabled, ParamSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
-        (cfg.gated_attn_enabled, ParamSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
-        (is_asqu, ParamSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
-    ]
-    rank, passes = cfg.lora_rank, len(final_order(cfg))
-    for bank in bank_specs(cfg):  # zero at the start, by the second factor (PR #38)
-        rows += [(rank, ParamSpec(f"lora_{bank.name}_in", (passes, rank, bank.cols), ("normal", 0.02), "lora")),
-                 (rank, ParamSpec(f"lora_{bank.name}_out", (passes, bank.rows, rank), 0.0, "lora"))]  # fmt: skip
-    return [spec for present, spec in rows if present]
-
-
-def initial_value(shape: tuple[int, ...], init: Any) -> Tensor:
-    """A fresh parameter, on the CPU so that every device and every number of ranks starts from the same bits."""
-    if isinstance(init, Tensor):
-        return init.clone()
-    if isinstance(init, tuple):
-        return torch.randn(shape) * init[1]
-    if init == "orthogonal":
-        return nn.init.orthogonal_(torch.empty(shape))
-    if init == "uniform":  # nn.Linear's default, what the official baseline starts from
-        return torch.empty(shape).uniform_(-1, 1) / math.sqrt(shape[-1])
-    return torch.full(shape, float(init))
-
-
-def initial_bank(spec: BankSpec, cfg: Config) -> Tensor:
-    """(layers, rows, cols): each matrix of the bank initialized by itself."""
-    kind = 0.0 if spec.zero else "orthogonal" if cfg.ortho_init else "uniform"
-    layers = [[initial_value((rows, spec.cols), kind) for _, rows in spec.roles] for _ in range(cfg.num_layers)]
-    return torch.stack([torch.cat(matrices) for matrices in layers])
-
-
-class Pass(NamedTuple):
-    """What one forward pass hands to its layers."""
-
-    order: tuple[int, ...]  # layers as they run
-    banks: dict[str, tuple[Tensor, ...]]  # bank -> the matrices of each position in the order
-    vectors: dict[str, tuple[Tensor, ...]]  # per-layer parameter -> the layers' values
-    mixes: tuple[Tensor, ...]  # per position in the order, (3, C): factors of x, skip and x0 at the layer's entrance
-    rotary: Tensor
-    value_embedding: Tensor | None  # (N, KV, D)
-    mask: Tensor | None  # of the attention, with DOC_ATTENTION
-    follows: Tensor | None  # with KEY_OFFSET where a token has a previous one, (N,)
-    beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_leaky_relu below zero
-    observe: CalibHook | None
-
-
-class GPT(nn.Module):
-    """The language model. `weights()` prepares the matrices once per step; `nll` is the forward pass."""
-
-    def __init__(
-        self, cfg: Config, bos_id: int, attend: Attention, device: torch.device, parts: PlainLayer = PLAIN_LAYER
-    ) -> None:
-        """Allocate and initialize from SEED, whatever the state of the global generator."""
-        super().__init__()
-        self.cfg, self.bos_id, self.attend, self.parts = cfg, bos_id, attend, parts
-        self.dtype = compute_dtype(device)
-        self.norm_scales = [(i + 1) ** -0.5 if cfg.ln_scale else 1.0 for i in range(cfg.num_layers)]
-        self.order = final_order(cfg)  # of the model as it is scored; training may still be on its way there
-        self.micro_batch = MICRO_BATCH_TOKENS  # tokens at most of a batch; `build_model` measures what the GPU holds
-        self.specs, self.param_table = bank_specs(cfg), param_table(cfg)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg.seed)
-            self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
-            self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.param_table})
-        self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
-        self.to(device)
-        self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
-        lengths = {phase.seq_len for phase in phases(cfg).values()} | {cfg.eval_len}
-        self.rotary = {length: rotary_table(length, cfg, device) for length in lengths}
-        self.fast_weights, self.fast_nll = compiled(cfg, self.weights), compiled(cfg, self.nll)
-        self.fast_nll_and_entropy = compiled(cfg, self.nll_and_entropy)
-
-    def weights(self, fake_quant: bool) -> dict[str, Tensor]:
-        """Banks and head in the compute type; `fake_quant` puts the banks on the export grid, straight-through.
-
-        The scales of a layer's two outputs multiply the rows of the matrices that make them: on small matrices they
-        cost nothing, on activations two reads and a write in the backward pass (1.6 ms of a step).
-        """
-        banks = dict(self.banks.items())
-        if fake_quant:
-            policy, sigmas = self.cfg.clip_policy, self.clip_sigmas
-            banks = {n: fake_quantize(bank, self.bits[n], policy, sigmas) for n, bank in banks.items()}
-        scales = {"out": self.rest["attn_scale"], "down": self.rest["mlp_scale"]}
-        if self.cfg.lora_rank:  # from here on one matrix per pass, not per layer
-            added = {name: self.rest[f"lora_{name}_out"] @ self.rest[f"lora_{name}_in"] for name in banks}
-            banks = {name: self.per_loop(bank) + added[name] for name, bank in banks.items()}
-            scales = {name: self.per_loop(scale) for name, scale in scales.items()}
-        banks |= {name: banks[name] * scale.unsqueeze(-1) for name, scale in scales.items()}
-        head = self.rest["tok_emb" if self.cfg.tie_embeddings else "lm_head"]
-        return {name: tensor.to(self.dtype) for name, tensor in {**banks, "head": head}.items()}
-
-    def per_loop(self, layers: Tensor) -> Tensor:
-        """Slices of `layers` (layers, ...) in the order in which they run, (passes, ...)."""
-        return torch.stack([layers[layer] for layer in self.order])
-
-    def project(self, table: str, ids: Tensor, matrix: str, observe: CalibHook | None) -> Tensor:
-        """Rows `ids` of an embedding table times a small matrix; gathered in fp32 so that gradients sum in fp32."""
-        rows = F.embedding(ids, self.rest[table]).to(self.dtype)
-        if observe is not None:
-            observe(matrix, rows)
-        return F.linear(rows, self.rest[matrix].to(self.dtype))
-
-    def embed(self, ids: Tensor, observe: CalibHook | None) -> Tensor:
-        """Token (and bigram) embedding, normalized and smeared: (B, T, C)."""
-        x = F.embedding(ids, self.rest["tok_emb"])
-        if "bigram_table" in self.rest:
-            buckets = bigram_hash(ids, self.bos_id, self.cfg.bigram_vocab_size)
-            x = x + self.rest["bigram_scale"] * self.project("bigram_table", buckets, "bigram_proj", observe)
-        x = rms_norm(x.to(self.dtype))
-        return smear(x, ids, self.rest["smear_gate"], self.bos_id) if "smear_gate" in self.rest else x
-
-    def begin(self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: CalibHook | None) -> Pass:
-        """Split banks and per-layer vectors: one backward concatenation each instead of one per layer."""
-        vectors = {s.name: self.rest[s.name].to(self.dtype).unbind() for s in self.param_table if s.per_layer}
-        banks = {spec.name: weights[spec.name] for spec in self.specs}
-        banks = {name: bank.unbind() if isinstance(bank, Tensor) else bank for name, bank in banks.items()}
-        if not self.cfg.lora_rank:
-            banks = {name: tuple(matrices[layer] for layer in order) for name, matrices in banks.items()}
-        value = None
-        if "ve_table" in self.rest:
-            value = self.project("ve_table", ids, "ve_proj", observe).view(ids.numel(), self.cfg.num_kv_heads, -1)
-        length = ids.shape[1]
-        rotary = self.rotary[length] if length in self.rotary else rotary_table(length, self.cfg, ids.device)
-        slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
-        fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
-        beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
-        mask = self.attend.mask(doc_ids(ids, self.bos_id)) if self.cfg.doc_attention else None
-        follows = has_previous(ids, self.bos_id).flatten() if self.cfg.key_offset else None
-        return Pass(order, banks, vectors, self.mixes(order), rotary, value, mask, follows, beta, observe)
-
-    def mixes(self, order: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Factors (3, C) of x, skip and x0 at the entrance of each position: the skip's weight is multiplied in here,
-        on vectors, and once for all positions."""
-        resid = torch.stack([self.rest["resid_mix"][layer] for layer in order])
-        half, skips = len(order) // 2, torch.zeros_like(resid[:, 0])
-        if half:
-            weights = self.rest["skip_weights"][:half]
-            skips = F.pad(weights, (0, 0, half, len(order) - half - len(weights)))
-        return torch.stack([resid[:, 0], resid[:, 0] * skips, resid[:, 1]], 1).to(self.dtype).unbind()
-
-    def attention(self, rows: Residual, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
-        """What the heads of a layer attend to, (N, C) before the output matrix, and its own values (N, KV, D)."""
-        layer, vectors, parts, cfg, extra = p.order[position], p.vectors, self.parts, self.cfg, None
-        if p.observe is not None:
-            p.observe(f"qkv.{layer}", parts.materialize_norm(rows))
-        if cfg.ve_enabled and layer in cfg.ve_layers:
-            extra = self.rest["ve_scale"][cfg.ve_layers.index(layer)].to(self.dtype) * p.value_embedding
-        weight, gain = p.banks["qkv"][position], vectors["q_gain"][layer]
-        q, k, own, proxy = parts.qkv_rope(rows, weight, gain, p.rotary, extra, p.follows)
-        v = own
-        if "value_mix" in vectors:
-            mix = vectors["value_mix"][layer]
-            v = proxy = mix[0] * (own if first_v is None else first_v) + mix[1] * own
-        y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), p.mask).flatten(0, 1)
-        gate = None
-        if "gate_weight" in vectors:
-            weight, bias = (vectors[name][layer] for name in ("gate_weight", "gate_bias"))
-            gate = F.linear(parts.materialize_norm(rows), weight, bias).sigmoid()
-        if layer >= cfg.num_layers - cfg.xsa_last_n:
-            y = parts.xsa(y, v, proxy, gate)
-        elif gate is not None:
-            y = y * gate.unsqueeze(-1)
-        z = y.flatten(1)
-        if p.observe is not None:
-            p.observe(f"out.{layer}", z)
-        return z, own
-
-    def mlp(self, rows: Residual, position: int, p: Pass) -> Tensor:
-        """Feed-forward part of a layer, its output added: (N, C)."""
-        layer = p.order[position]
-        x, act = self.parts.mlp(rows, p.banks["up"][position], p.banks["down"][position], p.beta[layer])
-        if p.observe is not None:
-            p.observe(f"up.{layer}", self.parts.materialize_norm(rows))
-            p.observe(f"down.{layer}", act)
-        return x
-
-    def hidden(
-        self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: CalibHook | None = None
-    ) -> Tensor:
-        """Normalized output of the last layer (B, T, C) for ids (B, T), running the layers in `order`.
-
-        The first half of the order pushes its outputs, the second half pops them (U-Net skips); every layer mixes
-        the embedding x0 back in.
-        """
-        p = self.begin(ids, weights, order, observe)
-        x = self.embed(ids, observe).flatten(0, 1)
-        x0, half, skips, first_v = (x, x), len(order) // 2, [], None
-        for position, layer in enumerate(order):
-            skip = None
-            if half <= position < 2 * half:
-                skip = skips.pop() if position > half else (x, x)  # the last one pushed is x itself
-            rows, proxy, x0 = self.parts.resid_mix_norm(x, skip, x0, p.mixes[position], self.norm_scales[layer])
-            if 0 < position < half:
-                skips.append((x, proxy))
-            z, own_v = self.attention(rows, position, first_v, p)
-            first_v = own_v if first_v is None else first_v
-            rows = self.parts.attn_proj(rows, z, p.banks["out"][position], self.norm_scales[layer])
-            x = self.mlp(rows, position, p)
-        return rms_norm(x).view(*ids.shape, -1)
-
-    def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: CalibHook | None = None) -> Tensor:
-        """Softcapped logits (B, T, V) in float32."""
-        if observe is not None:
-            observe("head", hidden)
-        return softcap(product(hidden, weights["head"]), self.cfg.logit_softcap)
-
-    def nll(self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> Tensor:
-        """Negative log-likelihood in nats of each target given its prefix, (B, T) float32."""
-        logits = product(self.hidden(ids, weights, order).flatten(0, 1), weights["head"])
-        return self.parts.nll(logits, targets.flatten(), self.cfg.logit_softcap).view_as(targets)
-
-    def nll_and_entropy(
-        self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """`nll`, and the entropy in nats of each prediction, (B, T) float32."""
-        log_p = self.logits(self.hidden(ids, weights, order), weights).log_softmax(-1)
-        return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace all parameters in place: compiled graphs stay valid. Names must match exactly."""
-        self.load_state_dict(dict(tensors))
-
-
-def compiled(cfg: Config, function: Callable) -> Callable:
-    """torch.compile as one static graph, or the function itself when COMPILE=0."""
-    if not cfg.compile:
-        return function
-    # Inductor describes an operator that is new to it, or fails, by all that leads to it, in a time exponential in its
-    # depth (torch 2.11; 2.13 only where it fails): with XSA_LAST_N=4 of 11 layers no step was made in four minutes.
-    issue = importlib.import_module("torch._inductor.exc").OperatorIssue
-    issue.operator_str = staticmethod(lambda target, *_: str(target))
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-def tokens_that_fit(peaks: list[int], length: int, kept: int, limit: float) -> tuple[float, str]:
-    """Tokens of a micro-batch that `limit` bytes hold, and why, from the peaks of one and of two sequences of `length`.
-
-    A token takes its bytes twice: a phase is warmed up while the CUDA graphs of those before it keep their memory.
-    Beside them are `kept` bytes, a GiB for libraries, and a twentieth that fragments.
-    """
-    each = max(peaks[1] - peaks[0], 1) / length
-    fixed = peaks[0] - each * length + kept + 2**30
-    why = f"a token takes {each / 2**10:.0f} KiB twice, the rest {fixed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB"
-    return (0.95 * limit - fixed) / (2 * each), why
-
-
-def micro_batch_tokens(run: Runtime, model: GPT) -> int:
-    """Most tokens of a micro-batch, on every rank: 98,304, or what the GPU holds, by two uncompiled micro-steps.
-
-    Evaluation, which keeps no activations, takes less. UserError where not one sequence fits.
-    """
-    cfg, device, peaks = run.cfg, run.ranks.device, []
-    if device.type != "cuda":
-        return MICRO_BATCH_TOKENS
-    length, parameters = max(cfg.train_seq_len, cfg.eval_len), 4 * sum(p.numel() for p in model.parameters())
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.memory.get_per_process_memory_fraction(device) * total
-    limit = min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.memory_allocated(device)
-    for rows in (1, 2):
-        ids = torch.arange(rows * length, device=device).view(rows, length) % cfg.vocab_size
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        with contextlib.suppress(torch.OutOfMemoryError):
-            model.nll(ids, ids, model.weights(False), final_order(cfg)).mean().backward()
-        peaks.append(torch.cuda.max_memory_allocated(device) - before)
-        model.zero_grad()
-    copies = 6 + cfg.lawa_k * cfg.lawa_enabled  # gradients, momentum, Adam's moments, average, what warm-up keeps
-    tokens, why = tokens_that_fit(peaks, length, copies * parameters, limit)
-    tokens = -int(run.ranks.all_reduce_max(-tokens)[0])
-    if tokens < length / 2:
-        raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len} EVAL_SEQ_LEN={cfg.eval_seq_len}: not one sequence fits: "
-                        f"{why}; lower them, MODEL_DIM or NUM_LAYERS")  # fmt: skip
-    tokens = min(max(tokens, length), MICRO_BATCH_TOKENS)
-    run.log(f"micro_batch:{tokens} tokens at most, because {why}")
-    return tokens
-
-
-def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
-    """The model of `cfg` on this rank's device, with its parameter count in the log."""
-    attend = choose_back_end(run, attention_back_ends(cfg), cfg.attn_backend)
-    parts = choose_back_end(run, LAYER_BACK_ENDS, cfg.layer_backend)
-    model = GPT(cfg, bos_id, attend, run.ranks.device, parts)
-    sizes = {name.split(".")[1]: p.numel() for name, p in model.named_parameters()}
-    count = sum(sizes.values())
-    run.log(f"model_params:{count} ({' '.join(f'{n}:{c}' for n, c in sizes.items() if c > 0.002 * count)}) "
-            f"passes:{len(final_order(cfg))} over {cfg.num_layers} layers")  # fmt: skip
-    run.log.event("model", parameters=count, mlp_hidden=cfg.hidden_dim)
-    run.log(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} xsa_last_n:{cfg.xsa_last_n} "
-            f"mlp_activation:{cfg.mlp_activation} hidden:{cfg.hidden_dim}")  # fmt: skip
-    model.micro_batch = micro_batch_tokens(run, model)
-    return model
-
-
 # ----------------------------------------------------------------------------------------------
-# 5. Kernels
+# 7. Kernels
 # ----------------------------------------------------------------------------------------------
 # The plain layer's function for Hopper GPUs, from fewer bytes, which bound a step (benchmarks/RESULTS.md).
 #
@@ -2842,7 +2380,1625 @@ class TritonLayer(PlainLayer):
 
 
 # ----------------------------------------------------------------------------------------------
-# 6. Optimizers
+# 8. Back ends
+# ----------------------------------------------------------------------------------------------
+# Which attention and which layer a run takes: the first that computes the right values and gradients here.
+
+ALLOWED_ERROR = 4.0  # of a back end, in errors of the plain definition in the same precision
+LAYER: dict[str, Callable[[], PlainLayer]] = {"triton": TritonLayer, "plain": lambda: PLAIN_LAYER}
+
+
+def relative_errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
+    """||got - want|| / ||want|| of each pair of tensors; NaN counts as infinite."""
+    pairs = [(g.detach().to("cpu", torch.float64), w.detach()) for g, w in zip(got, want, strict=True)]
+    return [float(((g - w).norm() / w.norm()).nan_to_num(nan=math.inf)) for g, w in pairs]
+
+
+Errors = tuple[float, float]  # a relative error, and how large it may be
+
+
+def fault(error: float, allowed: float) -> str:
+    """What is wrong with a relative error; nothing where it is allowed."""
+    return "" if error <= allowed < math.inf else f"wrong by {error:.1e}, {allowed:.1e} allowed"
+
+
+def probe(function: Callable, plain: Callable, shapes: list[tuple[int, ...]], device: torch.device) -> Errors:
+    """Of the output of `function` on random tensors or the gradient that comes out worst, against `plain` in float64.
+
+    Allowed is ALLOWED_ERROR times the error of `plain` in the same precision, which grows with the length of the sums
+    as that of any back end. A gradient of a few numbers may be right by luck: none is held to less than the median.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+
+    def run(function: Callable, dtype: torch.dtype, where: torch.device) -> list[Tensor]:
+        inputs = [value.detach().clone().to(where, dtype).requires_grad_() for value in values]
+        y = function(*inputs)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(where, dtype))
+        return [y, *(i.grad for i in inputs)]
+
+    want = run(plain, torch.float64, torch.device("cpu"))
+    usual, errors = (relative_errors(run(f, compute_dtype(device), device), want) for f in (plain, function))
+    allowed = [ALLOWED_ERROR * max(error, statistics.median(usual)) for error in usual]
+    return max(zip(errors, allowed, strict=True), key=lambda pair: pair[0] - pair[1])
+
+
+def probe_attention(attend: Attention, cfg: Config, device: torch.device) -> Errors:
+    """`probe` of an attention back end; with DOC_ATTENTION there are three documents in a row of tokens."""
+    shapes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+    documents = torch.arange(128).div(50, rounding_mode="floor").expand(2, 128)
+
+    def masked(attend: Attention, *qkv: Tensor) -> Tensor:
+        return attend(*qkv, attend.mask(documents.to(qkv[0].device)) if cfg.doc_attention else None)
+
+    return probe(partial(masked, attend), partial(masked, PLAIN_ATTENTION), shapes, device)
+
+
+def check_layer(parts: PlainLayer, cfg: Config, device: torch.device) -> Errors:
+    """`probe` of a layer, every input's gradient included, of its output as the next layer's skip, and of the loss."""
+    dim, hidden, kv, length = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim, 80
+    matrices = [(dim + 2 * kv, dim), (dim, dim), (hidden, dim), (dim, hidden)]
+    vectors = [(3, dim), (cfg.num_heads,), (hidden,)]
+
+    def layer(parts: PlainLayer, x: Tensor, x0: Tensor, extra: Tensor, *rest: Tensor) -> Tensor:
+        qkv, out, up, down = (w * w.shape[1] ** -0.5 for w in rest[:4])
+        (mix, gain, beta), rotary = rest[4:], rotary_table(length, cfg, x.device).to(x.dtype)
+        rows, kept, first = parts.resid_mix_norm(x, (x0, x0), (x0, x0), mix, 0.5)
+        follows = torch.arange(len(x), device=x.device) % 50 > 0 if cfg.key_offset else None
+        q, k, v, proxy = parts.qkv_rope(rows, qkv, gain, rotary, extra.unflatten(1, (-1, cfg.head_dim)), follows)
+        y = PLAIN_ATTENTION(*(t.unflatten(0, (-1, length)) for t in (q, k, v))).flatten(0, 1)
+        z = parts.xsa(y, v, proxy).flatten(1)
+        y = parts.mlp(parts.attn_proj(rows, z, out, 0.5), up, down, beta)[0]
+        y = parts.materialize_norm(parts.resid_mix_norm(y, (x, kept), first, mix, 0.5)[0])
+        return torch.cat([y.flatten(), parts.nll(2 * y, torch.arange(len(y), device=y.device) % dim, 3.0).to(y.dtype)])
+
+    shapes = [(2 * length, dim)] * 2 + [(2 * length, kv)] + matrices + vectors
+    return probe(partial(layer, parts), partial(layer, PLAIN_LAYER), shapes, device)
+
+
+class BackEnds(NamedTuple):
+    """Interchangeable implementations of one function: variable, name -> maker in order of preference, and probe."""
+
+    variable: str
+    factories: dict[str, Callable[[], Callable]]
+    without_cuda: tuple[str, ...]  # those that `auto` may take where there is no CUDA
+    probe: Callable[[Callable, Config, torch.device], Errors]
+    prices: dict[str, str]  # by how much a step is longer than by the best, where it is (H100, benchmarks/RESULTS.md)
+
+
+LAYER_BACK_ENDS = BackEnds("LAYER_BACKEND", LAYER, ("plain",), check_layer, {"plain": "12 to 18%"})
+
+
+def attention_back_ends(cfg: Config) -> BackEnds:
+    """With DOC_ATTENTION all but cuDNN, which cannot keep documents apart."""
+    factories = {name: maker for name, maker in ATTENTION.items() if name != "cudnn" or not cfg.doc_attention}
+    without_cuda = ("math",) if cfg.doc_attention else ("flash", "math")
+    prices = {"cudnn": "5%", "fa2": "18%", "flash": "18%", "math": "several times"}
+    return BackEnds("ATTN_BACKEND", factories, without_cuda, probe_attention, prices)
+
+
+BACK_END_FAULTS = (
+    ImportError, AttributeError, AssertionError, TypeError, ValueError, OSError, RuntimeError, TritonError,
+)
+
+
+def choose_back_end(run: Runtime, ends: BackEnds, asked: str) -> Callable:
+    """The first back end of a chain that is right on every rank; one asked for by name is taken or is an error.
+
+    A slower one than the best is a warning, unless what was passed over is of no use to this GPU.
+    """
+    device, refused, is_loss = run.ranks.device, [], False
+    chain = list(ends.factories) if device.type == "cuda" else ends.without_cuda
+    for name in chain if asked == "auto" else [asked]:
+        chosen, error, allowed, reason, is_absent = None, math.nan, math.nan, "", False
+        try:
+            chosen = ends.factories[name]()
+            error, allowed = ends.probe(chosen, run.cfg, device)
+            reason = fault(error, allowed)
+        except BACK_END_FAULTS as e:
+            reason = f"{type(e).__name__} {str(e).strip().splitlines()[0][:100] if str(e).strip() else ''}"
+            is_absent = isinstance(e, ImportError | NotImplementedError)
+        failures = run.ranks.all_reduce_sum_(torch.tensor(float(bool(reason)), device=device)).item()
+        if not failures:
+            why = "; ".join(refused) or "first choice"
+            errors = f"error:{error:.1e} allowed:{allowed:.1e}"
+            run.log(f"{ends.variable.lower()}:{name} head_dim:{run.cfg.head_dim} {errors} reason:{why}")
+            run.log.event("back_end", variable=ends.variable, name=name)
+            if is_loss and name in ends.prices:
+                run.warn_of_cost(f"{ends.variable}: by {name} a step takes {ends.prices[name]} longer ({why})")
+            return chosen
+        refused.append(f"{name}: {reason or 'failed on another rank'}")
+        is_loss = is_loss or not is_absent or is_hopper(device)
+    raise UserError(f"{ends.variable}={asked}: not usable here ({'; '.join(refused)}); auto takes the best")
+
+
+# ----------------------------------------------------------------------------------------------
+# 9. Model
+# ----------------------------------------------------------------------------------------------
+# Matrices live in four banks of shape (layers, rows, cols), so that the optimizer works on a few
+# large tensors; BANKS and the rest of the parameters are each described by one table. There is one
+# forward pass: training, Hessians and evaluation differ only in the weights, the layer order and
+# the observer that they hand in.
+
+
+@rules
+def model_rules(cfg: Config) -> list[tuple[Any, str]]:
+    """What must hold between variables of the model, and what the error says otherwise; $NAME stands for NAME=value."""
+    layers, head_dim = cfg.num_layers, cfg.head_dim
+    ve_fits = sorted(cfg.ve_layers) == sorted(set(cfg.ve_layers) & set(range(layers))) != []
+    return [
+        (cfg.model_dim % cfg.num_heads == 0, "$MODEL_DIM is not divisible by $NUM_HEADS"),
+        (cfg.num_heads % cfg.num_kv_heads == 0, "$NUM_HEADS is not divisible by $NUM_KV_HEADS"),
+        (head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={head_dim} is odd: rotary embedding needs pairs"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim, f"$ROPE_DIMS: even, at most {head_dim}"),
+        (cfg.hidden_dim > 0, "$MLP_HIDDEN and $MLP_MULT give an MLP of width 0"),
+        (cfg.attn_backend in ("auto", *attention_back_ends(cfg).factories),
+         "$ATTN_BACKEND: not with DOC_ATTENTION=1; leave it at auto or set DOC_ATTENTION=0"),
+        (cfg.xsa_last_n <= layers, "$XSA_LAST_N exceeds $NUM_LAYERS"),
+        (ve_fits or not cfg.ve_enabled, "$VE_LAYERS: different layers below $NUM_LAYERS, or set VE_ENABLED=0"),
+        (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < layers,
+         "$LOOP_START $LOOP_END: not in order within $NUM_LAYERS; NUM_LOOPS=0 for no loops"),
+        (not cfg.lora_rank or (cfg.num_loops > 0 and not cfg.enable_looping_at),
+         "$LORA_RANK: needs NUM_LOOPS above 0 and ENABLE_LOOPING_AT=0"),
+        (cfg.bigram_vocab_size != 1, "$BIGRAM_VOCAB_SIZE: 0 switches it off, else at least 2"),
+    ]  # fmt: skip
+
+
+CalibHook = Callable[[str, Tensor], None]  # name of a matrix and its inputs
+
+
+def has_previous(ids: Tensor, bos_id: int) -> Tensor:
+    """Where ids (B, T) have a previous token of the same document: neither BOS nor first in the window."""
+    return (ids != bos_id) & (torch.arange(ids.shape[1], device=ids.device) > 0)
+
+
+def bigram_hash(ids: Tensor, bos_id: int, buckets: int) -> Tensor:
+    """Bucket of (token, previous token), (B, T); the last bucket stands for 'no previous token' (PR #65)."""
+    previous = F.pad(ids, (1, -1))
+    hashed = (36313 * ids ^ 27191 * previous) % (buckets - 1)
+    return torch.where(has_previous(ids, bos_id), hashed, buckets - 1)
+
+
+def smear(x: Tensor, ids: Tensor, gate: Tensor, bos_id: int) -> Tensor:
+    """x_t + sigmoid(gate) (x_{t-1} - x_t) per channel within a document, x (B, T, C) (PR #65)."""
+    amount = torch.sigmoid(gate) * has_previous(ids, bos_id).unsqueeze(-1)
+    return x + amount.to(x.dtype) * (F.pad(x, (0, 0, 1, -1)) - x)
+
+
+class BankSpec(NamedTuple):
+    """One bank: (layers, rows, cols), its rows split among named matrices; `zero` starts it at zero."""
+
+    name: str
+    roles: tuple[tuple[str, int], ...]  # matrix name within a layer -> rows
+    cols: int
+    zero: bool
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for _, rows in self.roles)
+
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(matrix name, first row, end row) of each role."""
+        ends = itertools.accumulate(rows for _, rows in self.roles)
+        return [(name, end - rows, end) for (name, rows), end in zip(self.roles, ends, strict=True)]
+
+
+def bank_specs(cfg: Config) -> tuple[BankSpec, ...]:
+    """The one table of matrices. Q, K and V share a bank and so one product: one read of the input, not three."""
+    dim, hidden, kv = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim
+    return (
+        BankSpec("qkv", (("attn.c_q", dim), ("attn.c_k", kv), ("attn.c_v", kv)), dim, zero=False),
+        BankSpec("out", (("attn.proj", dim),), dim, zero=True),
+        BankSpec("up", (("mlp.fc", hidden),), dim, zero=False),
+        BankSpec("down", (("mlp.proj", dim),), hidden, zero=True),
+    )
+
+
+def row_bits(cfg: Config, spec: BankSpec) -> Tensor:
+    """Bits of the codes of every row of a bank, (layers, rows, 1): LOWBIT_BITS where a pattern is in the name."""
+    places = itertools.product(range(cfg.num_layers), spec.roles)
+    rows = [(f"blocks.{layer}.{role}.", count) for layer, (role, count) in places]
+    is_low = [any(p in name for p in cfg.lowbit_name_patterns) for name, count in rows for _ in range(count)]
+    return torch.tensor([cfg.lowbit_bits if low else cfg.matrix_bits for low in is_low]).view(-1, spec.rows, 1)
+
+
+class ParamSpec(NamedTuple):
+    """One parameter outside the banks: shape, initial value or standard deviation, and its Adam group.
+
+    `init` is a number (constant), "orthogonal", or ("normal", std). `per_layer`: dimension 0 is the layer.
+    Embeddings and small matrices (`coded`) are quantized; the rest is control and is kept in half precision.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: Any
+    group: str
+    per_layer: bool = False
+    coded: bool = False
+
+
+def param_table(cfg: Config) -> list[ParamSpec]:
+    """The one table of parameters outside the banks; a feature that is off has no row and so no parameter."""
+    dim, layers, heads, vocab = cfg.model_dim, cfg.num_layers, cfg.num_heads, cfg.vocab_size
+    kv, buckets, is_asqu = cfg.num_kv_heads * cfg.head_dim, cfg.bigram_vocab_size, cfg.mlp_activation == "asqu"
+    skips = max(len(phase.order) // 2 for phase in phases(cfg).values())
+    mix = torch.stack([torch.ones(dim), torch.zeros(dim)]).expand(layers, 2, dim)  # all of x, nothing of x0
+    rows = [
+        (True, ParamSpec("tok_emb", (vocab, dim), ("normal", cfg.tied_embed_init_std), "embed", coded=True)),
+        (not cfg.tie_embeddings, ParamSpec("lm_head", (vocab, dim), 0.0, "head", coded=True)),
+        (buckets, ParamSpec("bigram_table", (buckets, cfg.bigram_dim), 0.0, "embed", coded=True)),
+        (buckets, ParamSpec("bigram_proj", (dim, cfg.bigram_dim), "orthogonal", "scalar", coded=True)),
+        (buckets, ParamSpec("bigram_scale", (1,), 0.05, "scalar")),
+        (cfg.ve_enabled, ParamSpec("ve_table", (vocab, cfg.ve_dim), ("normal", 0.01), "embed", coded=True)),
+        (cfg.ve_enabled, ParamSpec("ve_proj", (kv, cfg.ve_dim), 0.0, "scalar", coded=True)),
+        (cfg.ve_enabled, ParamSpec("ve_scale", (len(cfg.ve_layers),), 0.1, "scalar")),
+        (cfg.smear_gate_enabled, ParamSpec("smear_gate", (dim,), 0.0, "scalar")),
+        (skips, ParamSpec("skip_weights", (skips, dim), 1.0, "scalar")),
+        (True, ParamSpec("resid_mix", (layers, 2, dim), mix, "scalar", per_layer=True)),
+        (True, ParamSpec("attn_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
+        (True, ParamSpec("mlp_scale", (layers, dim), 1.0, "scalar", per_layer=True)),
+        (True, ParamSpec("q_gain", (layers, heads), cfg.qk_gain_init, "scalar", per_layer=True)),
+        (cfg.value_residual, ParamSpec("value_mix", (layers, 2), 0.5, "scalar", per_layer=True)),
+        (cfg.gated_attn_enabled, ParamSpec("gate_weight", (layers, heads, dim), 0.0, "scalar", per_layer=True)),
+        (cfg.gated_attn_enabled, ParamSpec("gate_bias", (layers, heads), 4.0, "scalar", per_layer=True)),
+        (is_asqu, ParamSpec("asqu_beta", (layers, cfg.hidden_dim), cfg.asqu_beta_init, "asqu", per_layer=True)),
+    ]
+    rank, passes = cfg.lora_rank, len(final_order(cfg))
+    for bank in bank_specs(cfg):  # zero at the start, by the second factor (PR #38)
+        rows += [(rank, ParamSpec(f"lora_{bank.name}_in", (passes, rank, bank.cols), ("normal", 0.02), "lora")),
+                 (rank, ParamSpec(f"lora_{bank.name}_out", (passes, bank.rows, rank), 0.0, "lora"))]  # fmt: skip
+    return [spec for present, spec in rows if present]
+
+
+def initial_value(shape: tuple[int, ...], init: Any) -> Tensor:
+    """A fresh parameter, on the CPU so that every device and every number of ranks starts from the same bits."""
+    if isinstance(init, Tensor):
+        return init.clone()
+    if isinstance(init, tuple):
+        return torch.randn(shape) * init[1]
+    if init == "orthogonal":
+        return nn.init.orthogonal_(torch.empty(shape))
+    if init == "uniform":  # nn.Linear's default, what the official baseline starts from
+        return torch.empty(shape).uniform_(-1, 1) / math.sqrt(shape[-1])
+    return torch.full(shape, float(init))
+
+
+def initial_bank(spec: BankSpec, cfg: Config) -> Tensor:
+    """(layers, rows, cols): each matrix of the bank initialized by itself."""
+    kind = 0.0 if spec.zero else "orthogonal" if cfg.ortho_init else "uniform"
+    layers = [[initial_value((rows, spec.cols), kind) for _, rows in spec.roles] for _ in range(cfg.num_layers)]
+    return torch.stack([torch.cat(matrices) for matrices in layers])
+
+
+class Pass(NamedTuple):
+    """What one forward pass hands to its layers."""
+
+    order: tuple[int, ...]  # layers as they run
+    banks: dict[str, tuple[Tensor, ...]]  # bank -> the matrices of each position in the order
+    vectors: dict[str, tuple[Tensor, ...]]  # per-layer parameter -> the layers' values
+    mixes: tuple[Tensor, ...]  # per position in the order, (3, C): factors of x, skip and x0 at the layer's entrance
+    rotary: Tensor
+    value_embedding: Tensor | None  # (N, KV, D)
+    mask: Tensor | None  # of the attention, with DOC_ATTENTION
+    follows: Tensor | None  # with KEY_OFFSET where a token has a previous one, (N,)
+    beta: tuple[Tensor, ...]  # per layer, (hidden,): the factor of squared_leaky_relu below zero
+    observe: CalibHook | None
+
+
+def compiled(cfg: Config, function: Callable) -> Callable:
+    """torch.compile as one static graph, or the function itself when COMPILE=0."""
+    if not cfg.compile:
+        return function
+    # Inductor describes an operator that is new to it, or fails, by all that leads to it, in a time exponential in its
+    # depth (torch 2.11; 2.13 only where it fails): with XSA_LAST_N=4 of 11 layers no step was made in four minutes.
+    issue = importlib.import_module("torch._inductor.exc").OperatorIssue
+    issue.operator_str = staticmethod(lambda target, *_: str(target))
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def row_scale(w: Tensor, bits: Tensor | int, policy: str, sigmas: Tensor | float) -> Tensor:
+    """Scale (..., rows) of w (..., rows, cols), rounded to half as it is stored; bits (..., rows, 1), or one for all.
+    Policy amax clips at the largest entry, the others at `sigmas` standard deviations (SDClip, PR #1394)."""
+    clip = w.abs().amax(-1, keepdim=True) if policy == "amax" else sigmas * w.std(-1, correction=0, keepdim=True)
+    return (clip / (2 ** (bits - 1) - 1)).clamp_min(2.0**-20).half().to(w.dtype).squeeze(-1)
+
+
+def round_to_grid(w: Tensor, scale: Tensor, bits: Tensor | int) -> Tensor:
+    """Codes of w (..., rows, cols) for scale (..., rows): whole numbers in [-2^(bits-1), 2^(bits-1) - 1], as floats."""
+    top = 2 ** (bits - 1)
+    return torch.round(w / scale.unsqueeze(-1)).clamp(-top, top - 1)
+
+
+def fake_quantize(w: Tensor, bits: Tensor | int, policy: str, sigmas: Tensor | float) -> Tensor:
+    """w rounded to its grid in the forward pass, the identity in the backward pass (straight-through)."""
+    scale = row_scale(w.detach(), bits, policy, sigmas)
+    return w + (round_to_grid(w.detach(), scale, bits) * scale.unsqueeze(-1) - w).detach()
+
+
+class GPT(nn.Module):
+    """The language model. `weights()` prepares the matrices once per step; `nll` is the forward pass."""
+
+    def __init__(
+        self, cfg: Config, bos_id: int, attend: Attention, device: torch.device, parts: PlainLayer = PLAIN_LAYER
+    ) -> None:
+        """Allocate and initialize from SEED, whatever the state of the global generator."""
+        super().__init__()
+        self.cfg, self.bos_id, self.attend, self.parts = cfg, bos_id, attend, parts
+        self.dtype = compute_dtype(device)
+        self.norm_scales = [(i + 1) ** -0.5 if cfg.ln_scale else 1.0 for i in range(cfg.num_layers)]
+        self.order = final_order(cfg)  # of the model as it is scored; training may still be on its way there
+        self.micro_batch = MICRO_BATCH_TOKENS  # tokens at most of a batch; `build_model` measures what the GPU holds
+        self.specs, self.param_table = bank_specs(cfg), param_table(cfg)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            self.banks = nn.ParameterDict({s.name: initial_bank(s, cfg) for s in self.specs})
+            self.rest = nn.ParameterDict({s.name: initial_value(s.shape, s.init) for s in self.param_table})
+        self.register_buffer("clip_sigmas", torch.tensor(cfg.matrix_clip_sigmas or 6.0), persistent=False)
+        self.to(device)
+        self.bits = {s.name: row_bits(cfg, s).to(device) for s in self.specs}
+        lengths = {phase.seq_len for phase in phases(cfg).values()} | {cfg.eval_len}
+        self.rotary = {length: rotary_table(length, cfg, device) for length in lengths}
+        self.fast_weights, self.fast_nll = compiled(cfg, self.weights), compiled(cfg, self.nll)
+        self.fast_nll_and_entropy = compiled(cfg, self.nll_and_entropy)
+
+    def weights(self, fake_quant: bool) -> dict[str, Tensor]:
+        """Banks and head in the compute type; `fake_quant` puts the banks on the export grid, straight-through.
+
+        The scales of a layer's two outputs multiply the rows of the matrices that make them: on small matrices they
+        cost nothing, on activations two reads and a write in the backward pass (1.6 ms of a step).
+        """
+        banks = dict(self.banks.items())
+        if fake_quant:
+            policy, sigmas = self.cfg.clip_policy, self.clip_sigmas
+            banks = {n: fake_quantize(bank, self.bits[n], policy, sigmas) for n, bank in banks.items()}
+        scales = {"out": self.rest["attn_scale"], "down": self.rest["mlp_scale"]}
+        if self.cfg.lora_rank:  # from here on one matrix per pass, not per layer
+            added = {name: self.rest[f"lora_{name}_out"] @ self.rest[f"lora_{name}_in"] for name in banks}
+            banks = {name: self.per_loop(bank) + added[name] for name, bank in banks.items()}
+            scales = {name: self.per_loop(scale) for name, scale in scales.items()}
+        banks |= {name: banks[name] * scale.unsqueeze(-1) for name, scale in scales.items()}
+        head = self.rest["tok_emb" if self.cfg.tie_embeddings else "lm_head"]
+        return {name: tensor.to(self.dtype) for name, tensor in {**banks, "head": head}.items()}
+
+    def per_loop(self, layers: Tensor) -> Tensor:
+        """Slices of `layers` (layers, ...) in the order in which they run, (passes, ...)."""
+        return torch.stack([layers[layer] for layer in self.order])
+
+    def project(self, table: str, ids: Tensor, matrix: str, observe: CalibHook | None) -> Tensor:
+        """Rows `ids` of an embedding table times a small matrix; gathered in fp32 so that gradients sum in fp32."""
+        rows = F.embedding(ids, self.rest[table]).to(self.dtype)
+        if observe is not None:
+            observe(matrix, rows)
+        return F.linear(rows, self.rest[matrix].to(self.dtype))
+
+    def embed(self, ids: Tensor, observe: CalibHook | None) -> Tensor:
+        """Token (and bigram) embedding, normalized and smeared: (B, T, C)."""
+        x = F.embedding(ids, self.rest["tok_emb"])
+        if "bigram_table" in self.rest:
+            buckets = bigram_hash(ids, self.bos_id, self.cfg.bigram_vocab_size)
+            x = x + self.rest["bigram_scale"] * self.project("bigram_table", buckets, "bigram_proj", observe)
+        x = rms_norm(x.to(self.dtype))
+        return smear(x, ids, self.rest["smear_gate"], self.bos_id) if "smear_gate" in self.rest else x
+
+    def begin(self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: CalibHook | None) -> Pass:
+        """Split banks and per-layer vectors: one backward concatenation each instead of one per layer."""
+        vectors = {s.name: self.rest[s.name].to(self.dtype).unbind() for s in self.param_table if s.per_layer}
+        banks = {spec.name: weights[spec.name] for spec in self.specs}
+        banks = {name: bank.unbind() if isinstance(bank, Tensor) else bank for name, bank in banks.items()}
+        if not self.cfg.lora_rank:
+            banks = {name: tuple(matrices[layer] for layer in order) for name, matrices in banks.items()}
+        value = None
+        if "ve_table" in self.rest:
+            value = self.project("ve_table", ids, "ve_proj", observe).view(ids.numel(), self.cfg.num_kv_heads, -1)
+        length = ids.shape[1]
+        rotary = self.rotary[length] if length in self.rotary else rotary_table(length, self.cfg, ids.device)
+        slope = {"relu2": 0.0, "leaky_relu2": self.cfg.negative_slope, "asqu": 0.0}[self.cfg.mlp_activation]
+        fixed = torch.full((self.cfg.hidden_dim,), slope**2, dtype=self.dtype, device=ids.device)
+        beta = vectors.get("asqu_beta", (fixed,) * self.cfg.num_layers)
+        mask = self.attend.mask(doc_ids(ids, self.bos_id)) if self.cfg.doc_attention else None
+        follows = has_previous(ids, self.bos_id).flatten() if self.cfg.key_offset else None
+        return Pass(order, banks, vectors, self.mixes(order), rotary, value, mask, follows, beta, observe)
+
+    def mixes(self, order: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Factors (3, C) of x, skip and x0 at the entrance of each position: the skip's weight is multiplied in here,
+        on vectors, and once for all positions."""
+        resid = torch.stack([self.rest["resid_mix"][layer] for layer in order])
+        half, skips = len(order) // 2, torch.zeros_like(resid[:, 0])
+        if half:
+            weights = self.rest["skip_weights"][:half]
+            skips = F.pad(weights, (0, 0, half, len(order) - half - len(weights)))
+        return torch.stack([resid[:, 0], resid[:, 0] * skips, resid[:, 1]], 1).to(self.dtype).unbind()
+
+    def attention(self, rows: Residual, position: int, first_v: Tensor | None, p: Pass) -> tuple[Tensor, Tensor]:
+        """What the heads of a layer attend to, (N, C) before the output matrix, and its own values (N, KV, D)."""
+        layer, vectors, parts, cfg, extra = p.order[position], p.vectors, self.parts, self.cfg, None
+        if p.observe is not None:
+            p.observe(f"qkv.{layer}", parts.materialize_norm(rows))
+        if cfg.ve_enabled and layer in cfg.ve_layers:
+            extra = self.rest["ve_scale"][cfg.ve_layers.index(layer)].to(self.dtype) * p.value_embedding
+        weight, gain = p.banks["qkv"][position], vectors["q_gain"][layer]
+        q, k, own, proxy = parts.qkv_rope(rows, weight, gain, p.rotary, extra, p.follows)
+        v = own
+        if "value_mix" in vectors:
+            mix = vectors["value_mix"][layer]
+            v = proxy = mix[0] * (own if first_v is None else first_v) + mix[1] * own
+        y = self.attend(*(t.unflatten(0, (-1, p.rotary.shape[1])) for t in (q, k, v)), p.mask).flatten(0, 1)
+        gate = None
+        if "gate_weight" in vectors:
+            weight, bias = (vectors[name][layer] for name in ("gate_weight", "gate_bias"))
+            gate = F.linear(parts.materialize_norm(rows), weight, bias).sigmoid()
+        if layer >= cfg.num_layers - cfg.xsa_last_n:
+            y = parts.xsa(y, v, proxy, gate)
+        elif gate is not None:
+            y = y * gate.unsqueeze(-1)
+        z = y.flatten(1)
+        if p.observe is not None:
+            p.observe(f"out.{layer}", z)
+        return z, own
+
+    def mlp(self, rows: Residual, position: int, p: Pass) -> Tensor:
+        """Feed-forward part of a layer, its output added: (N, C)."""
+        layer = p.order[position]
+        x, act = self.parts.mlp(rows, p.banks["up"][position], p.banks["down"][position], p.beta[layer])
+        if p.observe is not None:
+            p.observe(f"up.{layer}", self.parts.materialize_norm(rows))
+            p.observe(f"down.{layer}", act)
+        return x
+
+    def hidden(
+        self, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...], observe: CalibHook | None = None
+    ) -> Tensor:
+        """Normalized output of the last layer (B, T, C) for ids (B, T), running the layers in `order`.
+
+        The first half of the order pushes its outputs, the second half pops them (U-Net skips); every layer mixes
+        the embedding x0 back in.
+        """
+        p = self.begin(ids, weights, order, observe)
+        x = self.embed(ids, observe).flatten(0, 1)
+        x0, half, skips, first_v = (x, x), len(order) // 2, [], None
+        for position, layer in enumerate(order):
+            skip = None
+            if half <= position < 2 * half:
+                skip = skips.pop() if position > half else (x, x)  # the last one pushed is x itself
+            rows, proxy, x0 = self.parts.resid_mix_norm(x, skip, x0, p.mixes[position], self.norm_scales[layer])
+            if 0 < position < half:
+                skips.append((x, proxy))
+            z, own_v = self.attention(rows, position, first_v, p)
+            first_v = own_v if first_v is None else first_v
+            rows = self.parts.attn_proj(rows, z, p.banks["out"][position], self.norm_scales[layer])
+            x = self.mlp(rows, position, p)
+        return rms_norm(x).view(*ids.shape, -1)
+
+    def logits(self, hidden: Tensor, weights: dict[str, Tensor], observe: CalibHook | None = None) -> Tensor:
+        """Softcapped logits (B, T, V) in float32."""
+        if observe is not None:
+            observe("head", hidden)
+        return softcap(product(hidden, weights["head"]), self.cfg.logit_softcap)
+
+    def nll(self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> Tensor:
+        """Negative log-likelihood in nats of each target given its prefix, (B, T) float32."""
+        logits = product(self.hidden(ids, weights, order).flatten(0, 1), weights["head"])
+        return self.parts.nll(logits, targets.flatten(), self.cfg.logit_softcap).view_as(targets)
+
+    def nll_and_entropy(
+        self, ids: Tensor, targets: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """`nll`, and the entropy in nats of each prediction, (B, T) float32."""
+        log_p = self.logits(self.hidden(ids, weights, order), weights).log_softmax(-1)
+        return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace all parameters in place: compiled graphs stay valid. Names must match exactly."""
+        self.load_state_dict(dict(tensors))
+
+
+def tokens_that_fit(peaks: list[int], length: int, kept: int, limit: float) -> tuple[float, str]:
+    """Tokens of a micro-batch that `limit` bytes hold, and why, from the peaks of one and of two sequences of `length`.
+
+    A token takes its bytes twice: a phase is warmed up while the CUDA graphs of those before it keep their memory.
+    Beside them are `kept` bytes, a GiB for libraries, and a twentieth that fragments.
+    """
+    each = max(peaks[1] - peaks[0], 1) / length
+    fixed = peaks[0] - each * length + kept + 2**30
+    why = f"a token takes {each / 2**10:.0f} KiB twice, the rest {fixed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB"
+    return (0.95 * limit - fixed) / (2 * each), why
+
+
+def micro_batch_tokens(run: Runtime, model: GPT) -> int:
+    """Most tokens of a micro-batch, on every rank: 98,304, or what the GPU holds, by two uncompiled micro-steps.
+
+    Evaluation, which keeps no activations, takes less. UserError where not one sequence fits.
+    """
+    cfg, device, peaks = run.cfg, run.ranks.device, []
+    if device.type != "cuda":
+        return MICRO_BATCH_TOKENS
+    length, parameters = max(cfg.train_seq_len, cfg.eval_len), 4 * sum(p.numel() for p in model.parameters())
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.memory.get_per_process_memory_fraction(device) * total
+    limit = min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.memory_allocated(device)
+    for rows in (1, 2):
+        ids = torch.arange(rows * length, device=device).view(rows, length) % cfg.vocab_size
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            model.nll(ids, ids, model.weights(False), final_order(cfg)).mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+        model.zero_grad()
+    copies = 6 + cfg.lawa_k * cfg.lawa_enabled  # gradients, momentum, Adam's moments, average, what warm-up keeps
+    tokens, why = tokens_that_fit(peaks, length, copies * parameters, limit)
+    tokens = -int(run.ranks.all_reduce_max(-tokens)[0])
+    if tokens < length / 2:
+        raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len} EVAL_SEQ_LEN={cfg.eval_seq_len}: not one sequence fits: "
+                        f"{why}; lower them, MODEL_DIM or NUM_LAYERS")  # fmt: skip
+    tokens = min(max(tokens, length), MICRO_BATCH_TOKENS)
+    run.log(f"micro_batch:{tokens} tokens at most, because {why}")
+    return tokens
+
+
+def build_model(run: Runtime, cfg: Config, bos_id: int) -> GPT:
+    """The model of `cfg` on this rank's device, with its parameter count in the log."""
+    attend = choose_back_end(run, attention_back_ends(cfg), cfg.attn_backend)
+    parts = choose_back_end(run, LAYER_BACK_ENDS, cfg.layer_backend)
+    model = GPT(cfg, bos_id, attend, run.ranks.device, parts)
+    sizes = {name.split(".")[1]: p.numel() for name, p in model.named_parameters()}
+    count = sum(sizes.values())
+    run.log(f"model_params:{count} ({' '.join(f'{n}:{c}' for n, c in sizes.items() if c > 0.002 * count)}) "
+            f"passes:{len(final_order(cfg))} over {cfg.num_layers} layers")  # fmt: skip
+    run.log.event("model", parameters=count, mlp_hidden=cfg.hidden_dim)
+    run.log(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} xsa_last_n:{cfg.xsa_last_n} "
+            f"mlp_activation:{cfg.mlp_activation} hidden:{cfg.hidden_dim}")  # fmt: skip
+    model.micro_batch = micro_batch_tokens(run, model)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. Quantization
+# ----------------------------------------------------------------------------------------------
+# Every matrix becomes integer codes times a scale per row. GPTQ (arXiv 2210.17323) rounds column by
+# column and lets the columns still to come absorb the error, weighted by the Hessian X^T X of the
+# layer's inputs on training data. All layers of a bank are quantized at once. With CLIP_POLICY=cost
+# rounding costs the loss the same in every weight (reverse water filling): bytes go where they gain most.
+
+
+class QuantSpec(NamedTuple):
+    """One tensor to quantize: (n, rows, cols) fp32, the names of its n Hessians, and bits and clip of its kind."""
+
+    name: str
+    tensor: Tensor
+    hessians: list[str]
+    bits: Tensor  # (n, rows, 1) integer
+    sigmas: float  # k of policy sigma; 0: the common one
+    unit: Tensor | None = None  # step over k of policy cost, (n, rows)
+
+
+# Dependent quantization as in the video coder VVC: a state knows one of two grids, and the code's parity leads to the
+# next state. In odd states every grid point but 0 is half a step nearer to 0. The two grids together are twice as fine
+# as one, and the choice among paths makes good most of what a code, which says only its own grid's point, leaves open.
+TRELLIS = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))  # state -> next after an even, an odd code
+
+
+def trellis_values(codes: Tensor) -> Tensor:
+    """What trellis codes (n, rows, cols) int8 stand for, in steps; every row starts in state 0."""
+    following, values = torch.tensor(TRELLIS, device=codes.device), codes.float()
+    state = torch.zeros_like(codes[..., 0], dtype=torch.long)
+    for code, value in zip(codes.unbind(-1), values.unbind(-1), strict=True):
+        value -= 0.5 * (state & 1) * code.sign()
+        state = following[state, code.long() & 1]
+    return values
+
+
+class QuantizedTensor(NamedTuple):
+    """A quantized tensor: codes (n, rows, cols) int8 and scales (n, rows) half."""
+
+    codes: Tensor
+    scale: Tensor
+    trellis: bool = False
+
+    def dequantize(self) -> Tensor:
+        values = trellis_values(self.codes) if self.trellis else self.codes.float()
+        return values * self.scale.float().unsqueeze(-1)
+
+
+def quant_specs(
+    model: GPT, matrix_bits: Mapping[int, int] | None = None, costs: Mapping[str, Tensor] | None = None
+) -> list[QuantSpec]:
+    """All coded tensors of the model in artifact order; `matrix_bits` limits the bits of single layers.
+
+    `costs` of rounding give a row its unit, a step that costs as much as in all other rows; steps are on the average
+    those of policy sigma for the same k. A row whose cost the batches hardly show (a rare token) has some all the same.
+    """
+    cfg, jobs, home = model.cfg, [], float64_device(model.clip_sigmas.device)
+    for spec in model.specs:
+        bank = model.banks[spec.name].detach().to(home)
+        bits = model.bits[spec.name].to(bank.device, copy=True)
+        for layer, lower in (matrix_bits or {}).items():
+            bits[layer] = bits[layer].clamp_max(lower)
+        jobs.append(QuantSpec(spec.name, bank, [f"{spec.name}.{i}" for i in range(len(bank))], bits, 0.0))
+    head = "tok_emb" if cfg.tie_embeddings else "lm_head"
+    for spec in model.param_table:
+        if spec.coded:
+            tensor = model.rest[spec.name].detach()[None].to(home)
+            bits = torch.full((1, tensor.shape[1], 1), cfg.embed_bits, device=tensor.device)
+            inputs = "head" if spec.name == head else spec.name
+            jobs.append(QuantSpec(spec.name, tensor, [inputs], bits, cfg.embed_clip_sigmas))
+    known = {job.name: costs[f"cost.{job.name}"] for job in jobs if f"cost.{job.name}" in (costs or {})}
+    known = {name: cost + cost.mean(-1, keepdim=True) / 32 + 1e-30 for name, cost in known.items()}
+    jobs = [job._replace(unit=known[job.name].rsqrt() if job.name in known else None) for job in jobs]
+    paid = [job for job in jobs if job.unit is not None]
+    logs = [(job.tensor.std(-1, correction=0) / job.unit).clamp_min(1e-15).log().mean().item() for job in paid]
+    mean = sum(log * job.tensor.numel() for log, job in zip(logs, paid, strict=True))
+    scale = math.exp(mean / max(sum(job.tensor.numel() for job in paid), 1)) / (2 ** (cfg.matrix_bits - 1) - 1)
+    return [job if job.unit is None else job._replace(unit=scale * job.unit) for job in jobs]
+
+
+def passthrough(model: GPT) -> dict[str, Tensor]:
+    """Control parameters, never quantized: name -> tensor in half precision."""
+    return {s.name: model.rest[s.name].detach().half() for s in model.param_table if not s.coded}
+
+
+def row_scales(cfg: Config, job: QuantSpec, hessians: Mapping[str, Tensor], sigmas: float) -> Tensor:
+    """Row scales (n, rows) of a job under CLIP_POLICY.
+
+    `search` takes per row the clip percentile of least Hessian-weighted rounding error (GPTQ-lite, PR #374); a
+    column's weight is its Hessian's diagonal, or 1 where no inputs were observed.
+    """
+    if job.unit is not None:  # rounded to 1/8 of an octave: as good, and stored in half the bytes
+        finest = row_scale(job.tensor, job.bits, "amax", 0.0)
+        coarsest = finest * (2 ** (job.bits[..., 0] - 1) - 1)  # all codes but the largest are 0
+        half = (sigmas * job.unit).clamp(1.07 * finest, coarsest).clamp(2.0**-14, 2.0**15).half()
+        return ((half.view(torch.int16) + 64) & ~127).view(torch.half).to(job.tensor.dtype)
+    if cfg.clip_policy != "search":
+        return row_scale(job.tensor, job.bits, cfg.clip_policy, job.sigmas or sigmas)
+    w, ones = job.tensor, torch.ones_like(job.tensor[0, 0])
+    weight = torch.stack([hessians[n].diagonal() if n in hessians else ones for n in job.hessians]).unsqueeze(1)
+    scales, errors = [], []
+    for percentile in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        clip = torch.stack([torch.quantile(layer.abs(), percentile, dim=-1, keepdim=True) for layer in w])
+        scales.append(row_scale(clip, job.bits, "amax", 0.0))
+        rounded = round_to_grid(w, scales[-1], job.bits) * scales[-1].unsqueeze(-1)
+        errors.append(((rounded - w).square() * weight).sum(-1))
+    return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+
+
+def hessian_inv_cholesky(hessian: Tensor, damp: float) -> Tensor:
+    """Upper U with U^T U = (H + damp x mean diagonal)^-1 (n, cols, cols); damp grows tenfold where that fails."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    hessian = hessian + torch.diag_embed((diagonal == 0).to(hessian.dtype))  # inputs that are always zero
+    mean = diagonal.mean(-1)[:, None, None]
+    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    lower, failed = torch.linalg.cholesky_ex(hessian + damp * mean * eye)
+    if failed.any():
+        return hessian_inv_cholesky(hessian, max(10 * damp, 1e-6))
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+
+def gptq_quantize(job: QuantSpec, hessian: Tensor, scale: Tensor, cfg: Config) -> Tensor:
+    """Codes (n, rows, cols), float64 integers, of all layers of a job; Hessian (n, cols, cols), scale (n, rows).
+
+    Columns run in blocks of GPTQ_BLOCK_SIZE; with GPTQ_ACT_ORDER the largest diagonal comes first. Columns whose
+    input is always zero are coded as zero. Float64 throughout: the GPU is launch-bound here, so digits are free.
+    """
+    w, scale, hessian = job.tensor.double(), scale.double(), hessian.double()
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    w = w.masked_fill(dead[:, None, :], 0.0)
+    columns = torch.arange(w.shape[2], device=w.device).expand_as(diagonal)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True) if cfg.gptq_act_order else columns
+    w = w.take_along_dim(order[:, None, :], 2)
+    hessian = hessian.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
+    factor = hessian_inv_cholesky(hessian, cfg.gptq_damp)
+    codes = torch.empty_like(w)
+    for begin in range(0, w.shape[2], cfg.gptq_block_size):
+        end = min(begin + cfg.gptq_block_size, w.shape[2])
+        block, errors = w[:, :, begin:end].clone(), torch.empty_like(w[:, :, begin:end])
+        for j in range(end - begin):
+            row = factor[:, begin + j, begin:end]
+            code = round_to_grid(block[:, :, j : j + 1], scale, job.bits)
+            error = (block[:, :, j : j + 1] - code * scale.unsqueeze(-1)) / row[:, None, j : j + 1]
+            block[:, :, j:] -= error * row[:, None, j:]
+            codes[:, :, begin + j], errors[:, :, j] = code[..., 0], error[..., 0]
+        w[:, :, end:] -= errors @ factor[:, begin:end, end:]
+    return codes.take_along_dim(order.argsort()[:, None, :], 2)
+
+
+def trellis_block(w: Tensor, factor: Tensor, scale: Tensor, state: Tensor, top: Tensor) -> tuple[Tensor, ...]:
+    """Codes and errors (n, rows, block) of some columns w, and the state (n, rows) after them, by Viterbi's algorithm.
+
+    Of all paths into a state the one of least error survives, with columns that have absorbed its own errors.
+    """
+    into = [[2 * i + parity for i, to in enumerate(TRELLIS) for parity in (0, 1) if to[parity] == s] for s in range(8)]
+    into, parity, past = torch.tensor(into, device=w.device), torch.arange(2, device=w.device), []
+    shift = 0.5 * (torch.arange(8, device=w.device) & 1)
+    cost = torch.full((*w.shape[:2], 8), math.inf, dtype=w.dtype, device=w.device).scatter_(2, state[..., None], 0.0)
+    left, scale, top = w.unsqueeze(2).expand(-1, -1, 8, -1), scale[..., None], top[..., None] - 2 + parity
+    for j in range(w.shape[2]):
+        y, row = left[..., 0], factor[:, None, None, j, j:]
+        code = 2 * ((y / scale + shift * y.sign())[..., None] / 2 - parity / 2).round() + parity
+        code = torch.minimum(torch.maximum(code, -top), top)
+        error = (y[..., None] - (code - shift[:, None] * code.sign()) * scale[..., None]) / row[..., :1]
+        both = (cost[..., None] + error.square()).flatten(2)[..., into]
+        second = both[..., 1] < both[..., 0]
+        cost, source = both.amin(-1), torch.where(second, into[:, 1], into[:, 0])
+        code, error = (x.flatten(2).gather(2, source) for x in (code, error))
+        past.append((code, error, source // 2))
+        left = left[..., 1:].gather(2, past[-1][2][..., None].expand(-1, -1, -1, left.shape[3] - 1))
+        left -= error[..., None] * row[..., 1:]
+    best, found = cost.argmin(-1, keepdim=True), []
+    state = best[..., 0]
+    for code, error, origin in reversed(past):
+        found.append((code.gather(2, best), error.gather(2, best)))
+        best = origin.gather(2, best)
+    return *(torch.cat(parts[::-1], 2) for parts in zip(*found, strict=True)), state
+
+
+def trellis_quantize(job: QuantSpec, hessian: Tensor, scale: Tensor, cfg: Config) -> Tensor:
+    """`gptq_quantize` with trellis codes: blocks of columns as they stand, which costs a trellis a hundredth."""
+    w, scale, factor = job.tensor.double(), scale.double(), hessian_inv_cholesky(hessian.double(), cfg.gptq_damp)
+    w = w.masked_fill((hessian.diagonal(dim1=-2, dim2=-1) == 0)[:, None, :], 0.0)
+    codes, state = torch.empty_like(w), torch.zeros_like(w[..., 0], dtype=torch.long)
+    for begin in range(0, w.shape[2], cfg.gptq_block_size):
+        end = begin + cfg.gptq_block_size
+        block, own = w[..., begin:end], factor[:, begin:end, begin:end]
+        codes[..., begin:end], errors, state = trellis_block(block, own, scale, state, 2.0 ** (job.bits - 1))
+        w[..., end:] -= errors @ factor[:, begin:end, end:]
+    return codes
+
+
+def quantize(cfg: Config, job: QuantSpec, hessians: Mapping[str, Tensor], sigmas: float) -> QuantizedTensor:
+    """Codes of a job by GPTQ where its inputs were observed, by rounding to nearest elsewhere (embedding tables)."""
+    scale = row_scales(cfg, job, hessians, sigmas)
+    if broken := [name for name in job.hessians if name in hessians and not hessians[name].isfinite().all()]:
+        raise UserError(f"Hessians of {broken} are not finite: activations overflowed on the calibration data")
+    if cfg.gptq_enabled and all(name in hessians for name in job.hessians):
+        method = trellis_quantize if cfg.trellis else gptq_quantize
+        codes = method(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
+    elif cfg.trellis:
+        codes = trellis_quantize(job, torch.eye(job.tensor.shape[2], device=scale.device)[None], scale, cfg)
+    else:
+        codes = round_to_grid(job.tensor, scale, job.bits)
+    return QuantizedTensor(codes.to(torch.int8), scale.half(), cfg.trellis)
+
+
+def quantize_tensors(
+    run: Runtime, jobs: list[QuantSpec], hessians: dict[str, Tensor], sigmas: float
+) -> dict[str, QuantizedTensor]:
+    """Codes of all jobs by name, their layers shared over the ranks; every rank gets all.
+
+    GPTQ is a loop over columns, so each rank takes layers that have the same number of columns in all. Sums over
+    ranks join the parts: what a rank does not own is zero there.
+    """
+    ranks, coded = run.ranks, {}
+    columns = torch.tensor([job.tensor.shape[2] for job in jobs for _ in job.tensor], dtype=torch.float64)
+    middles = columns.cumsum(0) - columns / 2
+    owners = (middles * ranks.world / columns.sum()).long().split([len(job.tensor) for job in jobs])
+    for job, owner in zip(jobs, owners, strict=True):
+        codes = torch.zeros_like(job.tensor, dtype=torch.int8)
+        scale = torch.zeros_like(job.tensor[..., 0], dtype=torch.half)
+        if own := (owner == ranks.rank).nonzero()[:, 0].tolist():
+            names = [job.hessians[layer] for layer in own]
+            unit = None if job.unit is None else job.unit[own]
+            part = job._replace(tensor=job.tensor[own], bits=job.bits[own], hessians=names, unit=unit)
+            codes[own], scale[own] = quantize(run.cfg, part, hessians, sigmas)[:2]
+        coded[job.name] = QuantizedTensor(ranks.all_reduce_sum_(codes), ranks.all_reduce_sum_(scale), run.cfg.trellis)
+    return coded
+
+
+def row_classes(codes: Tensor) -> Tensor:
+    """Class (n, rows) uint8 of each row of codes: its root mean square in quarters of an octave, from 1/256 up.
+
+    Rows of a class share a distribution, wherever they are: codes are all but normal, and so their size says it.
+    """
+    return (4 * codes.float().square().mean(-1).clamp_min(2.0**-16).log2() / 2 + 32).round().to(torch.uint8)
+
+
+def entropy_bytes(*tensors: Tensor) -> float:
+    """Bytes that an ideal coder needs for codes (n, rows, cols), with one distribution per class of rows."""
+    counts = torch.zeros(64 * 256, dtype=torch.double)
+    for codes in tensors:
+        places = codes.long() + 128 + 256 * row_classes(codes).long().unsqueeze(-1)
+        counts += torch.bincount(places.flatten(), minlength=64 * 256).cpu()
+    totals = counts.view(64, 256).sum(1, keepdim=True).clamp_min(1).expand(-1, 256).flatten()
+    return float((counts * (totals / counts.clamp_min(1)).log2()).sum()) / 8
+
+
+def ideal_bytes(coded: Iterable[QuantizedTensor], kept: Mapping[str, Tensor]) -> float:
+    """Bytes of an artifact whose codes take their entropy and whose scales and kept tensors are stored as they are."""
+    coded = list(coded)
+    halves = sum(tensor.numel() for tensor in [*kept.values(), *(c.scale for c in coded)])
+    return entropy_bytes(*(c.codes for c in coded)) + 2 * halves
+
+
+def bisect(size: Callable[[float], float], low: float, high: float, limit: float) -> float:
+    """The least x in (low, high] with size(x) <= limit, to 1/4096 of the range; size falls; x = high is not tried."""
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) > limit else (low, middle)
+    return high
+
+
+SIGMAS_RANGE = (4.0, 20.0)  # of 6 bits: below 4 the grid clips more than it gains; at 20 a weight has 2.6 bits
+SIZE_BAND = (0.998, 0.9990, 1.0)  # least, aimed-at and greatest part of TARGET_BYTES that the artifact takes
+
+
+def code_bytes() -> int:
+    """Size of the file that runs."""
+    return Path(__file__).stat().st_size
+
+
+def fit_clip_sigmas(cfg: Config, jobs: list[QuantSpec], kept: Mapping[str, Tensor], ratio: float = 1.0) -> float:
+    """The clip k whose rounded codes fill the limit, by bisection of their entropy; `ratio`: actual over estimated."""
+    limit = SIZE_BAND[1] * cfg.target_bytes - code_bytes()
+
+    def size(log_sigmas: float) -> float:
+        scales = [row_scales(cfg, job, {}, math.exp(log_sigmas)) for job in jobs]
+        pairs = zip(jobs, scales, strict=True)
+        rounded = (QuantizedTensor(round_to_grid(job.tensor, scale, job.bits), scale) for job, scale in pairs)
+        return ratio * ideal_bytes(rounded, kept)
+
+    finest, coarsest = SIGMAS_RANGE[0], SIGMAS_RANGE[1] * (2 ** (cfg.matrix_bits - 1) - 1) / 31
+    return math.exp(bisect(size, math.log(finest), math.log(coarsest), limit))
+
+
+# ----------------------------------------------------------------------------------------------
+# 11. Artifact
+# ----------------------------------------------------------------------------------------------
+# magic | length of header | header (zlib JSON: architecture, layer order, tensor table, streams) |
+# streams | first 8 bytes of the SHA-256 of all that. Codes, classes of their rows, scales and kept
+# tensors are one stream each; the coder is chosen per stream and named in the header. Codes are
+# stored row by row, the rows of a class together. The bytes that count are those on disk: this
+# file's and the artifact's.
+
+
+def refuse_other(saved: Mapping[str, Any], ours: Mapping[str, Any], where: str, remedy: str) -> None:
+    """UserError where a saved model or run differs from this one in any of `ours`: variables, files, ranks, script."""
+    if changed := [name for name in ours if saved.get(name) != ours[name]]:
+        pairs = ", ".join(f"{n.upper()} was {str(saved.get(n))[:60]}, is {str(ours[n])[:60]}" for n in changed[:8])
+        raise UserError(f"{where}: {pairs}; {remedy}")
+
+
+def refuse_other_version(saved: Any, where: str) -> None:
+    """UserError when a saved model knows other variables than this script: a default need not be what it had."""
+    if not isinstance(saved, dict) or (names := saved.keys() ^ Config().architecture().keys()):
+        lacking = " ".join(sorted(map(str, names))).upper()[:200] if isinstance(saved, dict) else "all variables"
+        raise UserError(f"{where} was made by another version of train_gpt.py (one of them lacks {lacking}); "
+                        "take logs/<RUN_ID>.py of its run")  # fmt: skip
+
+
+MAGIC = b"PGOLF\x02"
+
+
+def byte_shuffle(values: Tensor) -> bytes:
+    """Half-precision values as all low bytes, then all high bytes: like bytes side by side compress better."""
+    return values.cpu().numpy().reshape(-1).view(np.uint8).reshape(-1, 2).T.tobytes()
+
+
+def byte_unshuffle(raw: bytes) -> Tensor:
+    """Inverse of `byte_shuffle`: (n,) half."""
+    return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(2, -1).T.copy().view(np.float16).reshape(-1))
+
+
+class Codec(NamedTuple):
+    """A coder: module, its error, name of its level argument, strongest level, how at most `size` bytes are read."""
+
+    module: str
+    error: str
+    argument: str
+    strongest: int
+    read: Callable[[Any, bytes, int], bytes]  # module, data, size
+
+
+MOST_WINDOW = 2**27  # bytes of memory that a stream may ask its decoder for
+
+
+def read_brotli(decoder: Any, data: bytes, size: int) -> bytes:
+    """At most about `size` bytes: a decoder without a limit is fed in small pieces."""
+    raw = bytearray()
+    for begin in range(0, len(data), 64):
+        if len(raw) > size:
+            break
+        raw += decoder.process(data[begin : begin + 64])
+    return bytes(raw)
+
+
+CODECS = {
+    "zlib": Codec("zlib", "error", "level", 9, lambda m, data, size: m.decompressobj().decompress(data, size)),
+    "lzma": Codec("lzma", "LZMAError", "preset", 9,
+                  lambda m, data, size: m.LZMADecompressor(memlimit=MOST_WINDOW).decompress(data, size)),
+    "zstd": Codec("zstandard", "ZstdError", "level", 22,
+                  lambda m, data, size: m.ZstdDecompressor(max_window_size=MOST_WINDOW).stream_reader(data).read(size)),
+    "brotli": Codec("brotli", "error", "quality", 11,
+                    lambda m, data, size: read_brotli(m.Decompressor(), data, size)),
+}  # fmt: skip
+
+
+def codec(name: str) -> Any:
+    """The module of a coder; UserError where its package is missing."""
+    try:
+        return importlib.import_module(CODECS[name].module)
+    except ImportError:
+        raise UserError(f"coder {name}: its package is not installed; pip install -r requirements.txt") from None
+
+
+def encode_stream(cfg: Config, raw: bytes) -> tuple[str, bytes]:
+    """(coder, bytes) of a stream by COMPRESSOR; auto and ans take the smallest of the coders that are installed."""
+    installed = [name for name, row in CODECS.items() if importlib.util.find_spec(row.module)]
+    options = []
+    for name in [cfg.compressor] if cfg.compressor in CODECS else installed:
+        row = CODECS[name]
+        level = cfg.compressor_level if cfg.compressor in CODECS and cfg.compressor_level >= 0 else row.strongest
+        options.append((name, codec(name).compress(raw, **{row.argument: level})))
+    return min(options, key=lambda option: len(option[1]))
+
+
+ANS_BITS, ANS_LANES = 15, 1024  # probability resolution; coder states that run side by side in numpy
+
+
+def ans_steps(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """(segment, slice of the symbols) of each coder step: up to ANS_LANES symbols of one segment."""
+    begin = 0
+    for segment, size in enumerate(sizes):
+        for offset in range(0, size, ANS_LANES):
+            yield segment, slice(begin + offset, begin + min(offset + ANS_LANES, size))
+        begin += size
+
+
+def ans_decode(blob: bytes, sizes: Sequence[int]) -> np.ndarray:
+    """Inverse of `ans_encode`: int8 symbols. ValueError where the stream does not end as it must."""
+    length = struct.unpack_from("<I", blob)[0]
+    raw = decode_stream("zlib", blob[4 : 4 + length], 512 * len(sizes))
+    tables = np.frombuffer(raw, "<u2").reshape(256, -1).T.astype(np.int64)
+    tables[tables.sum(1) == 0, 0] = 1 << ANS_BITS  # an empty segment
+    if (tables.sum(1) != 1 << ANS_BITS).any():
+        raise ValueError("frequencies of the entropy coder do not add up")
+    starts = np.cumsum(tables, axis=1) - tables
+    lookup = np.stack([np.repeat(np.arange(256), row) for row in tables]).astype(np.int16)
+    begin = 4 + length
+    state = np.frombuffer(blob, "<u4", ANS_LANES, begin).astype(np.uint64)
+    words, position = np.frombuffer(blob, "<u2", offset=begin + 4 * ANS_LANES).astype(np.uint64), 0
+    symbols = np.empty(sum(sizes), np.int8)
+    for segment, span in ans_steps(sizes):
+        lanes = state[: span.stop - span.start]
+        slot = (lanes & np.uint64((1 << ANS_BITS) - 1)).astype(np.int64)
+        symbol = lookup[segment][slot]
+        symbols[span] = symbol - 128
+        frequency = tables[segment][symbol].astype(np.uint64)
+        lanes[:] = frequency * (lanes >> np.uint64(ANS_BITS)) + (slot - starts[segment][symbol]).astype(np.uint64)
+        low = np.flatnonzero(lanes < 1 << 16)
+        lanes[low] = lanes[low] << np.uint64(16) | words[position : position + len(low)]
+        position += len(low)
+    if position != len(words) or (state != 1 << 16).any():
+        raise ValueError("the entropy coder does not end where it began")
+    return symbols
+
+
+def decode_stream(coder: str, data: bytes, *segments: int) -> bytes:
+    """A stream's bytes, as many as its segments have; ValueError where it has others, before it can fill the memory."""
+    if coder == "ans":
+        return ans_decode(data, segments).tobytes()
+    module, size = codec(coder), sum(segments)
+    try:
+        raw = CODECS[coder].read(module, data, size + 1)
+    except getattr(module, CODECS[coder].error) as problem:
+        raise ValueError(str(problem)) from None
+    if len(raw) != size:
+        raise ValueError(f"a stream holds {len(raw)} bytes or more, not {size}")
+    return raw
+
+
+def ans_frequencies(counts: np.ndarray) -> np.ndarray:
+    """Counts (256,) scaled to sum to 2^ANS_BITS, at least 1 where a symbol occurs."""
+    scaled = np.maximum(np.floor(counts / max(counts.sum(), 1) * (1 << ANS_BITS)), counts > 0).astype(np.int64)
+    scaled[scaled.argmax()] += (1 << ANS_BITS) - scaled.sum()  # the rounding goes to the commonest symbol
+    return scaled
+
+
+def ans_encode(symbols: np.ndarray, sizes: list[int]) -> bytes:
+    """Entropy-code int8 symbols whose segments of `sizes` each have their own distribution (rANS, arXiv 1311.2540).
+
+    ANS_LANES interleaved coders share one stream of 16-bit words, so that numpy codes 1,024 symbols per call; the
+    price is 4 KB of final states. Layout: table length, zlib tables, states, words.
+    """
+    bounds = np.cumsum([0, *sizes])
+    unsigned = symbols.astype(np.int16) + 128
+    tables = np.stack([ans_frequencies(np.bincount(unsigned[a:b], minlength=256)) for a, b in zip(bounds, bounds[1:])])
+    starts = np.cumsum(tables, axis=1) - tables
+    state, words = np.full(ANS_LANES, 1 << 16, np.uint64), []
+    for segment, span in reversed(list(ans_steps(sizes))):
+        symbol = unsigned[span]
+        frequency, start = tables[segment][symbol].astype(np.uint64), starts[segment][symbol].astype(np.uint64)
+        lanes = state[: len(symbol)]
+        full = lanes >= frequency << np.uint64(32 - ANS_BITS)
+        words.append((lanes[full] & np.uint64(0xFFFF)).astype("<u2"))
+        lanes[full] >>= np.uint64(16)
+        lanes[:] = (lanes // frequency << np.uint64(ANS_BITS)) + lanes % frequency + start
+    packed = zlib.compress(tables.astype("<u2").T.tobytes(), 9)
+    body = np.concatenate(words[::-1]) if words else np.zeros(0, "<u2")
+    return struct.pack("<I", len(packed)) + packed + state.astype("<u4").tobytes() + body.tobytes()
+
+
+def rows_by_class(classes: np.ndarray, lengths: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """Order of the rows (n,) in which those of a class stand together, and how many codes each class has (256)."""
+    sizes = np.bincount(classes, lengths, minlength=256).astype(np.int64)
+    return classes.argsort(kind="stable"), sizes.tolist()
+
+
+def encode_artifact(
+    cfg: Config, coded: Mapping[str, QuantizedTensor], kept: Mapping[str, Tensor], notes: dict
+) -> bytes:
+    """The artifact's bytes: see the section's head for the layout. `notes` go into the header as they are."""
+    classes = np.concatenate([row_classes(c.codes).cpu().numpy().reshape(-1) for c in coded.values()])
+    rows = [row for c in coded.values() for row in c.codes.flatten(0, 1).cpu().numpy()]
+    order, sizes = rows_by_class(classes, [len(row) for row in rows])
+    codes, use_ans = np.concatenate([rows[i] for i in order]), cfg.compressor in ("auto", "ans")
+    streams = {
+        "codes": ("ans", ans_encode(codes, sizes)) if use_ans else encode_stream(cfg, codes.tobytes()),
+        "classes": encode_stream(cfg, classes.tobytes()),
+        "scales": encode_stream(cfg, byte_shuffle(torch.cat([c.scale.flatten() for c in coded.values()]))),
+        "kept": encode_stream(cfg, byte_shuffle(torch.cat([t.flatten() for t in kept.values()]))),
+    }
+    header = {
+        "architecture": cfg.architecture(),
+        "order": list(final_order(cfg)),
+        "matrix_bits": cfg.matrix_bits,
+        "trellis": cfg.trellis,
+        "coded": [[name, list(c.codes.shape)] for name, c in coded.items()],
+        "kept": [[name, list(t.shape)] for name, t in kept.items()],
+        "streams": [[name, coder, len(data)] for name, (coder, data) in streams.items()],
+        **notes,
+    }
+    packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = MAGIC + struct.pack("<I", len(packed)) + packed + b"".join(data for _, data in streams.values())
+    return body + hashlib.sha256(body).digest()[:8]
+
+
+DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, EOFError, MemoryError, RecursionError,
+          struct.error, zlib.error)  # fmt: skip
+MOST_HEADER_BYTES = 2**20
+
+
+def tensor_table(cfg: Config) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Shapes by name of the coded tensors and of the kept ones that an architecture has, in an artifact's order."""
+    banks = {spec.name: [cfg.num_layers, spec.rows, spec.cols] for spec in bank_specs(cfg)}
+    coded = {spec.name: [1, *spec.shape] for spec in param_table(cfg) if spec.coded}
+    return banks | coded, {spec.name: [*spec.shape] for spec in param_table(cfg) if not spec.coded}
+
+
+def saved_config(saved: Any, where: str) -> Config:
+    """The configuration with the architecture of a saved model; UserError unless a user could have set it."""
+    refuse_other_version(saved, where)
+    cfg = Config(**{spec.name: parse_value(variable, as_text(saved[spec.name]), spec)
+                    for variable, spec in Config.variables().items() if spec.name in saved})  # fmt: skip
+    validate(cfg, model_rules(cfg))
+    return cfg
+
+
+def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
+    """Header of an artifact, its architecture, and the offset of its first stream. UserError for anything that this
+    script does not write: nothing is allocated by what a header says before that is compared with what its
+    architecture implies, and a model of more than 16 weights a byte is none."""
+    if not blob.startswith(MAGIC) or len(blob) < len(MAGIC) + 12:
+        raise UserError(f"{path}: not an artifact of this script (it starts with {blob[:6]!r}, not {MAGIC!r})")
+    if hashlib.sha256(blob[:-8]).digest()[:8] != blob[-8:]:
+        raise UserError(f"{path}: damaged or truncated ({len(blob)} bytes); export it again with EXPORT_ONLY=1")
+    end = len(MAGIC) + 4 + struct.unpack_from("<I", blob, len(MAGIC))[0]
+    try:
+        header = json.loads(CODECS["zlib"].read(zlib, blob[len(MAGIC) + 4 : end], MOST_HEADER_BYTES))
+        cfg = saved_config(header["architecture"], str(path))
+        coded, kept = tensor_table(cfg)
+        names, coders, sizes = zip(*header["streams"], strict=True)
+        orders = [[*range(cfg.num_layers)], [*final_order(cfg)]]
+        sound = [
+            # As text, since Python takes true and 1.0 for 1.
+            json.dumps([header["coded"], header["kept"]]) == json.dumps([[*coded.items()], [*kept.items()]]),
+            names == ("codes", "classes", "scales", "kept") and json.dumps(header["order"]) in map(json.dumps, orders),
+            sum(map(math.prod, [*coded.values(), *kept.values()])) <= 16 * len(blob),
+            {*coders[1:]} <= CODECS.keys() and coders[0] in ("ans", *CODECS),
+            all(type(size) is int and size >= 0 for size in sizes) and end + sum(sizes) + 8 == len(blob),
+            type(header["trellis"]) is bool and type(header["matrix_bits"]) is int and 2 <= header["matrix_bits"] <= 8,
+            {*map(type, header["identity"].values())} <= {str},
+        ]
+    except DAMAGE as problem:
+        raise UserError(f"{path}: its header is none of this script ({str(problem)[:200]})") from None
+    if not all(sound):
+        raise UserError(f"{path}: its header contradicts itself; export it again with EXPORT_ONLY=1")
+    return header, cfg, end
+
+
+def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header, and the parameters by name in fp32 as the model has them; UserError where the streams are damaged."""
+    header, cfg, offset = read_header(blob, path)
+    coded, kept = tensor_table(cfg)
+    file = io.BytesIO(blob[offset:])
+    streams = [(coder, file.read(size)) for _, coder, size in header["streams"]]
+    lengths = [cols for count, rows, cols in coded.values() for _ in range(count * rows)]
+
+    def halves(stream: int, shapes: list[list[int]]) -> list[Tensor]:
+        """A stream's tensors of half-precision values."""
+        return cut(byte_unshuffle(decode_stream(*streams[stream], 2 * sum(map(math.prod, shapes)))), shapes)
+
+    try:
+        classes = np.frombuffer(decode_stream(*streams[1], len(lengths)), np.uint8)
+        order, sizes = rows_by_class(classes, lengths)
+        codes = torch.from_numpy(np.frombuffer(decode_stream(*streams[0], *sizes), np.int8).copy())
+        rows = codes.split([lengths[i] for i in order])
+        codes = cut(torch.cat([rows[i] for i in order.argsort()]), [*coded.values()])
+        scales, values = halves(2, [shape[:2] for shape in coded.values()]), halves(3, [*kept.values()])
+    except DAMAGE as problem:
+        raise UserError(f"{path}: its streams are damaged ({str(problem)[:200]})") from None
+    if not all(tensor.isfinite().all() for tensor in [*scales, *values]):
+        raise UserError(f"{path}: it holds scales that are not finite; export it again with EXPORT_ONLY=1")
+    parameters, banks = {}, {spec.name for spec in bank_specs(cfg)}
+    for name, *pair in zip(coded, codes, scales, strict=True):
+        tensor = QuantizedTensor(*pair, header["trellis"]).dequantize()
+        parameters[f"banks.{name}" if name in banks else f"rest.{name}"] = tensor if name in banks else tensor[0]
+    return header, parameters | {f"rest.{name}": value.float() for name, value in zip(kept, values, strict=True)}
+
+
+class Exporter:
+    """Quantizes and encodes the model's weights so that code and artifact fit TARGET_BYTES."""
+
+    def __init__(self, run: Runtime, model: GPT, hessians: dict[str, Tensor], identity: Mapping[str, str]) -> None:
+        """`identity` of tokenizer and validation set, which the artifact carries."""
+        self.run, self.cfg, self.model, self.hessians, self.identity = run, run.cfg, model, hessians, identity
+        self.kept, self.limit = passthrough(model), run.cfg.target_bytes - code_bytes()
+        self.sigmas, self.layer_bits = run.cfg.matrix_clip_sigmas, {}
+        self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
+        self.ratio = 1.0  # of the size over the entropy, when last encoded
+
+    def quantize(self, ratio: float = 1.0) -> None:
+        """Quantize; a clip that is ours to choose is first chosen by the expected size, `ratio` times its estimate."""
+        with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
+            jobs = quant_specs(self.model, self.layer_bits, self.hessians)
+            if self.cfg.auto_clip and not self.layer_bits:
+                (self.sigmas,) = self.run.ranks.all_reduce_max(fit_clip_sigmas(self.cfg, jobs, self.kept, ratio))
+            self.coded = quantize_tensors(self.run, jobs, self.hessians, self.sigmas)
+
+    def encode(self) -> int:
+        """Encode the current codes, on rank 0; returns the artifact's size, on every rank."""
+        with self.run.timed("encode", "untimed"):
+            notes = {"clip_sigmas": round(self.sigmas, 4), "layer_bits": self.layer_bits,
+                     "order": list(self.model.order), "identity": dict(self.identity)}  # fmt: skip
+            if self.run.ranks.is_main_process:
+                self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes)
+            self.size = int(self.run.ranks.all_reduce_max(len(self.blob))[0])
+            self.ratio *= self.size / self.expected()
+        return self.size
+
+    def expected(self) -> float:
+        """The size of the current codes by their entropy, in milliseconds where a slow coder takes half a minute."""
+        return self.ratio * self.run.ranks.all_reduce_max(ideal_bytes(self.coded.values(), self.kept))[0]
+
+    def fill(self) -> None:
+        """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
+        ratio = 1.035 if self.cfg.trellis else 1.0  # over rounding to the nearest of a grid as wide
+        for _ in range(3):
+            self.quantize(ratio)
+            share = (self.encode() + code_bytes()) / self.cfg.target_bytes
+            if not self.cfg.auto_clip:
+                return
+            self.run.log(f"fit: clip_sigmas:{self.sigmas:.3f} artifact:{self.size} share_of_limit:{share:.4f}")
+            finest = self.sigmas <= SIGMAS_RANGE[0] * 1.001  # a small model: there is nothing more to spend bytes on
+            if share <= SIZE_BAND[2] and (share >= SIZE_BAND[0] or finest):
+                return
+            ratio *= self.size / (SIZE_BAND[1] * self.cfg.target_bytes - code_bytes())
+
+    def prune(self) -> None:
+        """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
+        full = {spec.name: self.coded[spec.name] for spec in self.model.specs}
+        costs = {n: bank.scale.float().square().unsqueeze(-1).where(bank.codes.abs() == 1, math.inf)
+                 for n, bank in full.items()}  # fmt: skip
+        ranked = torch.cat([cost[cost < math.inf] for cost in costs.values()]).sort().values
+
+        def zeroed_size(share: float) -> float:
+            threshold = ranked[min(int(share * len(ranked)), len(ranked) - 1)]
+            for n, bank in full.items():
+                self.coded[n] = bank._replace(codes=bank.codes.masked_fill(costs[n] <= threshold, 0))
+            return self.expected()
+
+        for _ in range(4):  # by entropy, and then by the coder, which corrects what is expected of it
+            share = bisect(zeroed_size, 0.0, 1.0, 0.999 * self.limit)
+            zeroed_size(share)
+            if self.encode() <= self.limit:
+                break
+        self.run.log(f"selective_prune: +-1 codes zeroed:{share:.4f} artifact:{self.size}")
+
+    def lower_layers(self) -> None:
+        """Give one layer after another five bits, from the centre outwards, until the artifact fits (PR #638)."""
+        layers = sorted(range(self.cfg.num_layers), key=lambda i: abs(i - (self.cfg.num_layers - 1) / 2))
+        for layer in layers:
+            if self.size <= self.limit:
+                return
+            self.layer_bits[layer] = 5
+            self.quantize()
+            size = self.expected()
+            if size < 1.02 * self.limit or layer == layers[-1]:  # near enough that only the coder can tell
+                size = self.encode()
+            self.run.log(f"int5_fallback: layer {layer} at 5 bits, artifact:{size:.0f}")
+
+    def export(self) -> bytes:
+        """The artifact (on rank 0); UserError, with the excess, when nothing that is allowed makes it fit."""
+        self.fill()
+        if self.size > self.limit and self.cfg.selective_prune_enabled and not self.cfg.trellis:  # no code stands alone
+            self.prune()
+        if self.size > self.limit and self.cfg.int5_fallback and self.cfg.matrix_bits > 5:
+            self.lower_layers()
+        if self.size > self.limit:
+            raise UserError(f"artifact {self.size} + code {code_bytes()} bytes are {self.size - self.limit} bytes over "
+                            f"TARGET_BYTES={self.cfg.target_bytes}; the weights are safe in {self.cfg.weights_file}: "
+                            "raise MATRIX_CLIP_SIGMAS (0 fits by itself) or lower MATRIX_BITS, with EXPORT_ONLY=1")
+        return self.blob
+
+
+# ----------------------------------------------------------------------------------------------
+# 12. Evaluation
+# ----------------------------------------------------------------------------------------------
+# A plan of windows says which targets each window scores; one function runs the model on them.
+# Every evaluation checks that each target was scored, and its bytes counted, exactly once.
+
+
+def plan_windows(targets: int, length: int, stride: int) -> np.ndarray:
+    """Windows (n, 3) int64: first input position, first scored target, end of scored targets; target i is token i + 1.
+    The first window scores all its `length` targets, every later one the `stride` targets after those scored before it,
+    with as much context as fits; the last one ends exactly at the last target."""
+    ends = np.append(np.arange(length, targets, stride), targets)
+    return np.stack([ends - length, np.append(0, ends[:-1]), ends], axis=1)
+
+
+def plan_document_windows(spans: np.ndarray, length: int, stride: int) -> np.ndarray:
+    """The fewest windows, as of `plan_windows`, in which every target sees its document (`spans` of `document_spans`)
+    from the start, or its latest length - stride + 1 tokens and more: what sliding windows show with DOC_ATTENTION.
+    """
+    starts, targets = np.sort(spans[:, 0]), int(spans[:, 1].max())
+    windows = [(0, 0, length)]
+    while (done := windows[-1][2]) < targets:
+        document = int(starts[np.searchsorted(starts, done, side="right") - 1])
+        begin = min(max(document, done + stride - length), targets - length)
+        windows.append((begin, done, begin + length))
+    return np.array(windows)
+
+
+class Score(NamedTuple):
+    """Sums over scored targets."""
+
+    nats: float
+    targets: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.targets
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of the original text."""
+        return self.nats / math.log(2) / self.bytes
+
+
+class NgramMixer:
+    """Mixes what n-grams of the text scored so far predict into the model's prediction (successor of PR #638).
+
+    p(v) = (1 - a) p_model(v) + a count(context, v) / count(context). The context is the longest one of up to
+    NGRAM_MAX_ORDER - 1 tokens, all of the same document, that has been counted; without one a is 0. Otherwise
+    a = low + (high - low) sigmoid(2 (H - NGRAM_ENTROPY)) with H the model's entropy: it cannot depend on the target, so
+    p sums to 1.
+
+    Contexts are exact: every distinct run of n tokens has a number. Numbering reads the whole text, but numbers are
+    only names; what is predicted comes from `learn`, which is called with targets that have been scored.
+    """
+
+    def __init__(self, run: Runtime, validation: ValidationSet) -> None:
+        """Number all runs of tokens; nothing is counted yet."""
+        self.cfg, self.orders = run.cfg, range(run.cfg.ngram_min_order, run.cfg.ngram_max_order + 1)
+        tokens = validation.tokens.to(float64_device(run.ranks.device)).long()
+        place = torch.arange(len(tokens), device=tokens.device)
+        self.age = place - torch.where(tokens == validation.bos_id, place, 0).cummax(0).values  # tokens since BOS
+        self.labels = {1: tokens}  # n -> number of the run of n tokens that ends here
+        for n in range(2, self.orders[-1] + 1):
+            longer = F.pad(self.labels[n - 1], (1, -1)).long() * run.cfg.vocab_size + tokens
+            self.labels[n] = longer.unique(return_inverse=True)[1].int()
+        counters = partial(torch.zeros, dtype=torch.int32, device=tokens.device)
+        runs = {n: int(labels.max()) + 1 for n, labels in self.labels.items()}
+        self.follows = {n: counters(runs[n]) for n in self.orders}  # times that the last token of a run of n was scored
+        self.contexts = {n: counters(runs[n - 1]) for n in self.orders}  # times that any was, after a run of n - 1
+
+    def known(self, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether order n reaches back to no other document at `positions`, and the number of its context there."""
+        return self.age[positions - 1] >= n - 2, self.labels[n - 1][positions - 1]
+
+    def learn(self, windows: np.ndarray) -> None:
+        """Count the targets of `windows`, which have been scored; every rank counts all, so that all know the same."""
+        targets = torch.arange(int(windows[0, 1]), int(windows[-1, 2]), device=self.age.device) + 1
+        for n in self.orders:
+            within, context = self.known(n, targets)
+            self.contexts[n].index_add_(0, context, within.int())
+            self.follows[n].index_add_(0, self.labels[n][targets], within.int())
+
+    def mix(self, positions: Tensor, nll: Tensor, entropy: Tensor) -> Tensor:
+        """Negative log-likelihood (n,) of the tokens at `positions` in the mixture; nll and entropy are the model's."""
+        cfg, share = self.cfg, torch.full_like(nll, -1.0, dtype=torch.float64)  # where no context is known
+        for n in self.orders:  # so that the longest known context decides
+            within, context = self.known(n, positions)
+            times = self.contexts[n][context] * within
+            share = torch.where(times > 0, self.follows[n][self.labels[n][positions]].double() / times, share)
+        rise = torch.sigmoid(2 * (entropy.double() - cfg.ngram_entropy))
+        alpha = torch.where(share < 0, 0.0, cfg.ngram_alpha_low + (cfg.ngram_alpha_high - cfg.ngram_alpha_low) * rise)
+        return -torch.log((1 - alpha) * torch.exp(-nll.double()) + alpha * share)
+
+
+@torch.no_grad()
+def score_windows(
+    run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray, mixer: NgramMixer | None = None
+) -> Tensor:
+    """[nats, targets, bytes] over the scored targets of `windows`, by all ranks, float64; a mixer adds its nats. All
+    batches have one shape: the last is filled with windows that score nothing."""
+    length, device, share = run.cfg.eval_len, run.ranks.device, run.ranks.share(len(windows))
+    batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, model.micro_batch) // length)
+    plan = torch.from_numpy(np.pad(windows[share.start : share.stop], ((0, -len(share) % batch), (0, 0)))).to(device)
+    weights, exact = model.fast_weights(False), float64_device(device)
+    sums = torch.zeros(4 if mixer else 3, dtype=torch.float64, device=exact)
+    for chunk in plan.split(batch) if len(plan) else ():  # a rank may have no share of a short chunk
+        positions = chunk[:, :1] + torch.arange(length, device=device)
+        scored = (positions >= chunk[:, 1:2]) & (positions < chunk[:, 2:])
+        inputs = *validation.batch(positions), weights, model.order
+        nll, *entropy = model.fast_nll_and_entropy(*inputs) if mixer else [model.fast_nll(*inputs)]
+        columns = [nll * scored, scored, validation.token_bytes[positions + 1] * scored]
+        if mixer:
+            columns.append(mixer.mix(*(t[scored].to(exact) for t in (positions + 1, nll, *entropy))))
+        sums += torch.stack([column.to(exact).sum(dtype=torch.float64) for column in columns])
+    return run.ranks.all_reduce_sum_(sums)
+
+
+def scores(validation: ValidationSet, sums: Tensor) -> list[Score]:
+    """The Score of each column of nats in `sums` over the whole validation set; asserts that it was covered exactly."""
+    nats, targets, counted, *mixed = sums.tolist()
+    expected = validation.targets, int(validation.token_bytes[1:].sum())
+    assert (int(targets), int(counted)) == expected, f"scored {targets, counted} targets and bytes of {expected}"
+    return [Score(total, int(targets), int(counted)) for total in (nats, *mixed)]
+
+
+def document_spans(validation: ValidationSet) -> np.ndarray:
+    """First target and end of each document, longest first; the BOS of the next one is a document's last target."""
+    starts = np.union1d([0], (validation.tokens[:-1] == validation.bos_id).nonzero()[:, 0].cpu().numpy())
+    spans = np.stack([starts, np.append(starts[1:], validation.targets)], 1)
+    return spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
+
+
+def evaluate(run: Runtime, model: GPT, validation: ValidationSet, stride: int, by_document: bool = False) -> Score:
+    """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`, or begin at documents."""
+    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)
+    if by_document:
+        windows = plan_document_windows(document_spans(validation), run.cfg.eval_len, stride)
+    return scores(validation, score_windows(run, model, validation, windows))[0]
+
+
+class TestTimeTrainer:
+    """Trains the model on text that has been scored (PR #461)."""
+
+    def __init__(self, run: Runtime, model: GPT, validation: ValidationSet) -> None:
+        """UserError where TTT_BATCH_SEQS does not divide over the ranks."""
+        cfg, world = run.cfg, run.ranks.world
+        if cfg.ttt_batch_seqs % world:
+            raise UserError(f"TTT_BATCH_SEQS={cfg.ttt_batch_seqs} is no multiple of the {world} ranks")
+        self.run, self.cfg, self.model, self.validation = run, cfg, model, validation
+        self.parameters, self.trained = list(model.parameters()), 0
+        self.layered = [*model.banks.values(), *(model.rest[s.name] for s in model.param_table if s.per_layer)]
+        sgd = partial(torch.optim.SGD, momentum=cfg.ttt_momentum)
+        maker = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, weight_decay=0.0)}[cfg.ttt_optimizer]
+        self.optimizer = maker(self.parameters, lr=cfg.ttt_lr)
+
+    def learn(self, scored: int, progress: float) -> None:
+        """Train on the whole windows up to target `scored` that were not trained on yet; the rate falls as a cosine."""
+        cfg, length = self.cfg, self.cfg.eval_len
+        starts = np.arange(self.trained, scored - length + 1, length)
+        self.optimizer.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))
+        for _ in range(cfg.ttt_epochs):
+            for first in range(0, len(starts), cfg.ttt_batch_seqs):
+                self.step(starts[first : first + cfg.ttt_batch_seqs])
+        self.trained += len(starts) * length
+
+    def step(self, starts: np.ndarray) -> None:
+        """One step on the windows at `starts`, filled up with others of weight 0; as many at a time as memory holds."""
+        cfg, ranks = self.cfg, self.run.ranks
+        weight = (torch.arange(cfg.ttt_batch_seqs, device=ranks.device) < len(starts)) / len(starts)
+        filled = torch.from_numpy(np.resize(starts, cfg.ttt_batch_seqs)).to(ranks.device)
+        offsets, most = torch.arange(cfg.eval_len, device=ranks.device), max(self.model.micro_batch // cfg.eval_len, 1)
+        self.optimizer.zero_grad()
+        for part in torch.tensor(ranks.share(cfg.ttt_batch_seqs), device=ranks.device).split(most):
+            inputs, targets = self.validation.batch(filled[part, None] + offsets)
+            nll = self.model.fast_nll(inputs, targets, self.model.fast_weights(False), self.model.order)
+            (nll.mean(1) * weight[part]).sum().backward()
+        for parameter in self.parameters:
+            ranks.all_reduce_sum_(parameter.grad)
+        for parameter in self.layered:
+            parameter.grad[: cfg.ttt_freeze_blocks] = 0
+        if cfg.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
+        self.optimizer.step()
+
+
+def evaluate_online(
+    run: Runtime, model: GPT, validation: ValidationSet, trainer: TestTimeTrainer | None, mixer: NgramMixer | None
+) -> list[Score]:
+    """Sliding windows chunk by chunk: score a chunk, then let weights and counts learn from it, but for the last one.
+    Returns the score, and with a mixer a second one with its predictions mixed in. The weights are restored."""
+    total, kept = 0.0, {name: value.clone() for name, value in model.state_dict().items()}
+    windows = plan_windows(validation.targets, run.cfg.eval_len, run.cfg.eval_stride)
+    chunk_of = (windows[:, 2] - 1) // run.cfg.ttt_chunk_tokens  # where its last target lies
+    chunks = np.split(windows, np.flatnonzero(np.diff(chunk_of)) + 1)
+    for number, chunk in enumerate(chunks, 1):
+        total += score_windows(run, model, validation, chunk, mixer)
+        if trainer and number < len(chunks):
+            trainer.learn(int(chunk[-1, 2]), (number - 1) / (len(chunks) - 1))
+        if mixer and number < len(chunks):
+            mixer.learn(chunk)
+    model.load(kept)
+    return scores(validation, total)
+
+
+class DocumentLoRA:
+    """Low-rank additions to all matrices of a model, one set for each document of a batch (PR #77, #1530). Every
+    document starts from the same ones, which add nothing: its scores do not depend on its neighbours."""
+
+    def __init__(self, run: Runtime, model: GPT) -> None:
+        """Take the model's weights as they are now, for as many documents as fit where a micro-batch is smaller."""
+        cfg = self.cfg = run.cfg
+        self.documents = max(cfg.ttt_batch_size * model.micro_batch // MICRO_BATCH_TOKENS, 1)
+        with torch.no_grad():
+            weights = model.fast_weights(False)
+        self.base = {**{spec.name: weights[spec.name].unbind() for spec in model.specs}, "head": (weights["head"],)}
+        generator = torch.Generator().manual_seed(cfg.seed)
+        self.first, self.inner, self.outer = {}, {}, {}
+        fresh = partial(torch.empty, device=run.ranks.device, requires_grad=True)
+        for name, matrices in self.base.items():
+            count, (rows, cols) = len(matrices), matrices[0].shape
+            first = (2 * torch.rand(count, cfg.ttt_lora_rank, cols, generator=generator) - 1) * cols**-0.5
+            self.first[name] = first.to(run.ranks.device)
+            self.inner[name] = fresh(self.documents, *first.shape)
+            self.outer[name] = fresh(self.documents, count, rows, cfg.ttt_lora_rank)
+        self.model = copy.copy(model)  # the same parameters; the kernels know no additions
+        self.model.parts = PLAIN_LAYER
+        self.fast_nll = compiled(cfg, self.nll)
+
+    def reset(self) -> None:
+        """Begin with other documents."""
+        for name, first in self.first.items():
+            self.inner[name].data.copy_(first)
+            self.outer[name].data.zero_()
+        cfg, parameters = self.cfg, [*self.inner.values(), *self.outer.values()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=cfg.ttt_lora_lr, betas=(0.0, cfg.ttt_beta2), eps=1e-10,
+                                           weight_decay=cfg.ttt_weight_decay, fused=parameters[0].is_cuda)  # fmt: skip
+
+    def nll(self, ids: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        """`GPT.nll` of ids (documents, T), each with its own additions."""
+        scale, dtype, weights = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank, self.model.dtype, {}
+        for name, matrices in self.base.items():
+            inner, outer = self.inner[name].to(dtype).unbind(1), (scale * self.outer[name]).to(dtype).unbind(1)
+            weights[name] = tuple(map(LoRAWeight, matrices, inner, outer))
+        return self.model.nll(ids, targets, {**weights, "head": weights["head"][0]}, order)
+
+    def learn(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def ttt_document_batch(additions: DocumentLoRA, validation: ValidationSet, spans: np.ndarray, table: Tensor) -> None:
+    """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored. `table` (2, targets)
+    takes the nats of a target and the times that it was scored. Windows hold the latest tokens of a document up to the
+    chunk's end, in one of two widths, since each is a graph to compile (some 40 s); nothing of another document is in
+    them, and what comes after the chunk is blank."""
+    cfg, device, last = additions.cfg, validation.tokens.device, validation.targets - 1
+    starts, ends = np.pad(spans, ((0, additions.documents - len(spans)), (0, 0))).T  # the rest are empty documents
+    additions.reset()
+    for first in range(0, int((ends - starts).max()), cfg.ttt_chunk_size):
+        firsts, stops = starts + first, np.minimum(starts + first + cfg.ttt_chunk_size, ends)
+        half, longest = -(-cfg.eval_len // 2), int((stops - starts).max())
+        width = half if longest <= half else cfg.eval_len
+        begins = np.maximum(starts, stops - width)
+        plan = torch.from_numpy(np.stack([begins, firsts, stops, stops < ends], 1)).to(device)
+        begin, scored_from, stop, goes_on = (column.unsqueeze(1) for column in plan.unbind(1))
+        positions = begin + torch.arange(width, device=device)
+        visible, scored = positions < stop, (positions >= scored_from) & (positions < stop)
+        ids, targets = (t.where(visible, validation.bos_id) for t in validation.batch(positions.clamp(max=last)))
+        nll = additions.fast_nll(ids, targets, additions.model.order)
+        place = positions[scored].to(table.device)
+        table[0, place] += nll.detach()[scored].to(table)
+        table[1, place] += 1
+        if (stops < ends).any():
+            share = scored * goes_on / scored.sum(1, keepdim=True).clamp(min=1)
+            additions.learn((nll * share).sum())
+
+
+def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tensor:
+    """Nats of every target, and the times that it was scored, (2, targets) float64; the ranks share the documents."""
+    table = torch.zeros(2, validation.targets, dtype=torch.float64, device=float64_device(run.ranks.device))
+    model.requires_grad_(False)
+    additions, spans = DocumentLoRA(run, model), document_spans(validation)
+    batches = [spans[begin : begin + additions.documents] for begin in range(0, len(spans), additions.documents)]
+    for batch in batches[run.ranks.rank :: run.ranks.world]:
+        ttt_document_batch(additions, validation, batch, table)
+    model.requires_grad_(True)
+    return run.ranks.all_reduce_sum_(table)
+
+
+def evaluate_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Score:
+    """Score the whole validation set document by document; asserts that every target was scored once."""
+    nats, times = score_documents(run, model, validation)
+    assert (times == 1).all(), f"{int((times != 1).sum())} targets were not scored exactly once"
+    return Score(nats.sum().item(), validation.targets, int(validation.token_bytes[1:].sum()))
+
+
+def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
+    """A score under its canonical name, rounded and exact, with the time that was booked last."""
+    milliseconds = round(1000 * run.ledger[-1][2])
+    run.log(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}{extra} eval_time:{milliseconds}ms")
+    run.log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}{extra}")
+    run.log.event("score", name=name, val_loss=score.loss, val_bpb=score.bpb, eval_time_ms=milliseconds)
+
+
+class ExportResult(NamedTuple):
+    """What making an artifact leaves behind; nothing where it was only read."""
+
+    model: GPT | None = None  # lends its compiled graphs
+    before: Score | None = None  # of the weights that were quantized
+    path: Path | None = None  # of the artifact
+    digest: bytes = b""  # with which it ends, on rank 0
+
+
+def log_degradation(run: Runtime, before: Score, after: Score) -> None:
+    """What quantization cost, and a warning where that is much: the published systems lose 0.002 to 0.008 bpb."""
+    lost, most = after.bpb - before.bpb, 0.01
+    advice = f" WARNING: above {most}; raise MATRIX_BITS or TARGET_BYTES" if lost > most else ""
+    run.log(f"quantization_degradation bpb:{lost:+.8f}{advice}")
+    run.log.event("degradation", bpb=lost)
+
+
+def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: ExportResult) -> None:
+    """Read ARTIFACT_PATH back from disk and score it, last by the sliding window."""
+    cfg, path = run.cfg, produced.path or run.cfg.artifact_file
+    with run.timed("read artifact", "eval"):
+        blob = run.ranks.broadcast(path.read_bytes() if run.ranks.is_main_process else b"")
+        if not blob.endswith(produced.digest):
+            raise UserError(f"ARTIFACT_PATH={path}: another process has replaced it since it was written")
+        header, parameters = decode_artifact(blob, path)
+        where = f"ARTIFACT_PATH={path} belongs to another tokenizer or validation set"
+        refuse_other(header["identity"], validation.identity, where, "set its TOKENIZER_PATH and DATA_PATH")
+        model = produced.model or build_model(run, cfg, validation.bos_id)
+        model.load(parameters)
+        model.order = tuple(header["order"])
+    kind = f"int{header['matrix_bits']}" + ("_zlib" if header["streams"][0][1] == "zlib" else "")
+    with run.timed("roundtrip", "eval"):
+        score = evaluate(run, model, validation, cfg.eval_len)
+    log_score(run, f"final_{kind}_roundtrip", score)
+    if produced.before:
+        log_degradation(run, produced.before, score)
+    for name, is_wanted in (("document windows", cfg.doc_attention), ("sliding window", True)):
+        if cfg.eval_stride and is_wanted:
+            with run.timed(name, "eval"):
+                score = evaluate(run, model, validation, cfg.eval_stride, name == "document windows")
+            log_score(run, f"final_{kind}_{name.replace(' ', '_')}", score, f" stride:{cfg.eval_stride}")
+    if learners := [name for name, on in (("ttt", cfg.ttt_enabled), ("ngram", cfg.ngram_enabled)) if on]:
+        with run.timed("+".join(learners), "eval"):
+            trainer = TestTimeTrainer(run, model, validation) if cfg.ttt_enabled else None
+            mixer = NgramMixer(run, validation) if cfg.ngram_enabled else None
+            results = evaluate_online(run, model, validation, trainer, mixer)
+        about = f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens}" + (f" lr:{cfg.ttt_lr:g}" if trainer else "")
+        if trainer:
+            log_score(run, "legal_ttt", results[0], about)
+        if mixer:
+            about += f" orders:{cfg.ngram_min_order}-{cfg.ngram_max_order}"
+            log_score(run, "legal_ttt_ngram" if trainer else "ngram_mix", results[1], about)
+    if cfg.ttt_lora_enabled:
+        with run.timed("ttt_lora", "eval"):
+            score = evaluate_documents(run, model, validation)
+        about = f" rank:{cfg.ttt_lora_rank} chunk:{cfg.ttt_chunk_size} lr:{cfg.ttt_lora_lr:g}"
+        log_score(run, "legal_ttt_lora", score, about)
+
+
+# ----------------------------------------------------------------------------------------------
+# 13. Optimizers
 # ----------------------------------------------------------------------------------------------
 # Muon trains the banks, Adam the rest. With several ranks each owns some layers: it receives their
 # gradients' mean, orthogonalizes them, and sends the updates to all.
@@ -2887,6 +4043,38 @@ def low_rank_orthogonalize(matrices: Tensor, share: float, coefficients: list[tu
         basis = orthogonalize(matrices @ block, coefficients)
         block = matrices.mT @ basis
     return basis @ orthogonalize(block.mT, coefficients)
+
+
+def wait_for(pair: tuple[Tensor, Any]) -> Tensor:
+    """The tensor of a pair (tensor, handle), for use once its communication is done; on CUDA the host does not wait."""
+    if pair[1] is not None:
+        pair[1].wait()
+    return pair[0]
+
+
+def padded(layers: Tensor, world: int) -> Tensor:
+    """(layers, rows, cols) with layers of zeros at the end, so that every rank owns as many."""
+    return F.pad(layers, (0, 0, 0, 0, 0, -len(layers) % world))
+
+
+def reduce_scatter(ranks: Ranks, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """The mean over ranks of the layers that this rank owns, summed as `dtype`, and a handle to wait for."""
+    if ranks.world == 1:
+        return grad, None
+    full = padded((grad / ranks.world).to(dtype), ranks.world)
+    shard = full.chunk(ranks.world)[ranks.rank]
+    if ranks.device.type != "cuda":  # gloo has no reduce-scatter on every supported version
+        return shard, dist.all_reduce(full, async_op=True)
+    shard = torch.empty_like(shard)
+    return shard, dist.reduce_scatter_tensor(shard, full, async_op=True)
+
+
+def all_gather(ranks: Ranks, shard: Tensor) -> tuple[Tensor, Any]:
+    """All ranks' shards along dimension 0, and a handle to wait for."""
+    if ranks.world == 1:
+        return shard, None
+    full = shard.new_empty((len(shard) * ranks.world, *shard.shape[1:]))
+    return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
 
 
 class ParallelMuon:
@@ -2935,7 +4123,7 @@ class ParallelMuon:
         """Start averaging all gradients, largest first; bank -> (owned layers' gradient, handle to wait for)."""
         return {spec.name: reduce_scatter(self.ranks, self.banks[spec.name].grad, self.dtype) for spec in self.specs}
 
-    def gather(self, gradients: dict[str, Tensor], plan: "StepPlan", clip: Tensor) -> dict[str, tuple[Tensor, Any]]:
+    def gather(self, gradients: dict[str, Tensor], plan: StepPlan, clip: Tensor) -> dict[str, tuple[Tensor, Any]]:
         """Updates of the owned layers from their gradients; bank -> (all ranks' updates, handle to wait for).
 
         A share of directions below 1 changes shapes as training goes on, so it runs uncompiled.
@@ -2954,41 +4142,12 @@ class ParallelMuon:
             self.fast_apply(self.banks[name], wait_for(pair), lr)
 
 
-def wait_for(pair: tuple[Tensor, Any]) -> Tensor:
-    """The tensor of a pair (tensor, handle), for use once its communication is done; on CUDA the host does not wait."""
-    if pair[1] is not None:
-        pair[1].wait()
-    return pair[0]
-
-
-def padded(layers: Tensor, world: int) -> Tensor:
-    """(layers, rows, cols) with layers of zeros at the end, so that every rank owns as many."""
-    return F.pad(layers, (0, 0, 0, 0, 0, -len(layers) % world))
-
-
-def reduce_scatter(ranks: Ranks, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """The mean over ranks of the layers that this rank owns, summed as `dtype`, and a handle to wait for."""
-    if ranks.world == 1:
-        return grad, None
-    full = padded((grad / ranks.world).to(dtype), ranks.world)
-    shard = full.chunk(ranks.world)[ranks.rank]
-    if ranks.device.type != "cuda":  # gloo has no reduce-scatter on every supported version
-        return shard, dist.all_reduce(full, async_op=True)
-    shard = torch.empty_like(shard)
-    return shard, dist.reduce_scatter_tensor(shard, full, async_op=True)
-
-
-def all_gather(ranks: Ranks, shard: Tensor) -> tuple[Tensor, Any]:
-    """All ranks' shards along dimension 0, and a handle to wait for."""
-    if ranks.world == 1:
-        return shard, None
-    full = shard.new_empty((len(shard) * ranks.world, *shard.shape[1:]))
-    return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
-
-
-def cut(flat: Tensor, shapes: list[Sequence[int]]) -> list[Tensor]:
-    """Tensors of these shapes from all their entries in one row."""
-    return [piece.view(shape) for piece, shape in zip(flat.split([*map(math.prod, shapes)]), shapes, strict=True)]
+def tensor_leaves(tree: Any) -> list[Tensor]:
+    """All tensors in nested dicts and lists, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return [leaf for child in children for leaf in tensor_leaves(child)]
 
 
 class Optimizers:
@@ -3029,7 +4188,7 @@ class Optimizers:
         return (self.cfg.grad_clip_norm / (total.sqrt() + 1e-6)).clamp_max(1.0)
 
     @torch.no_grad()
-    def step(self, plan: "StepPlan") -> None:
+    def step(self, plan: StepPlan) -> None:
         """One step of everything. The host waits for nothing; on the device, communication runs beside other work.
 
         A bank is reduced beside the casts of the next ones (no earlier: the backward pass makes the banks' gradients
@@ -3060,124 +4219,7 @@ class Optimizers:
 
 
 # ----------------------------------------------------------------------------------------------
-# 7. Schedules, phases, late QAT
-# ----------------------------------------------------------------------------------------------
-# Schedules are pure functions of step and clock. What changes the graph is a Phase, a static
-# argument of the forward pass: every phase is compiled before the clock starts. Late QAT rounds
-# the banks on the grid that the export uses, by the same functions.
-
-
-class Phase(NamedTuple):
-    """Everything static about a forward pass."""
-
-    order: tuple[int, ...]  # layer indices in the order in which they run
-    fake_quant: bool
-    seq_len: int
-
-
-def final_order(cfg: Config) -> tuple[int, ...]:
-    """Layers as the finished model runs them, in order: LOOP_START to LOOP_END 1 + NUM_LOOPS times (PR #1394)."""
-    plain, first, end = tuple(range(cfg.num_layers)), cfg.loop_start, cfg.loop_end + 1
-    return plain[:first] + plain[first:end] * (1 + cfg.num_loops) + plain[end:] if cfg.num_loops else plain
-
-
-def phase_at(cfg: Config, progress: float) -> tuple[str, Phase]:
-    """Name and phase at a part of the run, late QAT aside: sequences grow and loops begin, each at its own time."""
-    length = next(n for n, end in cfg.seq_lengths.items() if progress < end)
-    looped = progress >= cfg.enable_looping_at
-    name = "layer_loop" if looped and cfg.num_loops and cfg.enable_looping_at else "train"
-    order = final_order(cfg) if looped else tuple(range(cfg.num_layers))
-    return name + f"_{length}" * (length < cfg.train_seq_len), Phase(order, cfg.qat_enabled, length)
-
-
-def phases(cfg: Config) -> dict[str, Phase]:
-    """Name -> phase, in the order in which the schedule will use them; late QAT has all loops and the whole length."""
-    begins = {0.0, *cfg.seq_lengths.values(), cfg.enable_looping_at if cfg.num_loops else 0.0} - {math.inf}
-    found = dict(phase_at(cfg, begin) for begin in sorted(begins))
-    late = {"late_qat": cfg.late_qat_threshold > 0 and not cfg.qat_enabled, "post_qat": cfg.post_qat_seconds}
-    return found | {name: Phase(final_order(cfg), True, cfg.train_seq_len) for name, is_used in late.items() if is_used}
-
-
-def training_frac(cfg: Config, step: int, seconds: float, budget: float) -> float:
-    """Part of the run that is over, by steps or by the clock, whichever is further."""
-    return max(step / cfg.iterations, seconds / budget)
-
-
-def lr_scale_at(cfg: Config, step: int, seconds: float, budget: float) -> float:
-    """Learning-rate scale in [MIN_LR, 1]: flat, then linear to the end of the run, whichever of steps or clock ends it.
-    WARMDOWN_ITERS counts steps; the steps that the clock still allows follow from the step time so far."""
-    if cfg.warmdown_iters:
-        by_clock = (budget - seconds) * step / seconds if step and seconds > 0 else math.inf
-        scale = min(cfg.iterations - step, by_clock) / cfg.warmdown_iters
-    else:
-        rest = 1 - training_frac(cfg, step, seconds, budget)
-        scale = rest / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
-    return max(min(scale, 1.0), cfg.min_lr, 0.0)
-
-
-def muon_momentum_at(cfg: Config, step: int) -> float:
-    """Muon momentum, linear from its start to its final value."""
-    done = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
-    return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
-
-
-class StepPlan(NamedTuple):
-    """Learning-rate scale, Muon momentum, phase, part of Muon's directions, whether its momentum has two rails."""
-
-    lr_scale: float
-    momentum: float
-    phase: str
-    muon_share: float = 1.0
-    two_rails: bool = False
-
-
-RAILS = {0.85: 0.4385, 0.98: 0.5615}  # decay and share of the fast and the slow one: their mean age is 30 steps
-
-
-def momentum_rails(cfg: Config, plan: StepPlan) -> list[tuple[float, float, float]]:
-    """Decay, gain and weight of each rail of Muon's momentum: a rail becomes decay x rail + gain x gradient, and the
-    update is the gradient + the sum of weight x rail.
-
-    Two rails (modded-nanogpt PR #340) f, s are averages of decays .85 and .98, and the update is
-    (1 - mu) gradient + mu (.4385 f + .5615 s), all over 1 - mu here, since what follows makes its own length.
-    Until MUON_RAILS_AT both are the plain momentum sum of decay mu, in the same units: so both start from it.
-    """
-    mu, count = plan.momentum, 1 + (cfg.muon_rails_at < 1)
-    if not plan.two_rails:
-        return [(mu, 1.0, mu / count)] * count
-    return [(decay, (1 - decay) / (1 - mu), mu * share) for decay, share in RAILS.items()]
-
-
-def plan_step(cfg: Config, step: int, seconds: float, budget: float) -> StepPlan:
-    """What the schedule wants for a step; late QAT begins once the learning-rate scale is below its threshold."""
-    scale, progress = lr_scale_at(cfg, step, seconds, budget), training_frac(cfg, step, seconds, budget)
-    is_late = scale < cfg.late_qat_threshold and not cfg.qat_enabled
-    phase = "late_qat" if is_late else phase_at(cfg, progress)[0]
-    share = cfg.muon_rank_frac + (1 - cfg.muon_rank_frac) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return StepPlan(scale, muon_momentum_at(cfg, step), phase, share, two_rails=progress >= cfg.muon_rails_at < 1)
-
-
-def row_scale(w: Tensor, bits: Tensor | int, policy: str, sigmas: Tensor | float) -> Tensor:
-    """Scale (..., rows) of w (..., rows, cols), rounded to half as it is stored; bits (..., rows, 1), or one for all.
-    Policy amax clips at the largest entry, the others at `sigmas` standard deviations (SDClip, PR #1394)."""
-    clip = w.abs().amax(-1, keepdim=True) if policy == "amax" else sigmas * w.std(-1, correction=0, keepdim=True)
-    return (clip / (2 ** (bits - 1) - 1)).clamp_min(2.0**-20).half().to(w.dtype).squeeze(-1)
-
-
-def round_to_grid(w: Tensor, scale: Tensor, bits: Tensor | int) -> Tensor:
-    """Codes of w (..., rows, cols) for scale (..., rows): whole numbers in [-2^(bits-1), 2^(bits-1) - 1], as floats."""
-    top = 2 ** (bits - 1)
-    return torch.round(w / scale.unsqueeze(-1)).clamp(-top, top - 1)
-
-
-def fake_quantize(w: Tensor, bits: Tensor | int, policy: str, sigmas: Tensor | float) -> Tensor:
-    """w rounded to its grid in the forward pass, the identity in the backward pass (straight-through)."""
-    scale = row_scale(w.detach(), bits, policy, sigmas)
-    return w + (round_to_grid(w.detach(), scale, bits) * scale.unsqueeze(-1) - w).detach()
-
-
-# ----------------------------------------------------------------------------------------------
-# 8. Weight averaging
+# 14. Weight averaging
 # ----------------------------------------------------------------------------------------------
 # What is configured is what is exported: EMA, the mean of SWA or LAWA snapshots, or (with both)
 # the mean of snapshots of the EMA. Averages are fp32; only the chosen ones hold memory.
@@ -3232,7 +4274,7 @@ class Averager:
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. Training
+# 15. Training
 # ----------------------------------------------------------------------------------------------
 # The clock covers optimizer steps only, from the first real one; compilation, warm-up, validation
 # and checkpoints are outside it. All ranks decide by the clock that is ahead. Calibration and GPTQ
@@ -3352,14 +4394,6 @@ class Trainer:
         assert all(torch.equal(now, then) for now, then in pairs), "warm-up changed the training state"
 
 
-def tensor_leaves(tree: Any) -> list[Tensor]:
-    """All tensors in nested dicts and lists, in order."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return [leaf for child in children for leaf in tensor_leaves(child)]
-
-
 def warm_up(run: Runtime, trainer: Trainer) -> None:
     """Compile and run every phase on training data, then restore model and optimizers."""
     cfg, before = run.cfg, trainer.state()
@@ -3371,6 +4405,65 @@ def warm_up(run: Runtime, trainer: Trainer) -> None:
                 trainer.record(phase)
         run.log(f"warmup:{name} steps:{steps} cuda_graph:{phase in trainer.graphs:d}")
     trainer.restore(before)
+
+
+def calibration_batches(run: Runtime, shape: BatchShape) -> int:
+    """Micro-batches of this rank behind the Hessians: the tokens of the whole set do not depend on the ranks."""
+    cfg = run.cfg
+    tokens = cfg.gptq_calibration_batches * min(cfg.train_batch_tokens, MICRO_BATCH_TOKENS)
+    return -(-tokens // (run.ranks.world * shape.sequences * cfg.train_seq_len)) if cfg.gptq_enabled else 0
+
+
+def input_moments(model: GPT, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> dict[str, Tensor]:
+    """X^T X of every matrix's inputs in one forward pass; TF32 holds bf16 inputs exactly and sums in fp32."""
+    moments: dict[str, Tensor] = {}
+
+    def observe(name: str, x: Tensor) -> None:
+        flat = x.flatten(0, -2).float()
+        moments[name] = moments[name] + flat.mT @ flat if name in moments else flat.mT @ flat
+
+    model.logits(model.hidden(ids, weights, order, observe), weights, observe)
+    return moments
+
+
+def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -> dict[str, Tensor]:
+    """X^T X (cols, cols) summed over the inputs X of every matrix, over `batches` per rank from number `first` on."""
+    model, order, totals = trainer.model, trainer.model.order, {}
+    moments = compiled(run.cfg, partial(input_moments, model))
+    with torch.no_grad():
+        weights = model.fast_weights(False)
+        for number in range(first, first + batches):
+            for name, moment in moments(trainer.loader.fetch(number)[0], weights, order).items():
+                totals[name] = totals[name] + moment if name in totals else moment
+    return {name: run.ranks.all_reduce_sum_(total).to(float64_device(total.device)) for name, total in totals.items()}
+
+
+COST_BATCHES = 8  # per rank, behind what rounding costs a row: rare tokens need more than half a million tokens
+
+
+def row_costs(run: Runtime, trainer: Trainer, first: int, hessians: dict[str, Tensor]) -> dict[str, Tensor]:
+    """cost.<coded tensor>, (n, rows): what rounding to steps of 1 costs the loss per weight, up to a common factor.
+
+    That is the mean square of a row's gradient, the Fisher information, along the errors that GPTQ leaves: multiples
+    of the rows of U, each over its diagonal entry, as large as the step. Nothing where CLIP_POLICY does not ask.
+    """
+    model, phase, costs = trainer.model, Phase(trainer.model.order, False, run.cfg.train_seq_len), {}
+    if run.cfg.clip_policy != "cost" or not hessians:
+        return costs
+    jobs = [job for job in quant_specs(model) if all(name in hessians for name in job.hessians)]
+    stacks = (torch.stack([hessians[name] for name in job.hessians]) for job in jobs)
+    factors = (hessian_inv_cholesky(stack, run.cfg.gptq_damp) for stack in stacks)
+    errors = [(u / u.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).mT.float().to(run.ranks.device) for u in factors]
+    for number in range(first, first + COST_BATCHES):
+        model.zero_grad()
+        trainer.gradients(phase, *trainer.loader.fetch(number))
+        for job, error in zip(jobs, errors, strict=True):
+            parameter = model.banks[job.name] if job.name in model.banks else model.rest[job.name]
+            cost = (parameter.grad.view(job.tensor.shape) @ error).square().mean(-1)
+            total = run.ranks.all_reduce_sum_(cost).to(job.tensor.device)
+            costs[f"cost.{job.name}"] = costs.get(f"cost.{job.name}", 0.0) + total
+    model.zero_grad()
+    return costs
 
 
 def measure_reserve(run: Runtime, trainer: Trainer) -> float:
@@ -3395,11 +4488,50 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     return run.ranks.all_reduce_max(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
 
 
-def calibration_batches(run: Runtime, shape: BatchShape) -> int:
-    """Micro-batches of this rank behind the Hessians: the tokens of the whole set do not depend on the ranks."""
-    cfg = run.cfg
-    tokens = cfg.gptq_calibration_batches * min(cfg.train_batch_tokens, MICRO_BATCH_TOKENS)
-    return -(-tokens // (run.ranks.world * shape.sequences * cfg.train_seq_len)) if cfg.gptq_enabled else 0
+def run_identity(run: Runtime, stream: TokenStream, validation: ValidationSet) -> dict[str, Any]:
+    """What must be the same for a run to go on: script, data, ranks, and every variable but names and places."""
+    free = ("recipe", "run_id", "resume", "overwrite", "data_dir", "data_path", "tokenizer_path", "artifact_path",
+            "weights_path", "checkpoint_every", "device", "sources")  # fmt: skip
+    values = {name: value for name, value in vars(run.cfg).items() if name not in free}
+    shards = [(shard.path.name, shard.count) for shard in stream.shards]
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    facts = {"script": script, "world_size": run.ranks.world, "device": run.ranks.device.type, "train_shards": shards}
+    return {**facts, **validation.identity, **values}
+
+
+def is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def eval_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str) -> None:
+    """Log the score of the matrices on the grid of QAT, the function that it trains; the model is left as it was."""
+    before = copy.deepcopy(model.state_dict())
+    with run.timed(f"{when} rounded", "untimed"), torch.no_grad():
+        for name, bank in model.banks.items():
+            bank.copy_(fake_quantize(bank, model.bits[name], run.cfg.clip_policy, model.clip_sigmas))
+        score = evaluate(run, model, validation, run.cfg.eval_len)
+    model.load(before)
+    log_score(run, f"DIAGNOSTIC {when} rounded", score)
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made so far in this process; it counts them in the module it loads for that."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def write_output(run: Runtime, path: Path, blob: bytes | memoryview, variable: str) -> Path:
+    """Write a file to its path, or with a warning to another folder where that fails; returns where it is. Where no
+    folder takes it, the error is that of the path which was asked for."""
+    problems = []
+    for folder in dict.fromkeys([path.parent, Path("logs"), run.cfg.weights_file.parent, Path(tempfile.gettempdir())]):
+        try:
+            atomic_write(folder / path.name, blob, variable)
+            return folder / path.name
+        except UserError as problem:
+            problems.append(problem)
+            run.log(f"WARNING: {problem}")
+    raise problems[0]
 
 
 class Training:
@@ -3618,52 +4750,6 @@ def train(run: Runtime, trainer: Trainer, validation: ValidationSet, saved: Mapp
     return training.step
 
 
-def run_identity(run: Runtime, stream: TokenStream, validation: ValidationSet) -> dict[str, Any]:
-    """What must be the same for a run to go on: script, data, ranks, and every variable but names and places."""
-    free = ("recipe", "run_id", "resume", "overwrite", "data_dir", "data_path", "tokenizer_path", "artifact_path",
-            "weights_path", "checkpoint_every", "device", "sources")  # fmt: skip
-    values = {name: value for name, value in vars(run.cfg).items() if name not in free}
-    shards = [(shard.path.name, shard.count) for shard in stream.shards]
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    facts = {"script": script, "world_size": run.ranks.world, "device": run.ranks.device.type, "train_shards": shards}
-    return {**facts, **validation.identity, **values}
-
-
-def is_due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def eval_rounded(run: Runtime, model: GPT, validation: ValidationSet, when: str) -> None:
-    """Log the score of the matrices on the grid of QAT, the function that it trains; the model is left as it was."""
-    before = copy.deepcopy(model.state_dict())
-    with run.timed(f"{when} rounded", "untimed"), torch.no_grad():
-        for name, bank in model.banks.items():
-            bank.copy_(fake_quantize(bank, model.bits[name], run.cfg.clip_policy, model.clip_sigmas))
-        score = evaluate(run, model, validation, run.cfg.eval_len)
-    model.load(before)
-    log_score(run, f"DIAGNOSTIC {when} rounded", score)
-
-
-def graphs_compiled() -> int:
-    """Graphs that torch.compile has made so far in this process; it counts them in the module it loads for that."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-
-
-def write_output(run: Runtime, path: Path, blob: bytes | memoryview, variable: str) -> Path:
-    """Write a file to its path, or with a warning to another folder where that fails; returns where it is. Where no
-    folder takes it, the error is that of the path which was asked for."""
-    problems = []
-    for folder in dict.fromkeys([path.parent, Path("logs"), run.cfg.weights_file.parent, Path(tempfile.gettempdir())]):
-        try:
-            atomic_write(folder / path.name, blob, variable)
-            return folder / path.name
-        except UserError as problem:
-            problems.append(problem)
-            run.log(f"WARNING: {problem}")
-    raise problems[0]
-
-
 def read_weights(run: Runtime, model: GPT, validation: ValidationSet) -> dict[str, Any]:
     """The checkpoint at WEIGHTS_PATH, for RESUME=1 and EXPORT_ONLY=1; UserError where it is not one of this model's."""
     path = run.cfg.weights_file
@@ -3685,734 +4771,73 @@ def read_weights(run: Runtime, model: GPT, validation: ValidationSet) -> dict[st
     return saved
 
 
-def refuse_other(saved: Mapping[str, Any], ours: Mapping[str, Any], where: str, remedy: str) -> None:
-    """UserError where a saved model or run differs from this one in any of `ours`: variables, files, ranks, script."""
-    if changed := [name for name in ours if saved.get(name) != ours[name]]:
-        pairs = ", ".join(f"{n.upper()} was {str(saved.get(n))[:60]}, is {str(ours[n])[:60]}" for n in changed[:8])
-        raise UserError(f"{where}: {pairs}; {remedy}")
-
-
-def refuse_other_version(saved: Any, where: str) -> None:
-    """UserError when a saved model knows other variables than this script: a default need not be what it had."""
-    if not isinstance(saved, dict) or (names := saved.keys() ^ Config().architecture().keys()):
-        lacking = " ".join(sorted(map(str, names))).upper()[:200] if isinstance(saved, dict) else "all variables"
-        raise UserError(f"{where} was made by another version of train_gpt.py (one of them lacks {lacking}); "
-                        "take logs/<RUN_ID>.py of its run")  # fmt: skip
-
-
 # ----------------------------------------------------------------------------------------------
-# 10. Quantization
+# 16. Main
 # ----------------------------------------------------------------------------------------------
-# Every matrix becomes integer codes times a scale per row. GPTQ (arXiv 2210.17323) rounds column by
-# column and lets the columns still to come absorb the error, weighted by the Hessian X^T X of the
-# layer's inputs on training data. All layers of a bank are quantized at once. With CLIP_POLICY=cost
-# rounding costs the loss the same in every weight (reverse water filling): bytes go where they gain most.
 
 
-def collect_hessians(run: Runtime, trainer: Trainer, first: int, batches: int) -> dict[str, Tensor]:
-    """X^T X (cols, cols) summed over the inputs X of every matrix, over `batches` per rank from number `first` on."""
-    model, order, totals = trainer.model, trainer.model.order, {}
-    moments = compiled(run.cfg, partial(input_moments, model))
-    with torch.no_grad():
-        weights = model.fast_weights(False)
-        for number in range(first, first + batches):
-            for name, moment in moments(trainer.loader.fetch(number)[0], weights, order).items():
-                totals[name] = totals[name] + moment if name in totals else moment
-    return {name: run.ranks.all_reduce_sum_(total).to(float64_device(total.device)) for name, total in totals.items()}
-
-
-COST_BATCHES = 8  # per rank, behind what rounding costs a row: rare tokens need more than half a million tokens
-
-
-def row_costs(run: Runtime, trainer: Trainer, first: int, hessians: dict[str, Tensor]) -> dict[str, Tensor]:
-    """cost.<coded tensor>, (n, rows): what rounding to steps of 1 costs the loss per weight, up to a common factor.
-
-    That is the mean square of a row's gradient, the Fisher information, along the errors that GPTQ leaves: multiples
-    of the rows of U, each over its diagonal entry, as large as the step. Nothing where CLIP_POLICY does not ask.
-    """
-    model, phase, costs = trainer.model, Phase(trainer.model.order, False, run.cfg.train_seq_len), {}
-    if run.cfg.clip_policy != "cost" or not hessians:
-        return costs
-    jobs = [job for job in quant_specs(model) if all(name in hessians for name in job.hessians)]
-    stacks = (torch.stack([hessians[name] for name in job.hessians]) for job in jobs)
-    factors = (hessian_inv_cholesky(stack, run.cfg.gptq_damp) for stack in stacks)
-    errors = [(u / u.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).mT.float().to(run.ranks.device) for u in factors]
-    for number in range(first, first + COST_BATCHES):
-        model.zero_grad()
-        trainer.gradients(phase, *trainer.loader.fetch(number))
-        for job, error in zip(jobs, errors, strict=True):
-            parameter = model.banks[job.name] if job.name in model.banks else model.rest[job.name]
-            cost = (parameter.grad.view(job.tensor.shape) @ error).square().mean(-1)
-            total = run.ranks.all_reduce_sum_(cost).to(job.tensor.device)
-            costs[f"cost.{job.name}"] = costs.get(f"cost.{job.name}", 0.0) + total
-    model.zero_grad()
-    return costs
-
-
-def input_moments(model: GPT, ids: Tensor, weights: dict[str, Tensor], order: tuple[int, ...]) -> dict[str, Tensor]:
-    """X^T X of every matrix's inputs in one forward pass; TF32 holds bf16 inputs exactly and sums in fp32."""
-    moments: dict[str, Tensor] = {}
-
-    def observe(name: str, x: Tensor) -> None:
-        flat = x.flatten(0, -2).float()
-        moments[name] = moments[name] + flat.mT @ flat if name in moments else flat.mT @ flat
-
-    model.logits(model.hidden(ids, weights, order, observe), weights, observe)
-    return moments
-
-
-class QuantSpec(NamedTuple):
-    """One tensor to quantize: (n, rows, cols) fp32, the names of its n Hessians, and bits and clip of its kind."""
-
-    name: str
-    tensor: Tensor
-    hessians: list[str]
-    bits: Tensor  # (n, rows, 1) integer
-    sigmas: float  # k of policy sigma; 0: the common one
-    unit: Tensor | None = None  # step over k of policy cost, (n, rows)
-
-
-class QuantizedTensor(NamedTuple):
-    """A quantized tensor: codes (n, rows, cols) int8 and scales (n, rows) half."""
-
-    codes: Tensor
-    scale: Tensor
-    trellis: bool = False
-
-    def dequantize(self) -> Tensor:
-        values = trellis_values(self.codes) if self.trellis else self.codes.float()
-        return values * self.scale.float().unsqueeze(-1)
-
-
-def quant_specs(
-    model: GPT, matrix_bits: Mapping[int, int] | None = None, costs: Mapping[str, Tensor] | None = None
-) -> list[QuantSpec]:
-    """All coded tensors of the model in artifact order; `matrix_bits` limits the bits of single layers.
-
-    `costs` of rounding give a row its unit, a step that costs as much as in all other rows; steps are on the average
-    those of policy sigma for the same k. A row whose cost the batches hardly show (a rare token) has some all the same.
-    """
-    cfg, jobs, home = model.cfg, [], float64_device(model.clip_sigmas.device)
-    for spec in model.specs:
-        bank = model.banks[spec.name].detach().to(home)
-        bits = model.bits[spec.name].to(bank.device, copy=True)
-        for layer, lower in (matrix_bits or {}).items():
-            bits[layer] = bits[layer].clamp_max(lower)
-        jobs.append(QuantSpec(spec.name, bank, [f"{spec.name}.{i}" for i in range(len(bank))], bits, 0.0))
-    head = "tok_emb" if cfg.tie_embeddings else "lm_head"
-    for spec in model.param_table:
-        if spec.coded:
-            tensor = model.rest[spec.name].detach()[None].to(home)
-            bits = torch.full((1, tensor.shape[1], 1), cfg.embed_bits, device=tensor.device)
-            inputs = "head" if spec.name == head else spec.name
-            jobs.append(QuantSpec(spec.name, tensor, [inputs], bits, cfg.embed_clip_sigmas))
-    known = {job.name: costs[f"cost.{job.name}"] for job in jobs if f"cost.{job.name}" in (costs or {})}
-    known = {name: cost + cost.mean(-1, keepdim=True) / 32 + 1e-30 for name, cost in known.items()}
-    jobs = [job._replace(unit=known[job.name].rsqrt() if job.name in known else None) for job in jobs]
-    paid = [job for job in jobs if job.unit is not None]
-    logs = [(job.tensor.std(-1, correction=0) / job.unit).clamp_min(1e-15).log().mean().item() for job in paid]
-    mean = sum(log * job.tensor.numel() for log, job in zip(logs, paid, strict=True))
-    scale = math.exp(mean / max(sum(job.tensor.numel() for job in paid), 1)) / (2 ** (cfg.matrix_bits - 1) - 1)
-    return [job if job.unit is None else job._replace(unit=scale * job.unit) for job in jobs]
-
-
-def passthrough(model: GPT) -> dict[str, Tensor]:
-    """Control parameters, never quantized: name -> tensor in half precision."""
-    return {s.name: model.rest[s.name].detach().half() for s in model.param_table if not s.coded}
-
-
-def row_scales(cfg: Config, job: QuantSpec, hessians: Mapping[str, Tensor], sigmas: float) -> Tensor:
-    """Row scales (n, rows) of a job under CLIP_POLICY.
-
-    `search` takes per row the clip percentile of least Hessian-weighted rounding error (GPTQ-lite, PR #374); a
-    column's weight is its Hessian's diagonal, or 1 where no inputs were observed.
-    """
-    if job.unit is not None:  # rounded to 1/8 of an octave: as good, and stored in half the bytes
-        finest = row_scale(job.tensor, job.bits, "amax", 0.0)
-        coarsest = finest * (2 ** (job.bits[..., 0] - 1) - 1)  # all codes but the largest are 0
-        half = (sigmas * job.unit).clamp(1.07 * finest, coarsest).clamp(2.0**-14, 2.0**15).half()
-        return ((half.view(torch.int16) + 64) & ~127).view(torch.half).to(job.tensor.dtype)
-    if cfg.clip_policy != "search":
-        return row_scale(job.tensor, job.bits, cfg.clip_policy, job.sigmas or sigmas)
-    w, ones = job.tensor, torch.ones_like(job.tensor[0, 0])
-    weight = torch.stack([hessians[n].diagonal() if n in hessians else ones for n in job.hessians]).unsqueeze(1)
-    scales, errors = [], []
-    for percentile in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
-        clip = torch.stack([torch.quantile(layer.abs(), percentile, dim=-1, keepdim=True) for layer in w])
-        scales.append(row_scale(clip, job.bits, "amax", 0.0))
-        rounded = round_to_grid(w, scales[-1], job.bits) * scales[-1].unsqueeze(-1)
-        errors.append(((rounded - w).square() * weight).sum(-1))
-    return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
-
-
-def hessian_inv_cholesky(hessian: Tensor, damp: float) -> Tensor:
-    """Upper U with U^T U = (H + damp x mean diagonal)^-1 (n, cols, cols); damp grows tenfold where that fails."""
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    hessian = hessian + torch.diag_embed((diagonal == 0).to(hessian.dtype))  # inputs that are always zero
-    mean = diagonal.mean(-1)[:, None, None]
-    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    lower, failed = torch.linalg.cholesky_ex(hessian + damp * mean * eye)
-    if failed.any():
-        return hessian_inv_cholesky(hessian, max(10 * damp, 1e-6))
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-
-
-def gptq_quantize(job: QuantSpec, hessian: Tensor, scale: Tensor, cfg: Config) -> Tensor:
-    """Codes (n, rows, cols), float64 integers, of all layers of a job; Hessian (n, cols, cols), scale (n, rows).
-
-    Columns run in blocks of GPTQ_BLOCK_SIZE; with GPTQ_ACT_ORDER the largest diagonal comes first. Columns whose
-    input is always zero are coded as zero. Float64 throughout: the GPU is launch-bound here, so digits are free.
-    """
-    w, scale, hessian = job.tensor.double(), scale.double(), hessian.double()
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal == 0
-    w = w.masked_fill(dead[:, None, :], 0.0)
-    columns = torch.arange(w.shape[2], device=w.device).expand_as(diagonal)
-    order = diagonal.argsort(dim=-1, descending=True, stable=True) if cfg.gptq_act_order else columns
-    w = w.take_along_dim(order[:, None, :], 2)
-    hessian = hessian.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
-    factor = hessian_inv_cholesky(hessian, cfg.gptq_damp)
-    codes = torch.empty_like(w)
-    for begin in range(0, w.shape[2], cfg.gptq_block_size):
-        end = min(begin + cfg.gptq_block_size, w.shape[2])
-        block, errors = w[:, :, begin:end].clone(), torch.empty_like(w[:, :, begin:end])
-        for j in range(end - begin):
-            row = factor[:, begin + j, begin:end]
-            code = round_to_grid(block[:, :, j : j + 1], scale, job.bits)
-            error = (block[:, :, j : j + 1] - code * scale.unsqueeze(-1)) / row[:, None, j : j + 1]
-            block[:, :, j:] -= error * row[:, None, j:]
-            codes[:, :, begin + j], errors[:, :, j] = code[..., 0], error[..., 0]
-        w[:, :, end:] -= errors @ factor[:, begin:end, end:]
-    return codes.take_along_dim(order.argsort()[:, None, :], 2)
-
-
-# Dependent quantization as in the video coder VVC: a state knows one of two grids, and the code's parity leads to the
-# next state. In odd states every grid point but 0 is half a step nearer to 0. The two grids together are twice as fine
-# as one, and the choice among paths makes good most of what a code, which says only its own grid's point, leaves open.
-TRELLIS = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))  # state -> next after an even, an odd code
-
-
-def trellis_values(codes: Tensor) -> Tensor:
-    """What trellis codes (n, rows, cols) int8 stand for, in steps; every row starts in state 0."""
-    following, values = torch.tensor(TRELLIS, device=codes.device), codes.float()
-    state = torch.zeros_like(codes[..., 0], dtype=torch.long)
-    for code, value in zip(codes.unbind(-1), values.unbind(-1), strict=True):
-        value -= 0.5 * (state & 1) * code.sign()
-        state = following[state, code.long() & 1]
-    return values
-
-
-def trellis_block(w: Tensor, factor: Tensor, scale: Tensor, state: Tensor, top: Tensor) -> tuple[Tensor, ...]:
-    """Codes and errors (n, rows, block) of some columns w, and the state (n, rows) after them, by Viterbi's algorithm.
-
-    Of all paths into a state the one of least error survives, with columns that have absorbed its own errors.
-    """
-    into = [[2 * i + parity for i, to in enumerate(TRELLIS) for parity in (0, 1) if to[parity] == s] for s in range(8)]
-    into, parity, past = torch.tensor(into, device=w.device), torch.arange(2, device=w.device), []
-    shift = 0.5 * (torch.arange(8, device=w.device) & 1)
-    cost = torch.full((*w.shape[:2], 8), math.inf, dtype=w.dtype, device=w.device).scatter_(2, state[..., None], 0.0)
-    left, scale, top = w.unsqueeze(2).expand(-1, -1, 8, -1), scale[..., None], top[..., None] - 2 + parity
-    for j in range(w.shape[2]):
-        y, row = left[..., 0], factor[:, None, None, j, j:]
-        code = 2 * ((y / scale + shift * y.sign())[..., None] / 2 - parity / 2).round() + parity
-        code = torch.minimum(torch.maximum(code, -top), top)
-        error = (y[..., None] - (code - shift[:, None] * code.sign()) * scale[..., None]) / row[..., :1]
-        both = (cost[..., None] + error.square()).flatten(2)[..., into]
-        second = both[..., 1] < both[..., 0]
-        cost, source = both.amin(-1), torch.where(second, into[:, 1], into[:, 0])
-        code, error = (x.flatten(2).gather(2, source) for x in (code, error))
-        past.append((code, error, source // 2))
-        left = left[..., 1:].gather(2, past[-1][2][..., None].expand(-1, -1, -1, left.shape[3] - 1))
-        left -= error[..., None] * row[..., 1:]
-    best, found = cost.argmin(-1, keepdim=True), []
-    state = best[..., 0]
-    for code, error, origin in reversed(past):
-        found.append((code.gather(2, best), error.gather(2, best)))
-        best = origin.gather(2, best)
-    return *(torch.cat(parts[::-1], 2) for parts in zip(*found, strict=True)), state
-
-
-def trellis_quantize(job: QuantSpec, hessian: Tensor, scale: Tensor, cfg: Config) -> Tensor:
-    """`gptq_quantize` with trellis codes: blocks of columns as they stand, which costs a trellis a hundredth."""
-    w, scale, factor = job.tensor.double(), scale.double(), hessian_inv_cholesky(hessian.double(), cfg.gptq_damp)
-    w = w.masked_fill((hessian.diagonal(dim1=-2, dim2=-1) == 0)[:, None, :], 0.0)
-    codes, state = torch.empty_like(w), torch.zeros_like(w[..., 0], dtype=torch.long)
-    for begin in range(0, w.shape[2], cfg.gptq_block_size):
-        end = begin + cfg.gptq_block_size
-        block, own = w[..., begin:end], factor[:, begin:end, begin:end]
-        codes[..., begin:end], errors, state = trellis_block(block, own, scale, state, 2.0 ** (job.bits - 1))
-        w[..., end:] -= errors @ factor[:, begin:end, end:]
-    return codes
-
-
-def quantize(cfg: Config, job: QuantSpec, hessians: Mapping[str, Tensor], sigmas: float) -> QuantizedTensor:
-    """Codes of a job by GPTQ where its inputs were observed, by rounding to nearest elsewhere (embedding tables)."""
-    scale = row_scales(cfg, job, hessians, sigmas)
-    if broken := [name for name in job.hessians if name in hessians and not hessians[name].isfinite().all()]:
-        raise UserError(f"Hessians of {broken} are not finite: activations overflowed on the calibration data")
-    if cfg.gptq_enabled and all(name in hessians for name in job.hessians):
-        method = trellis_quantize if cfg.trellis else gptq_quantize
-        codes = method(job, torch.stack([hessians[name] for name in job.hessians]), scale, cfg)
-    elif cfg.trellis:
-        codes = trellis_quantize(job, torch.eye(job.tensor.shape[2], device=scale.device)[None], scale, cfg)
-    else:
-        codes = round_to_grid(job.tensor, scale, job.bits)
-    return QuantizedTensor(codes.to(torch.int8), scale.half(), cfg.trellis)
-
-
-def quantize_tensors(
-    run: Runtime, jobs: list[QuantSpec], hessians: dict[str, Tensor], sigmas: float
-) -> dict[str, QuantizedTensor]:
-    """Codes of all jobs by name, their layers shared over the ranks; every rank gets all.
-
-    GPTQ is a loop over columns, so each rank takes layers that have the same number of columns in all. Sums over
-    ranks join the parts: what a rank does not own is zero there.
-    """
-    ranks, coded = run.ranks, {}
-    columns = torch.tensor([job.tensor.shape[2] for job in jobs for _ in job.tensor], dtype=torch.float64)
-    middles = columns.cumsum(0) - columns / 2
-    owners = (middles * ranks.world / columns.sum()).long().split([len(job.tensor) for job in jobs])
-    for job, owner in zip(jobs, owners, strict=True):
-        codes = torch.zeros_like(job.tensor, dtype=torch.int8)
-        scale = torch.zeros_like(job.tensor[..., 0], dtype=torch.half)
-        if own := (owner == ranks.rank).nonzero()[:, 0].tolist():
-            names = [job.hessians[layer] for layer in own]
-            unit = None if job.unit is None else job.unit[own]
-            part = job._replace(tensor=job.tensor[own], bits=job.bits[own], hessians=names, unit=unit)
-            codes[own], scale[own] = quantize(run.cfg, part, hessians, sigmas)[:2]
-        coded[job.name] = QuantizedTensor(ranks.all_reduce_sum_(codes), ranks.all_reduce_sum_(scale), run.cfg.trellis)
-    return coded
-
-
-def row_classes(codes: Tensor) -> Tensor:
-    """Class (n, rows) uint8 of each row of codes: its root mean square in quarters of an octave, from 1/256 up.
-
-    Rows of a class share a distribution, wherever they are: codes are all but normal, and so their size says it.
-    """
-    return (4 * codes.float().square().mean(-1).clamp_min(2.0**-16).log2() / 2 + 32).round().to(torch.uint8)
-
-
-def entropy_bytes(*tensors: Tensor) -> float:
-    """Bytes that an ideal coder needs for codes (n, rows, cols), with one distribution per class of rows."""
-    counts = torch.zeros(64 * 256, dtype=torch.double)
-    for codes in tensors:
-        places = codes.long() + 128 + 256 * row_classes(codes).long().unsqueeze(-1)
-        counts += torch.bincount(places.flatten(), minlength=64 * 256).cpu()
-    totals = counts.view(64, 256).sum(1, keepdim=True).clamp_min(1).expand(-1, 256).flatten()
-    return float((counts * (totals / counts.clamp_min(1)).log2()).sum()) / 8
-
-
-def ideal_bytes(coded: Iterable[QuantizedTensor], kept: Mapping[str, Tensor]) -> float:
-    """Bytes of an artifact whose codes take their entropy and whose scales and kept tensors are stored as they are."""
-    coded = list(coded)
-    halves = sum(tensor.numel() for tensor in [*kept.values(), *(c.scale for c in coded)])
-    return entropy_bytes(*(c.codes for c in coded)) + 2 * halves
-
-
-def bisect(size: Callable[[float], float], low: float, high: float, limit: float) -> float:
-    """The least x in (low, high] with size(x) <= limit, to 1/4096 of the range; size falls; x = high is not tried."""
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size(middle) > limit else (low, middle)
-    return high
-
-
-SIGMAS_RANGE = (4.0, 20.0)  # of 6 bits: below 4 the grid clips more than it gains; at 20 a weight has 2.6 bits
-SIZE_BAND = (0.998, 0.9990, 1.0)  # least, aimed-at and greatest part of TARGET_BYTES that the artifact takes
-
-
-def fit_clip_sigmas(cfg: Config, jobs: list[QuantSpec], kept: Mapping[str, Tensor], ratio: float = 1.0) -> float:
-    """The clip k whose rounded codes fill the limit, by bisection of their entropy; `ratio`: actual over estimated."""
-    limit = SIZE_BAND[1] * cfg.target_bytes - code_bytes()
-
-    def size(log_sigmas: float) -> float:
-        scales = [row_scales(cfg, job, {}, math.exp(log_sigmas)) for job in jobs]
-        pairs = zip(jobs, scales, strict=True)
-        rounded = (QuantizedTensor(round_to_grid(job.tensor, scale, job.bits), scale) for job, scale in pairs)
-        return ratio * ideal_bytes(rounded, kept)
-
-    finest, coarsest = SIGMAS_RANGE[0], SIGMAS_RANGE[1] * (2 ** (cfg.matrix_bits - 1) - 1) / 31
-    return math.exp(bisect(size, math.log(finest), math.log(coarsest), limit))
-
-
-# ----------------------------------------------------------------------------------------------
-# 11. Artifact
-# ----------------------------------------------------------------------------------------------
-# magic | length of header | header (zlib JSON: architecture, layer order, tensor table, streams) |
-# streams | first 8 bytes of the SHA-256 of all that. Codes, classes of their rows, scales and kept
-# tensors are one stream each; the coder is chosen per stream and named in the header. Codes are
-# stored row by row, the rows of a class together. The bytes that count are those on disk: this
-# file's and the artifact's.
-
-MAGIC = b"PGOLF\x02"
-
-
-def code_bytes() -> int:
-    """Size of the file that runs."""
-    return Path(__file__).stat().st_size
-
-
-def byte_shuffle(values: Tensor) -> bytes:
-    """Half-precision values as all low bytes, then all high bytes: like bytes side by side compress better."""
-    return values.cpu().numpy().reshape(-1).view(np.uint8).reshape(-1, 2).T.tobytes()
-
-
-def byte_unshuffle(raw: bytes) -> Tensor:
-    """Inverse of `byte_shuffle`: (n,) half."""
-    return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(2, -1).T.copy().view(np.float16).reshape(-1))
-
-
-class Codec(NamedTuple):
-    """A coder: module, its error, name of its level argument, strongest level, how at most `size` bytes are read."""
-
-    module: str
-    error: str
-    argument: str
-    strongest: int
-    read: Callable[[Any, bytes, int], bytes]  # module, data, size
-
-
-MOST_WINDOW = 2**27  # bytes of memory that a stream may ask its decoder for
-CODECS = {
-    "zlib": Codec("zlib", "error", "level", 9, lambda m, data, size: m.decompressobj().decompress(data, size)),
-    "lzma": Codec("lzma", "LZMAError", "preset", 9,
-                  lambda m, data, size: m.LZMADecompressor(memlimit=MOST_WINDOW).decompress(data, size)),
-    "zstd": Codec("zstandard", "ZstdError", "level", 22,
-                  lambda m, data, size: m.ZstdDecompressor(max_window_size=MOST_WINDOW).stream_reader(data).read(size)),
-    "brotli": Codec("brotli", "error", "quality", 11,
-                    lambda m, data, size: read_brotli(m.Decompressor(), data, size)),
-}  # fmt: skip
-
-
-def read_brotli(decoder: Any, data: bytes, size: int) -> bytes:
-    """At most about `size` bytes: a decoder without a limit is fed in small pieces."""
-    raw = bytearray()
-    for begin in range(0, len(data), 64):
-        if len(raw) > size:
-            break
-        raw += decoder.process(data[begin : begin + 64])
-    return bytes(raw)
-
-
-def codec(name: str) -> Any:
-    """The module of a coder; UserError where its package is missing."""
-    try:
-        return importlib.import_module(CODECS[name].module)
-    except ImportError:
-        raise UserError(f"coder {name}: its package is not installed; pip install -r requirements.txt") from None
-
-
-def encode_stream(cfg: Config, raw: bytes) -> tuple[str, bytes]:
-    """(coder, bytes) of a stream by COMPRESSOR; auto and ans take the smallest of the coders that are installed."""
-    installed = [name for name, row in CODECS.items() if importlib.util.find_spec(row.module)]
-    options = []
-    for name in [cfg.compressor] if cfg.compressor in CODECS else installed:
-        row = CODECS[name]
-        level = cfg.compressor_level if cfg.compressor in CODECS and cfg.compressor_level >= 0 else row.strongest
-        options.append((name, codec(name).compress(raw, **{row.argument: level})))
-    return min(options, key=lambda option: len(option[1]))
-
-
-def decode_stream(coder: str, data: bytes, *segments: int) -> bytes:
-    """A stream's bytes, as many as its segments have; ValueError where it has others, before it can fill the memory."""
-    if coder == "ans":
-        return ans_decode(data, segments).tobytes()
-    module, size = codec(coder), sum(segments)
-    try:
-        raw = CODECS[coder].read(module, data, size + 1)
-    except getattr(module, CODECS[coder].error) as problem:
-        raise ValueError(str(problem)) from None
-    if len(raw) != size:
-        raise ValueError(f"a stream holds {len(raw)} bytes or more, not {size}")
-    return raw
-
-
-ANS_BITS, ANS_LANES = 15, 1024  # probability resolution; coder states that run side by side in numpy
-
-
-def ans_frequencies(counts: np.ndarray) -> np.ndarray:
-    """Counts (256,) scaled to sum to 2^ANS_BITS, at least 1 where a symbol occurs."""
-    scaled = np.maximum(np.floor(counts / max(counts.sum(), 1) * (1 << ANS_BITS)), counts > 0).astype(np.int64)
-    scaled[scaled.argmax()] += (1 << ANS_BITS) - scaled.sum()  # the rounding goes to the commonest symbol
-    return scaled
-
-
-def ans_steps(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """(segment, slice of the symbols) of each coder step: up to ANS_LANES symbols of one segment."""
-    begin = 0
-    for segment, size in enumerate(sizes):
-        for offset in range(0, size, ANS_LANES):
-            yield segment, slice(begin + offset, begin + min(offset + ANS_LANES, size))
-        begin += size
-
-
-def ans_encode(symbols: np.ndarray, sizes: list[int]) -> bytes:
-    """Entropy-code int8 symbols whose segments of `sizes` each have their own distribution (rANS, arXiv 1311.2540).
-
-    ANS_LANES interleaved coders share one stream of 16-bit words, so that numpy codes 1,024 symbols per call; the
-    price is 4 KB of final states. Layout: table length, zlib tables, states, words.
-    """
-    bounds = np.cumsum([0, *sizes])
-    unsigned = symbols.astype(np.int16) + 128
-    tables = np.stack([ans_frequencies(np.bincount(unsigned[a:b], minlength=256)) for a, b in zip(bounds, bounds[1:])])
-    starts = np.cumsum(tables, axis=1) - tables
-    state, words = np.full(ANS_LANES, 1 << 16, np.uint64), []
-    for segment, span in reversed(list(ans_steps(sizes))):
-        symbol = unsigned[span]
-        frequency, start = tables[segment][symbol].astype(np.uint64), starts[segment][symbol].astype(np.uint64)
-        lanes = state[: len(symbol)]
-        full = lanes >= frequency << np.uint64(32 - ANS_BITS)
-        words.append((lanes[full] & np.uint64(0xFFFF)).astype("<u2"))
-        lanes[full] >>= np.uint64(16)
-        lanes[:] = (lanes // frequency << np.uint64(ANS_BITS)) + lanes % frequency + start
-    packed = zlib.compress(tables.astype("<u2").T.tobytes(), 9)
-    body = np.concatenate(words[::-1]) if words else np.zeros(0, "<u2")
-    return struct.pack("<I", len(packed)) + packed + state.astype("<u4").tobytes() + body.tobytes()
-
-
-def ans_decode(blob: bytes, sizes: Sequence[int]) -> np.ndarray:
-    """Inverse of `ans_encode`: int8 symbols. ValueError where the stream does not end as it must."""
-    length = struct.unpack_from("<I", blob)[0]
-    raw = decode_stream("zlib", blob[4 : 4 + length], 512 * len(sizes))
-    tables = np.frombuffer(raw, "<u2").reshape(256, -1).T.astype(np.int64)
-    tables[tables.sum(1) == 0, 0] = 1 << ANS_BITS  # an empty segment
-    if (tables.sum(1) != 1 << ANS_BITS).any():
-        raise ValueError("frequencies of the entropy coder do not add up")
-    starts = np.cumsum(tables, axis=1) - tables
-    lookup = np.stack([np.repeat(np.arange(256), row) for row in tables]).astype(np.int16)
-    begin = 4 + length
-    state = np.frombuffer(blob, "<u4", ANS_LANES, begin).astype(np.uint64)
-    words, position = np.frombuffer(blob, "<u2", offset=begin + 4 * ANS_LANES).astype(np.uint64), 0
-    symbols = np.empty(sum(sizes), np.int8)
-    for segment, span in ans_steps(sizes):
-        lanes = state[: span.stop - span.start]
-        slot = (lanes & np.uint64((1 << ANS_BITS) - 1)).astype(np.int64)
-        symbol = lookup[segment][slot]
-        symbols[span] = symbol - 128
-        frequency = tables[segment][symbol].astype(np.uint64)
-        lanes[:] = frequency * (lanes >> np.uint64(ANS_BITS)) + (slot - starts[segment][symbol]).astype(np.uint64)
-        low = np.flatnonzero(lanes < 1 << 16)
-        lanes[low] = lanes[low] << np.uint64(16) | words[position : position + len(low)]
-        position += len(low)
-    if position != len(words) or (state != 1 << 16).any():
-        raise ValueError("the entropy coder does not end where it began")
-    return symbols
-
-
-def rows_by_class(classes: np.ndarray, lengths: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-    """Order of the rows (n,) in which those of a class stand together, and how many codes each class has (256)."""
-    sizes = np.bincount(classes, lengths, minlength=256).astype(np.int64)
-    return classes.argsort(kind="stable"), sizes.tolist()
-
-
-def encode_artifact(
-    cfg: Config, coded: Mapping[str, QuantizedTensor], kept: Mapping[str, Tensor], notes: dict
-) -> bytes:
-    """The artifact's bytes: see the section's head for the layout. `notes` go into the header as they are."""
-    classes = np.concatenate([row_classes(c.codes).cpu().numpy().reshape(-1) for c in coded.values()])
-    rows = [row for c in coded.values() for row in c.codes.flatten(0, 1).cpu().numpy()]
-    order, sizes = rows_by_class(classes, [len(row) for row in rows])
-    codes, use_ans = np.concatenate([rows[i] for i in order]), cfg.compressor in ("auto", "ans")
-    streams = {
-        "codes": ("ans", ans_encode(codes, sizes)) if use_ans else encode_stream(cfg, codes.tobytes()),
-        "classes": encode_stream(cfg, classes.tobytes()),
-        "scales": encode_stream(cfg, byte_shuffle(torch.cat([c.scale.flatten() for c in coded.values()]))),
-        "kept": encode_stream(cfg, byte_shuffle(torch.cat([t.flatten() for t in kept.values()]))),
-    }
-    header = {
-        "architecture": cfg.architecture(),
-        "order": list(final_order(cfg)),
-        "matrix_bits": cfg.matrix_bits,
-        "trellis": cfg.trellis,
-        "coded": [[name, list(c.codes.shape)] for name, c in coded.items()],
-        "kept": [[name, list(t.shape)] for name, t in kept.items()],
-        "streams": [[name, coder, len(data)] for name, (coder, data) in streams.items()],
-        **notes,
-    }
-    packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    body = MAGIC + struct.pack("<I", len(packed)) + packed + b"".join(data for _, data in streams.values())
-    return body + hashlib.sha256(body).digest()[:8]
-
-
-DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, EOFError, MemoryError, RecursionError,
-          struct.error, zlib.error)  # fmt: skip
-MOST_HEADER_BYTES = 2**20
-
-
-def tensor_table(cfg: Config) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """Shapes by name of the coded tensors and of the kept ones that an architecture has, in an artifact's order."""
-    banks = {spec.name: [cfg.num_layers, spec.rows, spec.cols] for spec in bank_specs(cfg)}
-    coded = {spec.name: [1, *spec.shape] for spec in param_table(cfg) if spec.coded}
-    return banks | coded, {spec.name: [*spec.shape] for spec in param_table(cfg) if not spec.coded}
-
-
-def saved_config(saved: Any, where: str) -> Config:
-    """The configuration with the architecture of a saved model; UserError unless a user could have set it."""
-    refuse_other_version(saved, where)
-    cfg = Config(**{spec.name: parse_value(variable, as_text(saved[spec.name]), spec)
-                    for variable, spec in Config.variables().items() if spec.name in saved})  # fmt: skip
-    validate(cfg, model_rules(cfg))
-    return cfg
-
-
-def read_header(blob: bytes, path: Path) -> tuple[dict[str, Any], Config, int]:
-    """Header of an artifact, its architecture, and the offset of its first stream. UserError for anything that this
-    script does not write: nothing is allocated by what a header says before that is compared with what its
-    architecture implies, and a model of more than 16 weights a byte is none."""
-    if not blob.startswith(MAGIC) or len(blob) < len(MAGIC) + 12:
-        raise UserError(f"{path}: not an artifact of this script (it starts with {blob[:6]!r}, not {MAGIC!r})")
-    if hashlib.sha256(blob[:-8]).digest()[:8] != blob[-8:]:
-        raise UserError(f"{path}: damaged or truncated ({len(blob)} bytes); export it again with EXPORT_ONLY=1")
-    end = len(MAGIC) + 4 + struct.unpack_from("<I", blob, len(MAGIC))[0]
-    try:
-        header = json.loads(CODECS["zlib"].read(zlib, blob[len(MAGIC) + 4 : end], MOST_HEADER_BYTES))
-        cfg = saved_config(header["architecture"], str(path))
-        coded, kept = tensor_table(cfg)
-        names, coders, sizes = zip(*header["streams"], strict=True)
-        orders = [[*range(cfg.num_layers)], [*final_order(cfg)]]
-        sound = [
-            # As text, since Python takes true and 1.0 for 1.
-            json.dumps([header["coded"], header["kept"]]) == json.dumps([[*coded.items()], [*kept.items()]]),
-            names == ("codes", "classes", "scales", "kept") and json.dumps(header["order"]) in map(json.dumps, orders),
-            sum(map(math.prod, [*coded.values(), *kept.values()])) <= 16 * len(blob),
-            {*coders[1:]} <= CODECS.keys() and coders[0] in ("ans", *CODECS),
-            all(type(size) is int and size >= 0 for size in sizes) and end + sum(sizes) + 8 == len(blob),
-            type(header["trellis"]) is bool and type(header["matrix_bits"]) is int and 2 <= header["matrix_bits"] <= 8,
-            {*map(type, header["identity"].values())} <= {str},
-        ]
-    except DAMAGE as problem:
-        raise UserError(f"{path}: its header is none of this script ({str(problem)[:200]})") from None
-    if not all(sound):
-        raise UserError(f"{path}: its header contradicts itself; export it again with EXPORT_ONLY=1")
-    return header, cfg, end
-
-
-def decode_artifact(blob: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header, and the parameters by name in fp32 as the model has them; UserError where the streams are damaged."""
-    header, cfg, offset = read_header(blob, path)
-    coded, kept = tensor_table(cfg)
-    file = io.BytesIO(blob[offset:])
-    streams = [(coder, file.read(size)) for _, coder, size in header["streams"]]
-    lengths = [cols for count, rows, cols in coded.values() for _ in range(count * rows)]
-
-    def halves(stream: int, shapes: list[list[int]]) -> list[Tensor]:
-        """A stream's tensors of half-precision values."""
-        return cut(byte_unshuffle(decode_stream(*streams[stream], 2 * sum(map(math.prod, shapes)))), shapes)
-
-    try:
-        classes = np.frombuffer(decode_stream(*streams[1], len(lengths)), np.uint8)
-        order, sizes = rows_by_class(classes, lengths)
-        codes = torch.from_numpy(np.frombuffer(decode_stream(*streams[0], *sizes), np.int8).copy())
-        rows = codes.split([lengths[i] for i in order])
-        codes = cut(torch.cat([rows[i] for i in order.argsort()]), [*coded.values()])
-        scales, values = halves(2, [shape[:2] for shape in coded.values()]), halves(3, [*kept.values()])
-    except DAMAGE as problem:
-        raise UserError(f"{path}: its streams are damaged ({str(problem)[:200]})") from None
-    if not all(tensor.isfinite().all() for tensor in [*scales, *values]):
-        raise UserError(f"{path}: it holds scales that are not finite; export it again with EXPORT_ONLY=1")
-    parameters, banks = {}, {spec.name for spec in bank_specs(cfg)}
-    for name, *pair in zip(coded, codes, scales, strict=True):
-        tensor = QuantizedTensor(*pair, header["trellis"]).dequantize()
-        parameters[f"banks.{name}" if name in banks else f"rest.{name}"] = tensor if name in banks else tensor[0]
-    return header, parameters | {f"rest.{name}": value.float() for name, value in zip(kept, values, strict=True)}
-
-
-class Exporter:
-    """Quantizes and encodes the model's weights so that code and artifact fit TARGET_BYTES."""
-
-    def __init__(self, run: Runtime, model: GPT, hessians: dict[str, Tensor], identity: Mapping[str, str]) -> None:
-        """`identity` of tokenizer and validation set, which the artifact carries."""
-        self.run, self.cfg, self.model, self.hessians, self.identity = run, run.cfg, model, hessians, identity
-        self.kept, self.limit = passthrough(model), run.cfg.target_bytes - code_bytes()
-        self.sigmas, self.layer_bits = run.cfg.matrix_clip_sigmas, {}
-        self.coded, self.blob, self.size = {}, b"", 0  # the blob is rank 0's, which writes it
-        self.ratio = 1.0  # of the size over the entropy, when last encoded
-
-    def quantize(self, ratio: float = 1.0) -> None:
-        """Quantize; a clip that is ours to choose is first chosen by the expected size, `ratio` times its estimate."""
-        with self.run.timed("gptq" if self.cfg.gptq_enabled else "rounding", "train"):
-            jobs = quant_specs(self.model, self.layer_bits, self.hessians)
-            if self.cfg.auto_clip and not self.layer_bits:
-                (self.sigmas,) = self.run.ranks.all_reduce_max(fit_clip_sigmas(self.cfg, jobs, self.kept, ratio))
-            self.coded = quantize_tensors(self.run, jobs, self.hessians, self.sigmas)
-
-    def encode(self) -> int:
-        """Encode the current codes, on rank 0; returns the artifact's size, on every rank."""
-        with self.run.timed("encode", "untimed"):
-            notes = {"clip_sigmas": round(self.sigmas, 4), "layer_bits": self.layer_bits,
-                     "order": list(self.model.order), "identity": dict(self.identity)}  # fmt: skip
-            if self.run.ranks.is_main_process:
-                self.blob = encode_artifact(self.cfg, self.coded, self.kept, notes)
-            self.size = int(self.run.ranks.all_reduce_max(len(self.blob))[0])
-            self.ratio *= self.size / self.expected()
-        return self.size
-
-    def expected(self) -> float:
-        """The size of the current codes by their entropy, in milliseconds where a slow coder takes half a minute."""
-        return self.ratio * self.run.ranks.all_reduce_max(ideal_bytes(self.coded.values(), self.kept))[0]
-
-    def fill(self) -> None:
-        """Quantize; where the clip is ours to choose, choose it so that the artifact fills the limit."""
-        ratio = 1.035 if self.cfg.trellis else 1.0  # over rounding to the nearest of a grid as wide
-        for _ in range(3):
-            self.quantize(ratio)
-            share = (self.encode() + code_bytes()) / self.cfg.target_bytes
-            if not self.cfg.auto_clip:
-                return
-            self.run.log(f"fit: clip_sigmas:{self.sigmas:.3f} artifact:{self.size} share_of_limit:{share:.4f}")
-            finest = self.sigmas <= SIGMAS_RANGE[0] * 1.001  # a small model: there is nothing more to spend bytes on
-            if share <= SIZE_BAND[2] and (share >= SIZE_BAND[0] or finest):
-                return
-            ratio *= self.size / (SIZE_BAND[1] * self.cfg.target_bytes - code_bytes())
-
-    def prune(self) -> None:
-        """Zero the +-1 codes that cost least (smallest scale^2) until the artifact fits (PR #609)."""
-        full = {spec.name: self.coded[spec.name] for spec in self.model.specs}
-        costs = {n: bank.scale.float().square().unsqueeze(-1).where(bank.codes.abs() == 1, math.inf)
-                 for n, bank in full.items()}  # fmt: skip
-        ranked = torch.cat([cost[cost < math.inf] for cost in costs.values()]).sort().values
-
-        def zeroed_size(share: float) -> float:
-            threshold = ranked[min(int(share * len(ranked)), len(ranked) - 1)]
-            for n, bank in full.items():
-                self.coded[n] = bank._replace(codes=bank.codes.masked_fill(costs[n] <= threshold, 0))
-            return self.expected()
-
-        for _ in range(4):  # by entropy, and then by the coder, which corrects what is expected of it
-            share = bisect(zeroed_size, 0.0, 1.0, 0.999 * self.limit)
-            zeroed_size(share)
-            if self.encode() <= self.limit:
-                break
-        self.run.log(f"selective_prune: +-1 codes zeroed:{share:.4f} artifact:{self.size}")
-
-    def lower_layers(self) -> None:
-        """Give one layer after another five bits, from the centre outwards, until the artifact fits (PR #638)."""
-        layers = sorted(range(self.cfg.num_layers), key=lambda i: abs(i - (self.cfg.num_layers - 1) / 2))
-        for layer in layers:
-            if self.size <= self.limit:
-                return
-            self.layer_bits[layer] = 5
-            self.quantize()
-            size = self.expected()
-            if size < 1.02 * self.limit or layer == layers[-1]:  # near enough that only the coder can tell
-                size = self.encode()
-            self.run.log(f"int5_fallback: layer {layer} at 5 bits, artifact:{size:.0f}")
-
-    def export(self) -> bytes:
-        """The artifact (on rank 0); UserError, with the excess, when nothing that is allowed makes it fit."""
-        self.fill()
-        if self.size > self.limit and self.cfg.selective_prune_enabled and not self.cfg.trellis:  # no code stands alone
-            self.prune()
-        if self.size > self.limit and self.cfg.int5_fallback and self.cfg.matrix_bits > 5:
-            self.lower_layers()
-        if self.size > self.limit:
-            raise UserError(f"artifact {self.size} + code {code_bytes()} bytes are {self.size - self.limit} bytes over "
-                            f"TARGET_BYTES={self.cfg.target_bytes}; the weights are safe in {self.cfg.weights_file}: "
-                            "raise MATRIX_CLIP_SIGMAS (0 fits by itself) or lower MATRIX_BITS, with EXPORT_ONLY=1")
-        return self.blob
-
-
-def export_model(run: Runtime, trainer: Trainer, steps: int, validation: ValidationSet) -> "ExportResult":
+@rules
+def run_rules(cfg: Config) -> list[tuple[Any, str]]:
+    """The same for training, export, evaluation and re-entry."""
+    names = [f"blocks.{i}.{role}." for s in bank_specs(cfg) for role, _ in s.roles for i in range(cfg.num_layers)]
+    short, ends = cfg.short_seq_len, cfg.short_seq_frac
+    idle = [p for p in cfg.lowbit_name_patterns if not any(p in name for name in names)]
+    window = f"the window of {cfg.eval_len} tokens"
+    logs = [f"logs/{cfg.log_name}.{kind}" for kind in ("txt", "jsonl", "py")]
+    own = [cfg.artifact_file, cfg.weights_file, *logs, "train.log", f"train_seed{cfg.seed}.log"]
+    return [
+        (cfg.lowbit_bits != 1, "$LOWBIT_BITS: 2 to 8, or 0 for MATRIX_BITS"),
+        (not idle, f"LOWBIT_NAME_PATTERNS={','.join(idle)}: not in {' '.join(names[:: cfg.num_layers])}"),
+        (bool(cfg.lowbit_bits) == bool(cfg.lowbit_name_patterns), "$LOWBIT_BITS and $LOWBIT_NAME_PATTERNS: set both"),
+        (not cfg.post_qat_seconds or cfg.matrix_lr > 0, "POST_QAT_SECONDS: set MATRIX_LR above 0 too"),
+        (not cfg.muon_head_group or cfg.num_kv_heads % cfg.muon_head_group == 0,
+         "$MUON_HEAD_GROUP does not divide $NUM_KV_HEADS; 0 for all heads"),
+        (cfg.muon_rails_at == 1 or cfg.muon_momentum < 1, "$MUON_RAILS_AT: MUON_MOMENTUM below 1"),
+        (len(short) == len(ends) and [*short] == sorted({*short}) and [*ends] == sorted(ends) and min(short) >= 0
+         and not any(cfg.train_seq_len % n for n in short if 0 < n < cfg.train_seq_len),
+         "$SHORT_SEQ_LEN $SHORT_SEQ_FRAC: as many of each, both rising, lengths that divide $TRAIN_SEQ_LEN; "
+         "SHORT_SEQ_LEN=0 SHORT_SEQ_FRAC=0 for none"),
+        (not cfg.max_wallclock_seconds or cfg.post_qat_seconds < cfg.max_wallclock_seconds,
+         "$POST_QAT_SECONDS is all of $MAX_WALLCLOCK_SECONDS"),
+        (not (cfg.qat_enabled and cfg.auto_clip),
+         "QAT_ENABLED=1 needs the grid from the first step: set MATRIX_CLIP_SIGMAS above 0 or CLIP_POLICY=amax"),
+        (cfg.clip_policy != "cost" or cfg.gptq_enabled, "CLIP_POLICY=cost needs GPTQ_ENABLED=1"),
+        (not (cfg.swa_enabled and cfg.lawa_enabled), "SWA_ENABLED=1 and LAWA_ENABLED=1: only one of them is exported"),
+        (cfg.compressor not in CODECS or cfg.compressor_level <= CODECS[cfg.compressor].strongest,
+         "$COMPRESSOR_LEVEL: too high for $COMPRESSOR; unset it for the best"),
+        (not re.search(r"^\.\.?$|[/\x00-\x1f]", cfg.run_id) and len(os.fsencode(cfg.run_id)) <= 200,
+         f"RUN_ID={cfg.run_id!r}: a file name is made of it; no slashes or control characters, at most 200 bytes"),
+        (len({*map(os.path.realpath, own)}) == len(own),
+         f"ARTIFACT_PATH={cfg.artifact_file} WEIGHTS_PATH={cfg.weights_file}: one file for two, or a log of the run"),
+        (cfg.eval_only + cfg.export_only + cfg.resume <= 1, "EVAL_ONLY, EXPORT_ONLY, RESUME: set one of them at most"),
+        (not cfg.resume or cfg.run_id, "RESUME=1 needs the RUN_ID of the run that is to go on"),
+        (not cfg.eval_only or cfg.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH=<file>"),
+        (not cfg.export_only or cfg.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH=<file>"),
+        (cfg.eval_stride <= cfg.eval_len, f"$EVAL_STRIDE exceeds {window}"),
+        (not cfg.ttt_enabled or cfg.eval_stride > 0, "TTT_ENABLED=1 needs EVAL_STRIDE above 0"),
+        (cfg.ttt_chunk_tokens > cfg.eval_len or not cfg.ttt_enabled,
+         f"$TTT_CHUNK_TOKENS holds no whole window of {cfg.eval_len} tokens and its target"),
+        (not cfg.ngram_enabled or cfg.eval_stride > 0, "NGRAM_ENABLED=1 needs EVAL_STRIDE above 0"),
+        (cfg.ngram_min_order <= cfg.ngram_max_order, "$NGRAM_MIN_ORDER exceeds $NGRAM_MAX_ORDER"),
+        (cfg.ngram_alpha_low <= cfg.ngram_alpha_high < 1, "$NGRAM_ALPHA_LOW $NGRAM_ALPHA_HIGH: in order and below 1"),
+        (cfg.ttt_freeze_blocks <= cfg.num_layers, "$TTT_FREEZE_BLOCKS exceeds NUM_LAYERS"),
+        (not cfg.ttt_lora_enabled or cfg.ttt_chunk_size <= cfg.eval_len, f"$TTT_CHUNK_SIZE exceeds {window}"),
+    ]  # fmt: skip
+
+
+def log_sizes(run: Runtime, path: Path, header: dict[str, Any]) -> None:
+    """Sizes of the two files that count, from disk, and what each stream takes."""
+    cfg, artifact = run.cfg, path.stat().st_size
+    kind = f"int{cfg.matrix_bits}+{header['streams'][0][1]}"
+    streams = " ".join(f"{name}:{coder}:{size}" for name, coder, size in header["streams"])
+    run.log(f"artifact: {path} streams {streams}")
+    run.log(f"Serialized model {kind}: {artifact} bytes")
+    run.log(f"Code size: {code_bytes()} bytes")
+    run.log(f"Total submission size {kind}: {artifact + code_bytes()} bytes (limit {cfg.target_bytes})")
+    run.log.event("size", artifact_bytes=artifact, code_bytes=code_bytes(), limit=cfg.target_bytes, kind=kind)
+
+
+def export_model(run: Runtime, trainer: Trainer, steps: int, validation: ValidationSet) -> ExportResult:
     """Calibrate, quantize and write ARTIFACT_PATH; scores the model's weights, which are those after `steps` steps."""
     cfg, model = run.cfg, trainer.model
     total = sum(parameter.sum() for parameter in model.parameters()).item()
@@ -4441,390 +4866,6 @@ def export_model(run: Runtime, trainer: Trainer, steps: int, validation: Validat
     if cfg.qat_enabled or "late_qat" in run.active:
         eval_rounded(run, model, validation, last)
     return ExportResult(model, score, path, blob[-8:])
-
-
-def log_sizes(run: Runtime, path: Path, header: dict[str, Any]) -> None:
-    """Sizes of the two files that count, from disk, and what each stream takes."""
-    cfg, artifact = run.cfg, path.stat().st_size
-    kind = f"int{cfg.matrix_bits}+{header['streams'][0][1]}"
-    streams = " ".join(f"{name}:{coder}:{size}" for name, coder, size in header["streams"])
-    run.log(f"artifact: {path} streams {streams}")
-    run.log(f"Serialized model {kind}: {artifact} bytes")
-    run.log(f"Code size: {code_bytes()} bytes")
-    run.log(f"Total submission size {kind}: {artifact + code_bytes()} bytes (limit {cfg.target_bytes})")
-    run.log.event("size", artifact_bytes=artifact, code_bytes=code_bytes(), limit=cfg.target_bytes, kind=kind)
-
-
-# ----------------------------------------------------------------------------------------------
-# 12. Evaluation
-# ----------------------------------------------------------------------------------------------
-# A plan of windows says which targets each window scores; one function runs the model on them.
-# Every evaluation checks that each target was scored, and its bytes counted, exactly once.
-
-
-def plan_windows(targets: int, length: int, stride: int) -> np.ndarray:
-    """Windows (n, 3) int64: first input position, first scored target, end of scored targets; target i is token i + 1.
-    The first window scores all its `length` targets, every later one the `stride` targets after those scored before it,
-    with as much context as fits; the last one ends exactly at the last target."""
-    ends = np.append(np.arange(length, targets, stride), targets)
-    return np.stack([ends - length, np.append(0, ends[:-1]), ends], axis=1)
-
-
-def plan_document_windows(spans: np.ndarray, length: int, stride: int) -> np.ndarray:
-    """The fewest windows, as of `plan_windows`, in which every target sees its document (`spans` of `document_spans`)
-    from the start, or its latest length - stride + 1 tokens and more: what sliding windows show with DOC_ATTENTION.
-    """
-    starts, targets = np.sort(spans[:, 0]), int(spans[:, 1].max())
-    windows = [(0, 0, length)]
-    while (done := windows[-1][2]) < targets:
-        document = int(starts[np.searchsorted(starts, done, side="right") - 1])
-        begin = min(max(document, done + stride - length), targets - length)
-        windows.append((begin, done, begin + length))
-    return np.array(windows)
-
-
-class Score(NamedTuple):
-    """Sums over scored targets."""
-
-    nats: float
-    targets: int
-    bytes: int
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.nats / self.targets
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte of the original text."""
-        return self.nats / math.log(2) / self.bytes
-
-
-class NgramMixer:
-    """Mixes what n-grams of the text scored so far predict into the model's prediction (successor of PR #638).
-
-    p(v) = (1 - a) p_model(v) + a count(context, v) / count(context). The context is the longest one of up to
-    NGRAM_MAX_ORDER - 1 tokens, all of the same document, that has been counted; without one a is 0. Otherwise
-    a = low + (high - low) sigmoid(2 (H - NGRAM_ENTROPY)) with H the model's entropy: it cannot depend on the target, so
-    p sums to 1.
-
-    Contexts are exact: every distinct run of n tokens has a number. Numbering reads the whole text, but numbers are
-    only names; what is predicted comes from `learn`, which is called with targets that have been scored.
-    """
-
-    def __init__(self, run: Runtime, validation: ValidationSet) -> None:
-        """Number all runs of tokens; nothing is counted yet."""
-        self.cfg, self.orders = run.cfg, range(run.cfg.ngram_min_order, run.cfg.ngram_max_order + 1)
-        tokens = validation.tokens.to(float64_device(run.ranks.device)).long()
-        place = torch.arange(len(tokens), device=tokens.device)
-        self.age = place - torch.where(tokens == validation.bos_id, place, 0).cummax(0).values  # tokens since BOS
-        self.labels = {1: tokens}  # n -> number of the run of n tokens that ends here
-        for n in range(2, self.orders[-1] + 1):
-            longer = F.pad(self.labels[n - 1], (1, -1)).long() * run.cfg.vocab_size + tokens
-            self.labels[n] = longer.unique(return_inverse=True)[1].int()
-        counters = partial(torch.zeros, dtype=torch.int32, device=tokens.device)
-        runs = {n: int(labels.max()) + 1 for n, labels in self.labels.items()}
-        self.follows = {n: counters(runs[n]) for n in self.orders}  # times that the last token of a run of n was scored
-        self.contexts = {n: counters(runs[n - 1]) for n in self.orders}  # times that any was, after a run of n - 1
-
-    def known(self, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether order n reaches back to no other document at `positions`, and the number of its context there."""
-        return self.age[positions - 1] >= n - 2, self.labels[n - 1][positions - 1]
-
-    def learn(self, windows: np.ndarray) -> None:
-        """Count the targets of `windows`, which have been scored; every rank counts all, so that all know the same."""
-        targets = torch.arange(int(windows[0, 1]), int(windows[-1, 2]), device=self.age.device) + 1
-        for n in self.orders:
-            within, context = self.known(n, targets)
-            self.contexts[n].index_add_(0, context, within.int())
-            self.follows[n].index_add_(0, self.labels[n][targets], within.int())
-
-    def mix(self, positions: Tensor, nll: Tensor, entropy: Tensor) -> Tensor:
-        """Negative log-likelihood (n,) of the tokens at `positions` in the mixture; nll and entropy are the model's."""
-        cfg, share = self.cfg, torch.full_like(nll, -1.0, dtype=torch.float64)  # where no context is known
-        for n in self.orders:  # so that the longest known context decides
-            within, context = self.known(n, positions)
-            times = self.contexts[n][context] * within
-            share = torch.where(times > 0, self.follows[n][self.labels[n][positions]].double() / times, share)
-        rise = torch.sigmoid(2 * (entropy.double() - cfg.ngram_entropy))
-        alpha = torch.where(share < 0, 0.0, cfg.ngram_alpha_low + (cfg.ngram_alpha_high - cfg.ngram_alpha_low) * rise)
-        return -torch.log((1 - alpha) * torch.exp(-nll.double()) + alpha * share)
-
-
-@torch.no_grad()
-def score_windows(
-    run: Runtime, model: GPT, validation: ValidationSet, windows: np.ndarray, mixer: NgramMixer | None = None
-) -> Tensor:
-    """[nats, targets, bytes] over the scored targets of `windows`, by all ranks, float64; a mixer adds its nats. All
-    batches have one shape: the last is filled with windows that score nothing."""
-    length, device, share = run.cfg.eval_len, run.ranks.device, run.ranks.share(len(windows))
-    batch = max(1, min(run.cfg.val_batch_size // run.ranks.world, model.micro_batch) // length)
-    plan = torch.from_numpy(np.pad(windows[share.start : share.stop], ((0, -len(share) % batch), (0, 0)))).to(device)
-    weights, exact = model.fast_weights(False), float64_device(device)
-    sums = torch.zeros(4 if mixer else 3, dtype=torch.float64, device=exact)
-    for chunk in plan.split(batch) if len(plan) else ():  # a rank may have no share of a short chunk
-        positions = chunk[:, :1] + torch.arange(length, device=device)
-        scored = (positions >= chunk[:, 1:2]) & (positions < chunk[:, 2:])
-        inputs = *validation.batch(positions), weights, model.order
-        nll, *entropy = model.fast_nll_and_entropy(*inputs) if mixer else [model.fast_nll(*inputs)]
-        columns = [nll * scored, scored, validation.token_bytes[positions + 1] * scored]
-        if mixer:
-            columns.append(mixer.mix(*(t[scored].to(exact) for t in (positions + 1, nll, *entropy))))
-        sums += torch.stack([column.to(exact).sum(dtype=torch.float64) for column in columns])
-    return run.ranks.all_reduce_sum_(sums)
-
-
-def scores(validation: ValidationSet, sums: Tensor) -> list[Score]:
-    """The Score of each column of nats in `sums` over the whole validation set; asserts that it was covered exactly."""
-    nats, targets, counted, *mixed = sums.tolist()
-    expected = validation.targets, int(validation.token_bytes[1:].sum())
-    assert (int(targets), int(counted)) == expected, f"scored {targets, counted} targets and bytes of {expected}"
-    return [Score(total, int(targets), int(counted)) for total in (nats, *mixed)]
-
-
-def evaluate(run: Runtime, model: GPT, validation: ValidationSet, stride: int, by_document: bool = False) -> Score:
-    """Score the whole validation set with windows of EVAL_SEQ_LEN that move by `stride`, or begin at documents."""
-    windows = plan_windows(validation.targets, run.cfg.eval_len, stride)
-    if by_document:
-        windows = plan_document_windows(document_spans(validation), run.cfg.eval_len, stride)
-    return scores(validation, score_windows(run, model, validation, windows))[0]
-
-
-class TestTimeTrainer:
-    """Trains the model on text that has been scored (PR #461)."""
-
-    def __init__(self, run: Runtime, model: GPT, validation: ValidationSet) -> None:
-        """UserError where TTT_BATCH_SEQS does not divide over the ranks."""
-        cfg, world = run.cfg, run.ranks.world
-        if cfg.ttt_batch_seqs % world:
-            raise UserError(f"TTT_BATCH_SEQS={cfg.ttt_batch_seqs} is no multiple of the {world} ranks")
-        self.run, self.cfg, self.model, self.validation = run, cfg, model, validation
-        self.parameters, self.trained = list(model.parameters()), 0
-        self.layered = [*model.banks.values(), *(model.rest[s.name] for s in model.param_table if s.per_layer)]
-        sgd = partial(torch.optim.SGD, momentum=cfg.ttt_momentum)
-        maker = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, weight_decay=0.0)}[cfg.ttt_optimizer]
-        self.optimizer = maker(self.parameters, lr=cfg.ttt_lr)
-
-    def learn(self, scored: int, progress: float) -> None:
-        """Train on the whole windows up to target `scored` that were not trained on yet; the rate falls as a cosine."""
-        cfg, length = self.cfg, self.cfg.eval_len
-        starts = np.arange(self.trained, scored - length + 1, length)
-        self.optimizer.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))
-        for _ in range(cfg.ttt_epochs):
-            for first in range(0, len(starts), cfg.ttt_batch_seqs):
-                self.step(starts[first : first + cfg.ttt_batch_seqs])
-        self.trained += len(starts) * length
-
-    def step(self, starts: np.ndarray) -> None:
-        """One step on the windows at `starts`, filled up with others of weight 0; as many at a time as memory holds."""
-        cfg, ranks = self.cfg, self.run.ranks
-        weight = (torch.arange(cfg.ttt_batch_seqs, device=ranks.device) < len(starts)) / len(starts)
-        filled = torch.from_numpy(np.resize(starts, cfg.ttt_batch_seqs)).to(ranks.device)
-        offsets, most = torch.arange(cfg.eval_len, device=ranks.device), max(self.model.micro_batch // cfg.eval_len, 1)
-        self.optimizer.zero_grad()
-        for part in torch.tensor(ranks.share(cfg.ttt_batch_seqs), device=ranks.device).split(most):
-            inputs, targets = self.validation.batch(filled[part, None] + offsets)
-            nll = self.model.fast_nll(inputs, targets, self.model.fast_weights(False), self.model.order)
-            (nll.mean(1) * weight[part]).sum().backward()
-        for parameter in self.parameters:
-            ranks.all_reduce_sum_(parameter.grad)
-        for parameter in self.layered:
-            parameter.grad[: cfg.ttt_freeze_blocks] = 0
-        if cfg.ttt_grad_clip:
-            nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
-        self.optimizer.step()
-
-
-def evaluate_online(
-    run: Runtime, model: GPT, validation: ValidationSet, trainer: TestTimeTrainer | None, mixer: NgramMixer | None
-) -> list[Score]:
-    """Sliding windows chunk by chunk: score a chunk, then let weights and counts learn from it, but for the last one.
-    Returns the score, and with a mixer a second one with its predictions mixed in. The weights are restored."""
-    total, kept = 0.0, {name: value.clone() for name, value in model.state_dict().items()}
-    windows = plan_windows(validation.targets, run.cfg.eval_len, run.cfg.eval_stride)
-    chunk_of = (windows[:, 2] - 1) // run.cfg.ttt_chunk_tokens  # where its last target lies
-    chunks = np.split(windows, np.flatnonzero(np.diff(chunk_of)) + 1)
-    for number, chunk in enumerate(chunks, 1):
-        total += score_windows(run, model, validation, chunk, mixer)
-        if trainer and number < len(chunks):
-            trainer.learn(int(chunk[-1, 2]), (number - 1) / (len(chunks) - 1))
-        if mixer and number < len(chunks):
-            mixer.learn(chunk)
-    model.load(kept)
-    return scores(validation, total)
-
-
-class DocumentLoRA:
-    """Low-rank additions to all matrices of a model, one set for each document of a batch (PR #77, #1530). Every
-    document starts from the same ones, which add nothing: its scores do not depend on its neighbours."""
-
-    def __init__(self, run: Runtime, model: GPT) -> None:
-        """Take the model's weights as they are now, for as many documents as fit where a micro-batch is smaller."""
-        cfg = self.cfg = run.cfg
-        self.documents = max(cfg.ttt_batch_size * model.micro_batch // MICRO_BATCH_TOKENS, 1)
-        with torch.no_grad():
-            weights = model.fast_weights(False)
-        self.base = {**{spec.name: weights[spec.name].unbind() for spec in model.specs}, "head": (weights["head"],)}
-        generator = torch.Generator().manual_seed(cfg.seed)
-        self.first, self.inner, self.outer = {}, {}, {}
-        fresh = partial(torch.empty, device=run.ranks.device, requires_grad=True)
-        for name, matrices in self.base.items():
-            count, (rows, cols) = len(matrices), matrices[0].shape
-            first = (2 * torch.rand(count, cfg.ttt_lora_rank, cols, generator=generator) - 1) * cols**-0.5
-            self.first[name] = first.to(run.ranks.device)
-            self.inner[name] = fresh(self.documents, *first.shape)
-            self.outer[name] = fresh(self.documents, count, rows, cfg.ttt_lora_rank)
-        self.model = copy.copy(model)  # the same parameters; the kernels know no additions
-        self.model.parts = PLAIN_LAYER
-        self.fast_nll = compiled(cfg, self.nll)
-
-    def reset(self) -> None:
-        """Begin with other documents."""
-        for name, first in self.first.items():
-            self.inner[name].data.copy_(first)
-            self.outer[name].data.zero_()
-        cfg, parameters = self.cfg, [*self.inner.values(), *self.outer.values()]
-        self.optimizer = torch.optim.AdamW(parameters, lr=cfg.ttt_lora_lr, betas=(0.0, cfg.ttt_beta2), eps=1e-10,
-                                           weight_decay=cfg.ttt_weight_decay, fused=parameters[0].is_cuda)  # fmt: skip
-
-    def nll(self, ids: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        """`GPT.nll` of ids (documents, T), each with its own additions."""
-        scale, dtype, weights = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank, self.model.dtype, {}
-        for name, matrices in self.base.items():
-            inner, outer = self.inner[name].to(dtype).unbind(1), (scale * self.outer[name]).to(dtype).unbind(1)
-            weights[name] = tuple(map(LoRAWeight, matrices, inner, outer))
-        return self.model.nll(ids, targets, {**weights, "head": weights["head"][0]}, order)
-
-    def learn(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-
-def document_spans(validation: ValidationSet) -> np.ndarray:
-    """First target and end of each document, longest first; the BOS of the next one is a document's last target."""
-    starts = np.union1d([0], (validation.tokens[:-1] == validation.bos_id).nonzero()[:, 0].cpu().numpy())
-    spans = np.stack([starts, np.append(starts[1:], validation.targets)], 1)
-    return spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
-
-
-def ttt_document_batch(additions: DocumentLoRA, validation: ValidationSet, spans: np.ndarray, table: Tensor) -> None:
-    """Score documents side by side, chunk by chunk; each learns from a chunk once it is scored. `table` (2, targets)
-    takes the nats of a target and the times that it was scored. Windows hold the latest tokens of a document up to the
-    chunk's end, in one of two widths, since each is a graph to compile (some 40 s); nothing of another document is in
-    them, and what comes after the chunk is blank."""
-    cfg, device, last = additions.cfg, validation.tokens.device, validation.targets - 1
-    starts, ends = np.pad(spans, ((0, additions.documents - len(spans)), (0, 0))).T  # the rest are empty documents
-    additions.reset()
-    for first in range(0, int((ends - starts).max()), cfg.ttt_chunk_size):
-        firsts, stops = starts + first, np.minimum(starts + first + cfg.ttt_chunk_size, ends)
-        half, longest = -(-cfg.eval_len // 2), int((stops - starts).max())
-        width = half if longest <= half else cfg.eval_len
-        begins = np.maximum(starts, stops - width)
-        plan = torch.from_numpy(np.stack([begins, firsts, stops, stops < ends], 1)).to(device)
-        begin, scored_from, stop, goes_on = (column.unsqueeze(1) for column in plan.unbind(1))
-        positions = begin + torch.arange(width, device=device)
-        visible, scored = positions < stop, (positions >= scored_from) & (positions < stop)
-        ids, targets = (t.where(visible, validation.bos_id) for t in validation.batch(positions.clamp(max=last)))
-        nll = additions.fast_nll(ids, targets, additions.model.order)
-        place = positions[scored].to(table.device)
-        table[0, place] += nll.detach()[scored].to(table)
-        table[1, place] += 1
-        if (stops < ends).any():
-            share = scored * goes_on / scored.sum(1, keepdim=True).clamp(min=1)
-            additions.learn((nll * share).sum())
-
-
-def score_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Tensor:
-    """Nats of every target, and the times that it was scored, (2, targets) float64; the ranks share the documents."""
-    table = torch.zeros(2, validation.targets, dtype=torch.float64, device=float64_device(run.ranks.device))
-    model.requires_grad_(False)
-    additions, spans = DocumentLoRA(run, model), document_spans(validation)
-    batches = [spans[begin : begin + additions.documents] for begin in range(0, len(spans), additions.documents)]
-    for batch in batches[run.ranks.rank :: run.ranks.world]:
-        ttt_document_batch(additions, validation, batch, table)
-    model.requires_grad_(True)
-    return run.ranks.all_reduce_sum_(table)
-
-
-def evaluate_documents(run: Runtime, model: GPT, validation: ValidationSet) -> Score:
-    """Score the whole validation set document by document; asserts that every target was scored once."""
-    nats, times = score_documents(run, model, validation)
-    assert (times == 1).all(), f"{int((times != 1).sum())} targets were not scored exactly once"
-    return Score(nats.sum().item(), validation.targets, int(validation.token_bytes[1:].sum()))
-
-
-def log_score(run: Runtime, name: str, score: Score, extra: str = "") -> None:
-    """A score under its canonical name, rounded and exact, with the time that was booked last."""
-    milliseconds = round(1000 * run.ledger[-1][2])
-    run.log(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}{extra} eval_time:{milliseconds}ms")
-    run.log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}{extra}")
-    run.log.event("score", name=name, val_loss=score.loss, val_bpb=score.bpb, eval_time_ms=milliseconds)
-
-
-class ExportResult(NamedTuple):
-    """What making an artifact leaves behind; nothing where it was only read."""
-
-    model: GPT | None = None  # lends its compiled graphs
-    before: Score | None = None  # of the weights that were quantized
-    path: Path | None = None  # of the artifact
-    digest: bytes = b""  # with which it ends, on rank 0
-
-
-def log_degradation(run: Runtime, before: Score, after: Score) -> None:
-    """What quantization cost, and a warning where that is much: the published systems lose 0.002 to 0.008 bpb."""
-    lost, most = after.bpb - before.bpb, 0.01
-    advice = f" WARNING: above {most}; raise MATRIX_BITS or TARGET_BYTES" if lost > most else ""
-    run.log(f"quantization_degradation bpb:{lost:+.8f}{advice}")
-    run.log.event("degradation", bpb=lost)
-
-
-def evaluate_artifact(run: Runtime, validation: ValidationSet, produced: ExportResult) -> None:
-    """Read ARTIFACT_PATH back from disk and score it, last by the sliding window."""
-    cfg, path = run.cfg, produced.path or run.cfg.artifact_file
-    with run.timed("read artifact", "eval"):
-        blob = run.ranks.broadcast(path.read_bytes() if run.ranks.is_main_process else b"")
-        if not blob.endswith(produced.digest):
-            raise UserError(f"ARTIFACT_PATH={path}: another process has replaced it since it was written")
-        header, parameters = decode_artifact(blob, path)
-        where = f"ARTIFACT_PATH={path} belongs to another tokenizer or validation set"
-        refuse_other(header["identity"], validation.identity, where, "set its TOKENIZER_PATH and DATA_PATH")
-        model = produced.model or build_model(run, cfg, validation.bos_id)
-        model.load(parameters)
-        model.order = tuple(header["order"])
-    kind = f"int{header['matrix_bits']}" + ("_zlib" if header["streams"][0][1] == "zlib" else "")
-    with run.timed("roundtrip", "eval"):
-        score = evaluate(run, model, validation, cfg.eval_len)
-    log_score(run, f"final_{kind}_roundtrip", score)
-    if produced.before:
-        log_degradation(run, produced.before, score)
-    for name, is_wanted in (("document windows", cfg.doc_attention), ("sliding window", True)):
-        if cfg.eval_stride and is_wanted:
-            with run.timed(name, "eval"):
-                score = evaluate(run, model, validation, cfg.eval_stride, name == "document windows")
-            log_score(run, f"final_{kind}_{name.replace(' ', '_')}", score, f" stride:{cfg.eval_stride}")
-    if learners := [name for name, on in (("ttt", cfg.ttt_enabled), ("ngram", cfg.ngram_enabled)) if on]:
-        with run.timed("+".join(learners), "eval"):
-            trainer = TestTimeTrainer(run, model, validation) if cfg.ttt_enabled else None
-            mixer = NgramMixer(run, validation) if cfg.ngram_enabled else None
-            results = evaluate_online(run, model, validation, trainer, mixer)
-        about = f" stride:{cfg.eval_stride} chunk:{cfg.ttt_chunk_tokens}" + (f" lr:{cfg.ttt_lr:g}" if trainer else "")
-        if trainer:
-            log_score(run, "legal_ttt", results[0], about)
-        if mixer:
-            about += f" orders:{cfg.ngram_min_order}-{cfg.ngram_max_order}"
-            log_score(run, "legal_ttt_ngram" if trainer else "ngram_mix", results[1], about)
-    if cfg.ttt_lora_enabled:
-        with run.timed("ttt_lora", "eval"):
-            score = evaluate_documents(run, model, validation)
-        about = f" rank:{cfg.ttt_lora_rank} chunk:{cfg.ttt_chunk_size} lr:{cfg.ttt_lora_lr:g}"
-        log_score(run, "legal_ttt_lora", score, about)
-
-
-# ----------------------------------------------------------------------------------------------
-# 13. Main
-# ----------------------------------------------------------------------------------------------
 
 
 def load_architecture(cfg: Config) -> Config:

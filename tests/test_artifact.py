@@ -1,4 +1,4 @@
-"""Section 10: the coder is exact and tight, the artifact reads back bitwise or is refused, and the export fits."""
+"""The coder is exact and tight, the artifact reads back bitwise or is refused, and the export fits."""
 
 import re
 import sys

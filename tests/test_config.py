@@ -1,4 +1,4 @@
-"""Sections 1 and 2 of train_gpt.py: what the environment may say, what it turns into, and the runtime's small parts."""
+"""What the environment may say, what it turns into, and the runtime's small parts."""
 
 import os
 import re
@@ -302,7 +302,7 @@ def test_a_bad_variable_stops_the_script_before_anything_else(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-# --- section 2: clock, ranks, ledger ----------------------------------------------------------------
+# --- clock, ranks, ledger ----------------------------------------------------------------
 
 
 class FakeTime:
@@ -392,7 +392,7 @@ def test_timed_blocks_are_booked_and_the_log_holds_every_value(run: t.Runtime, i
     assert (in_tmp / "logs/tiny.py").read_bytes() == SCRIPT.read_bytes()
 
 
-# --- batch shape (section 3, but a matter of variables) ----------------------------------------------
+# --- batch shape ----------------------------------------------
 
 
 @pytest.mark.parametrize(

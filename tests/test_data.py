@@ -1,4 +1,4 @@
-"""Section 3 of train_gpt.py: shards, the two loaders, and the bytes that tokens stand for."""
+"""Shards, the two loaders, and the bytes that tokens stand for."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Section 11: every target is scored once, with the context promised, causally, normalised, and its bytes once."""
+"""Every target is scored once, with the context promised, causally, normalised, and its bytes once."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Sections 4 and 6 of train_gpt.py: the forward pass under every feature, and late QAT on the export's grid."""
+"""The forward pass under every feature, and late QAT on the export's grid."""
 
 import importlib
 import itertools

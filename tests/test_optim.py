@@ -1,4 +1,4 @@
-"""Section 5: Muon and Adam do what their formulas say, on one rank and on several, and their state restores bitwise."""
+"""Muon and Adam do what their formulas say, on one rank and on several, and their state restores bitwise."""
 
 import math
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Sections 6 (grid) and 9: GPTQ against naive references, clip policies, Hessians, one grid for QAT and export."""
+"""GPTQ against naive references, clip policies, Hessians, one grid for QAT and export."""
 
 from dataclasses import replace
 from typing import Any

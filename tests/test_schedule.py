@@ -1,4 +1,4 @@
-"""Sections 6 and 7 of train_gpt.py: schedules as pure functions, and the averages of the weights."""
+"""Schedules as pure functions, and the averages of the weights."""
 
 import itertools
 import math

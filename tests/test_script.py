@@ -1,4 +1,4 @@
-"""Sections 8 and 12, end to end in subprocesses: what a run writes, repeats, survives and refuses."""
+"""End to end in subprocesses: what a run writes, repeats, survives and refuses."""
 
 import hashlib
 import json

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import symtable
 import subprocess
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ SCRIPT = ROOT / "train_gpt.py"
 PACKAGES = "records", "records/reading", "records/checking", "records/writing"  # not records/track_*: frozen once landed
 TOOLS = sorted(path for place in (*PACKAGES, "data") for path in (ROOT / place).glob("*.py"))
 
-FILE_LINES, FUNCTION_LINES, LINE_WIDTH, DEPTH, PARAMETERS, UNDOCUMENTED_LINES = 4908, 60, 120, 3, 6, 12
+FILE_LINES, FUNCTION_LINES, LINE_WIDTH, DEPTH, PARAMETERS, UNDOCUMENTED_LINES = 4949, 60, 120, 3, 6, 12
 ENVIRON_READS = 2
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -186,7 +187,9 @@ def unreferenced(source: Source) -> Iterator[str]:
     loads = Counter(node.id for node in source.nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
     for name, node in top_level_names(source):
         own = sum(isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id == name for n in ast.walk(node))
-        if loads[name] == own and name not in source.quoted_names and not re.fullmatch(r"_|__\w+__", name):
+        registered = any(ast.unparse(d) == "rules" for d in getattr(node, "decorator_list", []))
+        used = loads[name] != own or name in source.quoted_names or registered
+        if not used and not re.fullmatch(r"_|__\w+__", name):
             yield at(node, name)
 
 
@@ -215,6 +218,23 @@ def banners(source: Source) -> Iterator[str]:
         yield f"contents list {contents}\n  but banners   {found}"
 
 
+def globals_of(scope: symtable.SymbolTable) -> set[str]:
+    """Global names that a scope and those within it read."""
+    own = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+    return own.union(*map(globals_of, scope.get_children()))
+
+
+def downward(source: Source) -> Iterator[str]:
+    """Names that a section uses and a later one defines: a reader, and a change, goes one way."""
+    begins = [number for number, line in enumerate(source.lines, 1) if re.match(r"# \d+\. ", line)]
+    section = {name: sum(begin < node.lineno for begin in begins) for name, node in top_level_names(source)}
+    for scope in symtable.symtable(source.text, "", "exec").get_children():
+        here = sum(begin < scope.get_lineno() for begin in begins)
+        late = sorted(name for name in globals_of(scope) if section.get(name, 0) > here)
+        if late:
+            yield f"line {scope.get_lineno()}: {scope.get_name()} uses {', '.join(late)}"
+
+
 BAR = "# " + "-" * 70
 Finder = Callable[[Source], Iterable[str]]
 CHECKS: dict[Finder, tuple[str, ...]] = {  # rule -> snippets that break it
@@ -228,6 +248,7 @@ CHECKS: dict[Finder, tuple[str, ...]] = {  # rule -> snippets that break it
                   "@a.register_fake\ndef f(a): pass"),
     docstrings: ("def f():\n" + "    x = 1\n" * UNDOCUMENTED_LINES, "class A: pass"),
     global_statement: ("def f():\n global a",),
+    downward: (f"{BAR}\n# 1. A\n{BAR}\ndef f():\n b()\n{BAR}\n# 2. B\n{BAR}\ndef b(): pass",),
     broad_except: ("try: pass\nexcept: pass", "try: pass\nexcept (OSError, Exception): pass"),
     environ_reads: ("import os\nos.environ, os.environ, os.getenv('A')", "from os import environ\nenviron, environ"),
     lenient_strict: ("model.load_state_dict(state, strict=False)",),
