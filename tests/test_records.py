@@ -178,9 +178,10 @@ def test_a_series_has_one_owner(at_work: Path, capsys: pytest.CaptureFixture[str
 
 
 STARTER = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from records.writing import seeds
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background of a shell ignores it
 os.chdir(sys.argv[1])
 program = "import os, time; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'started'); time.sleep(60)"
 with seeds.owned("tiny") as lock:
