@@ -4483,7 +4483,8 @@ def measure_reserve(run: Runtime, trainer: Trainer) -> float:
     exporter.quantize()  # loads libraries
     exporter.quantize()
     (calibration, costs), rounding = (spent for *_, spent in trial.ledger[:2]), trial.ledger[-1][2]
-    passes = (2 if cfg.compressor in ("auto", "ans") else 3) if cfg.auto_clip else 1  # what fitting the size may take
+    foreseen = cfg.compressor in ("auto", "ans") and not cfg.trellis
+    passes = (2 if foreseen else 3) if cfg.auto_clip else 1  # what fitting the size may take
     seconds = bool(batches) * (batches * calibration / 3 + costs) + passes * rounding
     return run.ranks.all_reduce_max(1.2 * seconds + 1.0)[0]  # with 0.5, 0.6 s of rounding ended a run 0.2 s too late
 

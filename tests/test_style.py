@@ -24,7 +24,7 @@ SCRIPT = ROOT / "train_gpt.py"
 PACKAGES = "records", "records/reading", "records/checking", "records/writing"  # not records/track_*: frozen once landed
 TOOLS = sorted(path for place in (*PACKAGES, "data") for path in (ROOT / place).glob("*.py"))
 
-FILE_LINES, FUNCTION_LINES, LINE_WIDTH, DEPTH, PARAMETERS, UNDOCUMENTED_LINES = 4949, 60, 120, 3, 6, 12
+FILE_LINES, FUNCTION_LINES, LINE_WIDTH, DEPTH, PARAMETERS, UNDOCUMENTED_LINES = 4950, 60, 120, 3, 6, 12
 ENVIRON_READS = 2
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
