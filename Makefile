@@ -40,7 +40,7 @@ test: $(installed)  ## run the tests
 
 clean:  ## remove the demo's data and logs and the caches, keep the environment
 	rm -rf $(demo) .pytest_cache
-	rm -f logs/demo.txt logs/demo.jsonl logs/demo.png
+	rm -f logs/demo.*
 	find . -name __pycache__ -type d -not -path './.venv/*' -not -path '$(VENV)/*' -prune -exec rm -rf {} +
 
 # One pip call, so that torch and everything that depends on it are resolved together.
@@ -60,7 +60,7 @@ $(demo)/.complete: data/demo_corpus.py data/build_shards.py data/caseops.py data
 # The old log goes first: a run that fails must not leave the last one's lines to be read as its own.
 logs/demo.jsonl: train_gpt.py $(demo_recipe) $(demo)/.complete | $(installed)
 	rm -f $(demo_log) $@
-	RECIPE=$(demo_recipe) RUN_ID=demo DATA_PATH=$(demo_dataset) TOKENIZER_PATH=$(demo_tokenizer) $(python) train_gpt.py
+	RECIPE=$(demo_recipe) RUN_ID=demo OVERWRITE=1 DATA_PATH=$(demo_dataset) TOKENIZER_PATH=$(demo_tokenizer) $(python) train_gpt.py
 
 logs/demo.png: logs/demo.jsonl records/writing/plot.py
 	$(python) -m records plot logs/demo.jsonl -o $@

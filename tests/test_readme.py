@@ -1,6 +1,8 @@
 """What a machine can check of the texts: variables, recipes, links, figures that are also data, and their length."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,11 @@ def test_picture_is_drawn_from_the_data(tmp_path: Path) -> None:
     track.main(["--out", str(tmp_path / "track.png")])
     assert (tmp_path / "track.png").stat().st_size > 10_000
     assert track.DATA.with_suffix(".png").stat().st_size < 100_000
+
+
+def test_the_demo_runs_again_over_its_own_files() -> None:
+    """After a change of the script: what the last demo left is replaced, and `make clean` takes all of it away."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    for target, wanted in (("demo", "RUN_ID=demo OVERWRITE=1 "), ("clean", "rm -f logs/demo.*")):
+        said = subprocess.run(["make", "-nB", target], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+        assert wanted in said.stdout
